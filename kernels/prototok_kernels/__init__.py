@@ -1,0 +1,1 @@
+"""The operations prototok is made of, one to a file."""
