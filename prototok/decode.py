@@ -1,0 +1,130 @@
+"""Decode proto-tokens: one forward pass, argmax at every position.
+
+Letters: R rows, N targets, L input positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from prototok.arrangement import Arrangement
+from prototok.callable_module import make_callable
+from prototok.frozen_lm import FrozenLM
+from prototok.proto_tokens import ProtoTokens
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one forward over R rows of one length gave.
+
+    ids     (R, N) int64, argmax of the logits
+    margin  (R, N) fp32, logit of `targets` minus the best other logit; where no targets were given,
+            the gap between the best and the second-best logit
+    loss    (R, N) fp32, cross-entropy of the same token, nats
+    """
+
+    ids: Tensor
+    margin: Tensor
+    loss: Tensor
+
+
+@torch.no_grad()
+def decode_vectors(
+    lm: FrozenLM,
+    vectors: Tensor,  # (R, slots, d)
+    arrangement: Arrangement,
+    length: int,
+    targets: Tensor | None = None,  # (R, N) int64
+) -> Decoded:
+    """One forward for rows of one length; the results are on the CPU."""
+    layout = arrangement.layout(length).to(lm.device)
+    inputs_embeds = vectors.to(lm.device, lm.dtype)[:, layout]  # (R, L, d)
+    offset = arrangement.offset
+    logits = lm.logits(inputs_embeds)[:, offset : offset + length].float()
+    ids = logits.argmax(dim=-1)
+    chosen = (ids if targets is None else targets.to(lm.device))[..., None]
+    own = logits.gather(-1, chosen)[..., 0]
+    margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
+    loss = logits.logsumexp(dim=-1) - own
+    return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
+
+
+@overload
+def decode(
+    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    batch_size: int = 1, text: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def decode(
+    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    batch_size: int = 1, text: Literal[True],
+) -> list[str]: ...  # fmt: skip
+
+
+def decode(
+    lm: FrozenLM,
+    tokens: ProtoTokens,
+    length: int | None = None,
+    *,
+    batch_size: int = 1,
+    text: bool = False,
+) -> Tensor | list[str]:
+    """Token ids (rows, N) of proto-tokens, rows = texts × seeds, text by text; one forward a batch.
+
+    Args:
+        lm: the model the vectors were fitted on.
+        tokens: what to decode.
+        length: read this many tokens of every row instead of its own number.
+        batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
+            size can round differently and flip a token whose margin is near zero.
+        text: return strings.
+
+    Rows shorter than the longest are filled with −1.
+
+    Raises:
+        ValueError: vectors of another model or tokenizer, or a length that cannot be.
+    """
+    tokens.require_model(lm)
+    arrangement = Arrangement.parse(tokens.arrangement)
+    if length is not None:
+        require_length(length, lm, arrangement)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
+    if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
+        raise ValueError(
+            f"tokens: fitted with another tokenizer ({tokens.model.tokenizer_hash}) than that of "
+            f"{lm.identity.name} ({lm.identity.tokenizer_hash})"
+        )
+    lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
+    if length is not None:
+        lengths = [length] * len(lengths)
+    ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64)
+    for size in sorted(set(lengths)):
+        rows = [r for r, n in enumerate(lengths) if n == size]
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            vectors = torch.stack([tokens.vectors(r) for r in part])
+            ids[part, :size] = decode_vectors(lm, vectors, arrangement, size).ids
+    if not text:
+        return ids
+    return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]
+
+
+def require_length(length: object, lm: FrozenLM, arrangement: Arrangement) -> None:
+    """ValueError unless `length` is a number of targets that the model's context has room for."""
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    positions = arrangement.input_length(length)
+    if lm.context is not None and positions > lm.context:
+        raise ValueError(
+            f"length: {length} tokens need {positions} positions, {lm.identity.name} has {lm.context}"
+        )
+
+
+make_callable(decode)

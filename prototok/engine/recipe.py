@@ -1,0 +1,101 @@
+"""How a fit is run: initial vectors, optimiser, schedule and when to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok_kernels.adamw_rows import AdamWSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a fit; frozen, and stored with its results.
+
+    Attributes:
+        name: what results are labelled with.
+        lr: peak learning rate of AdamW.
+        betas, eps, weight_decay: AdamW's other constants.
+        schedule: "constant", or "cosine" from lr to zero over `max_steps`.
+        warmup: updates over which lr rises linearly from zero.
+        init_std: initial vectors are N(0, init_std²) in every coordinate.
+        temperature: T of the loss CE(logits / T); predictions and margins are at T = 1.
+        max_steps: most updates of one row.
+        accuracy: share of right tokens that ends the fit (1.0: all of them).
+        margin: smallest (target logit − best other logit) asked for as well before the fit ends.
+    """
+
+    name: str = "custom"
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.9)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    warmup: int = 0
+    init_std: float = 1.0
+    temperature: float = 1.0
+    max_steps: int = 5000
+    accuracy: float = 1.0
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule: {self.schedule!r} is neither 'constant' nor 'cosine'")
+        for name in ("lr", "init_std", "temperature", "eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: {value!r} is not a positive number")
+        for name in ("weight_decay", "margin"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: {value!r} is negative or not a number")
+        if not 0 < self.accuracy <= 1:
+            raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
+        for name, least in (("max_steps", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
+
+    @property
+    def adamw(self) -> AdamWSettings:
+        return AdamWSettings(self.betas, self.eps, self.weight_decay)
+
+    def lr_at(self, step: Tensor) -> Tensor:
+        """Learning rate of the update that follows `step` updates; on the device, row by row."""
+        rate = torch.full_like(step, self.lr, dtype=torch.float32)
+        if self.schedule == "cosine":
+            rate = rate * (1 + torch.cos(math.pi * step / self.max_steps)) / 2
+        if self.warmup:
+            rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
+        return rate
+
+
+# The paper's §4.1: AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01, N(0, 1), at most 5000 steps,
+# stop at accuracy 1.0, no schedule.
+PAPER = Recipe(name="paper")
+
+FAST = Recipe(
+    name="fast",
+    lr=0.1,
+    betas=(0.9, 0.99),
+    schedule="cosine",
+    warmup=20,
+    max_steps=3000,
+    margin=0.5,
+)
+
+
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    """The recipe itself, or the one of that name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe == "paper":
+        return PAPER
+    if recipe == "fast":
+        return FAST
+    raise ValueError(f"recipe: {recipe!r} is not 'fast', 'paper' or a Recipe")

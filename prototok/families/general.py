@@ -1,0 +1,34 @@
+"""Any causal language model that takes `inputs_embeds`, through its own transformers forward."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class GeneralBody:
+    """A frozen twin of the model; `hidden` returns logits, whatever stands between them and it."""
+
+    family = "general"
+    head = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    ) -> GeneralBody:
+        # The twin has modules of its own over the same storage: eval mode and frozen weights
+        # without touching the caller's model, and without a second copy of its memory.
+        memo: dict[int, object] = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+        }
+        twin = copy.deepcopy(model, memo).eval()
+        return cls(twin.to(device=device, dtype=dtype))
+
+    def hidden(self, inputs_embeds: Tensor) -> Tensor:
+        return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

@@ -1,0 +1,334 @@
+"""Load a causal language model and freeze it.
+
+Letters: B rows, N positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from prototok.families import Body, body_of
+
+BUILT_IN = ("tiny-llama", "tiny-neox")
+_FINGERPRINT_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which frozen model proto-tokens belong to; stored with them."""
+
+    name: str
+    revision: str | None  # commit of the hub repository, where the model came from one
+    family: str
+    hidden_size: int
+    vocab_size: int
+    fingerprint: str  # of the weights, the same in every dtype the model is loaded in
+    tokenizer_hash: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenLM:
+    """A frozen causal language model, ready for input vectors that are not in its vocabulary.
+
+    Attributes:
+        identity: name, resolved revision, shape and fingerprint.
+        body: the family's forward; `body.family` is "llama", "gpt_neox" or "general".
+        embedding: (V, d) input embedding matrix.
+        context: positions the model was built for; None where it has no limit.
+        dtype, device: of the weights and of the arithmetic between them.
+    """
+
+    identity: ModelIdentity
+    body: Body
+    embedding: Tensor
+    context: int | None
+    dtype: torch.dtype
+    device: torch.device
+    config: PreTrainedConfig = field(repr=False)
+    source: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
+    _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.identity.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.identity.vocab_size
+
+    def hidden(self, inputs_embeds: Tensor) -> Tensor:
+        """(B, N, d) embeddings to what the head reads: (B, N, d), or logits when it has none."""
+        return self.body.hidden(inputs_embeds)
+
+    def logits(self, inputs_embeds: Tensor) -> Tensor:
+        """(B, N, d) embeddings to (B, N, V) logits in the model's dtype."""
+        hidden = self.body.hidden(inputs_embeds)
+        return hidden if self.body.head is None else hidden @ self.body.head.T
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix, (…, d)."""
+        return self.embedding[ids.to(self.device)]
+
+    def cast(self, dtype: torch.dtype) -> FrozenLM:
+        """The same model from the same stored weights in another dtype, made once and kept."""
+        if dtype == self.dtype:
+            return self
+        if dtype not in self._twins:
+            self._twins[dtype] = _freeze(
+                self.source, self.identity, self.tokenizer, self.device, dtype
+            )
+        return self._twins[dtype]
+
+    def encode(self, text: str, bos: str = "drop") -> list[int]:
+        """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"lm: {self.identity.name} came without a tokenizer; pass token ids instead of text"
+            )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=bos == "keep")["input_ids"]
+        return ids
+
+    def decode_ids(self, ids: Tensor | list[int]) -> str:
+        """Text of token ids."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"lm: {self.identity.name} came without a tokenizer; text=True needs one"
+            )
+        text = self.tokenizer.decode(torch.as_tensor(ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """Id of the beginning-of-text token, where tokenizer or configuration names one."""
+        found = getattr(self.tokenizer, "bos_token_id", None)
+        return found if found is not None else getattr(self.config, "bos_token_id", None)
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+) -> FrozenLM:
+    """Load and freeze a causal language model.
+
+    Args:
+        model: a hub id, a folder in Hub layout, "tiny-llama" or "tiny-neox" (built in), or a
+            `PreTrainedModel` of your own, which is read and never changed.
+        device: "auto" takes CUDA where there is one.
+        dtype: "auto" is bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32.
+        revision: branch, tag or commit of a hub id; what it resolved to is in `identity.revision`.
+
+    Only safetensors weights are read and no code of the repository is run.
+
+    Raises:
+        ValueError: missing, gated, not causal, quantised, pickle-only, or weights not finite.
+    """
+    device = _device_of(device)
+    dtype = _dtype_of(dtype, device)
+    if isinstance(model, PreTrainedModel):
+        if revision is not None:
+            raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
+        name, source = model.config.name_or_path or type(model).__name__, model
+        resolved = getattr(model.config, "_commit_hash", None)
+        _require_causal(model.config, name, type(model).__name__)
+        tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
+    else:
+        name = str(model)
+        path = str(Path(__file__).parent / "models" / name) if name in BUILT_IN else name
+        source, resolved = _read(path, revision)
+        tokenizer = _tokenizer_of(path, resolved)
+    config = source.config
+    _require_finite(source, name)
+    embedding = source.get_input_embeddings().weight
+    identity = ModelIdentity(
+        name=name,
+        revision=resolved,
+        family=config.model_type,
+        hidden_size=embedding.shape[1],
+        vocab_size=config.vocab_size,
+        fingerprint=_fingerprint(source),
+        tokenizer_hash=_tokenizer_hash(tokenizer),
+    )
+    return _freeze(source, identity, tokenizer, device, dtype)
+
+
+def _freeze(
+    source: PreTrainedModel,
+    identity: ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FrozenLM:
+    config = source.config
+    context = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    return FrozenLM(
+        identity=identity,
+        body=body_of(source, device, dtype),
+        embedding=source.get_input_embeddings().weight.detach().to(device, dtype),
+        context=context,
+        dtype=dtype,
+        device=device,
+        config=config,
+        source=source,
+        tokenizer=tokenizer,
+    )
+
+
+def _device_of(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: {device!r} is not a torch device") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")
+    return found
+
+
+def _dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: {dtype!r} is not 'auto' or a floating-point torch dtype")
+    return found
+
+
+def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]:
+    """Configuration checks first, weights after; every failure one sentence."""
+    local = Path(path).is_dir()
+    if local:
+        if not (Path(path) / "config.json").exists():
+            raise ValueError(f"model: folder {path} has no config.json")
+        if revision is not None:
+            raise ValueError(f"revision: {revision!r} means nothing for the local folder {path}")
+        if not any(Path(path).glob("*.safetensors")):
+            what = "only pickled weights" if any(Path(path).glob("*.bin")) else "no weights"
+            raise ValueError(f"model: folder {path} has {what}; safetensors is what is read")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        _require_causal(config, path, *(config.architectures or []))
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"model: {path} is quantised; load the unquantised weights")
+        with _no_progress_bar():
+            source, report = AutoModelForCausalLM.from_pretrained(
+                path, config=config, revision=revision, dtype="auto", use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"model: weights of {path} are damaged ({error})") from error
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("model: "):
+            raise
+        raise ValueError(_reason(path, local, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
+    return source, None if local else getattr(config, "_commit_hash", None)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Reading weights from disk is quick; downloads keep the hub's own bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _reason(path: str, local: bool, error: BaseException) -> str:
+    chain: list[str] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(type(link).__name__ + " " + str(link))
+        link = link.__cause__ or link.__context__
+    text = " ".join(chain)
+    first = str(error).strip().split("\n")[0]
+    if "GatedRepo" in text or "gated repo" in text:
+        return f"model: {path} is gated; accept its licence on the hub and log in with `hf auth login`"
+    if "RevisionNotFound" in text:
+        return f"revision: not found in {path} ({first})"
+    if "trust_remote_code" in text:
+        return f"model: {path} needs code of its own to run (trust_remote_code), which stays off"
+    if "safetensors" in text and ".bin" in text:
+        return f"model: {path} has only pickled weights; safetensors is what is read"
+    if local:
+        return f"model: folder {path} could not be loaded ({first})"
+    return f"model: {path!r} is no folder here and could not be had from the hub ({first})"
+
+
+def _require_causal(config: PreTrainedConfig, name: str, *architectures: str) -> None:
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.model_type not in causal or (architectures and not named):
+        what = architectures[0] if architectures else config.model_type
+        raise ValueError(f"model: {name} is not a causal language model ({what})")
+
+
+def _require_finite(source: PreTrainedModel, name: str) -> None:
+    for key, parameter in source.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(f"model: {name} has weights that are not finite, in {key}")
+
+
+@torch.no_grad()
+def _fingerprint(source: PreTrainedModel) -> str:
+    """Hash of shapes and of a few elements of every weight, rounded to bfloat16.
+
+    The rounding makes it the same for a checkpoint and for its bfloat16 or float32 copies.
+    """
+    digest = hashlib.sha256()
+    for key, parameter in sorted(source.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)].bfloat16().float().cpu()
+        digest.update(f"{key} {tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where the folder or repository has none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: the tokenizer of {path} could not be loaded ({error})") from error
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
