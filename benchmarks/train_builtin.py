@@ -217,6 +217,7 @@ object, not a text generator of any use.
   {record["train_tokens"] / 1e6:.1f}M tokens, seen {record["epochs"]:.1f} times. The texts are in the
   public domain; the ELTeC edition they were taken from is CC BY 4.0.
 * **Held out**: {", ".join(f.stem for f in held)}.
+* `held_out.txt` is an excerpt of {held[0].stem}, for `python -m prototok.bench`.
 * **Tokenizer**: byte-level BPE, {s.vocab_size} entries, trained on the training books. No token is
   added in front of a text.
 * **Training**: Muon (lr {s.muon_lr}) for hidden matrices, AdamW (lr {s.adam_lr}) for the rest,
@@ -233,8 +234,15 @@ folder holds one .txt file a book.
 """
 
 
+def excerpt(files: list[Path], size: int = 20_000) -> str:
+    """Whole paragraphs from the middle of the first held-out file: text the model never saw."""
+    text = files[0].read_text(encoding="utf-8")
+    start = text.index("\n\n", len(text) // 2) + 2
+    return text[start : text.rindex("\n\n", start, start + size)] + "\n"
+
+
 def export(
-    model: PreTrainedModel, tokenizer: Tokenizer, out: Path, record: dict, card: str
+    model: PreTrainedModel, tokenizer: Tokenizer, out: Path, record: dict, card: str, sample: str
 ) -> None:
     model.save_pretrained(out)
     PreTrainedTokenizerFast(
@@ -243,6 +251,7 @@ def export(
     ).save_pretrained(out)  # fmt: skip
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "README.md").write_text(card)
+    (out / "held_out.txt").write_text(sample, encoding="utf-8")
 
 
 def main() -> None:
@@ -359,7 +368,8 @@ def main() -> None:
         "seconds": round(state["seconds"]),
         "torch": torch.__version__,
     }
-    export(stored, tokenizer, a.out, record, model_card(s, record, train_files, held_files))
+    card = model_card(s, record, train_files, held_files)
+    export(stored, tokenizer, a.out, record, card, excerpt(held_files))
     print(f"held-out loss {final:.3f} nats per token; written to {a.out}")
 
 

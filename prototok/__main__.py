@@ -1,0 +1,5 @@
+"""`python -m prototok` is `prototok`."""
+
+from prototok.cli import main
+
+main()

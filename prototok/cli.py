@@ -1,0 +1,191 @@
+"""The command line: `prototok …` and `python -m prototok …`.
+
+Exit codes: 0 ok, 2 usage, 3 finished with units that failed, 130 interrupted with work saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from prototok.fit_result import FitResult
+
+app = typer.Typer(
+    help="One-step text reconstruction from proto-tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
+
+
+@app.command()
+def fit(
+    book: Annotated[Path, typer.Argument(help="A plain-text file in UTF-8.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
+    model: Model = "tiny-llama",
+    length: Annotated[int, typer.Option(help="Tokens a chunk.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Fit only this many chunks.")] = None,
+    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
+    share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
+    seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at once; automatic if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Cut a book into chunks, fit each, and write vectors and measurements to a folder."""
+    from prototok.data import chunks, read_text
+    from prototok.fast_fit import fast_fit
+    from prototok.fit_result import FitInterrupted
+    from prototok.frozen_lm import load
+
+    if length < 1:
+        raise ValueError(f"length: {length} is not a positive integer")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not a positive integer")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file")
+    text = read_text(book)
+    lm = load(model, device, dtype, revision)
+    pieces = chunks(lm, text, length, limit)
+    family = "its own forward" if lm.body.family != "general" else "the general way, transformers"
+    _say(f"{model}: {lm.body.family} ({family}), {str(lm.dtype)[6:]} on {lm.device}")
+    try:
+        result = fast_fit(
+            lm, pieces, share=share, seeds=seeds, arrangement=arrangement, recipe=recipe,
+            batch_size=batch_size or "auto", progress=True,
+        )  # fmt: skip
+    except FitInterrupted as stopped:
+        if stopped.result is None:
+            _say("interrupted before the first chunk was fitted; nothing was written")
+        else:
+            stopped.result.save(out)
+            _say(f"interrupted; {len(stopped.texts)} of {len(pieces)} chunks are in {out}")
+        raise typer.Exit(130) from None
+    result.save(out)
+    _summarise(result, out)
+
+
+def _summarise(result: FitResult, out: Path) -> None:
+    best = result.best()
+    exact, texts = int(best.exact.sum()), best.tokens.texts
+    _say(
+        f"{texts} chunks, {int(best.tokens.lengths.sum())} tokens, {exact} exact, mean accuracy "
+        f"{float(best.accuracy.mean()):.3f}, {float(result.seconds.sum()):.1f} s; written to {out}"
+    )
+
+
+@app.command()
+def decode(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prototok fit` wrote.")],
+    model: Annotated[str | None, typer.Option(help="Default: the model named in the folder.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Print the text back, one forward pass a chunk, and say on stderr which chunks are exact."""
+    from prototok.decode import decode as decode_tokens
+    from prototok.fit_result import FitResult
+    from prototok.frozen_lm import load
+
+    best = FitResult.load(folder).best()
+    stored = best.tokens.model
+    lm = load(model or stored.name, device, dtype, None if model else stored.revision)
+    ids = decode_tokens(lm, best.tokens)
+    whole = 0
+    for i, (row, target) in enumerate(zip(ids, best.targets, strict=True)):
+        found = row[: len(target)]
+        sys.stdout.write(lm.decode_ids(found))
+        right = int((found == target).sum())
+        whole += right == len(target)
+        verdict = "exact" if right == len(target) else f"{right} of {len(target)} tokens right"
+        _say(f"[chunk {i}: {verdict}]")
+    sys.stdout.write("\n")
+    _say(f"{whole} of {len(ids)} chunks are exact")
+
+
+@app.command()
+def bench(
+    model: Annotated[list[str] | None, typer.Option(help="May be given more than once. Default: both built-in models.")] = None,
+    shape: Annotated[str | None, typer.Option(help="A published shape with random weights, for speed alone: pythia-160m, pythia-410m, pythia-1.4b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Such as 32,64,128.")] = None,
+    texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 16,
+    text: Annotated[Path | None, typer.Option(help="Where the texts come from; default: a held-out book in the package.")] = None,
+    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The record; the figure goes beside it.")] = Path("bench.json"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Fit, verify, and time one forward pass against KV-cached decoding."""
+    from prototok.bench import BenchSettings, run_bench, table, write
+    from prototok.frozen_lm import BUILT_IN
+
+    if shape is not None and model:
+        raise ValueError("shape: give a model or a shape, not both")
+    if texts < 1:
+        raise ValueError(f"texts: {texts} is not a positive integer")
+    settings = BenchSettings(
+        tuple(model) if model else BUILT_IN, shape, _lengths(lengths), texts, text, recipe,
+        device, dtype,
+    )  # fmt: skip
+    record = run_bench(settings, say=_say)
+    write(record, out)
+    print(table(record))
+    print(f"\n{record['seconds']:.0f} s; written to {out} and {out.with_suffix('.svg')}")
+    summary = [
+        {k: case[k] for k in ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")}
+        for case in record["cases"]
+    ]  # fmt: skip
+    print(json.dumps(summary))
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"lengths: {text!r} is not a list such as 32,64,128") from None
+
+
+@app.command()
+def env() -> None:
+    """Print machine and versions, one a line."""
+    from prototok.machine import describe
+
+    for name, value in describe().items():
+        print(f"{name}: {value}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a ValueError becomes one sentence and exit code 2."""
+    try:
+        app(args=arguments, prog_name="prototok")
+    except ValueError as error:
+        _say(f"prototok: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("prototok: interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does; nothing is wrong and nothing is lost.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What machine and which versions this is, and how fast it computes and copies."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "flash-attn")
+
+
+def describe() -> dict[str, str]:
+    """Machine and versions, for records; no value names a user or a host."""
+    found = {
+        "prototok": _version("prototok"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    return found | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def timed(function: Callable[[], object], device: torch.device, least: float = 0.2) -> list[float]:
+    """Seconds of single calls, repeated for at least `least` seconds and three times, warm."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < least and len(times) < 200):
+        times.append(once(function, device))
+    return times
+
+
+def once(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    clock = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - clock
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product, the practical peak of this machine in this dtype."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b, device))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s read and written by a copy far larger than the caches."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 28)
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / statistics.median(timed(lambda: b.copy_(a), device))

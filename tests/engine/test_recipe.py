@@ -1,0 +1,56 @@
+"""Recipes: the paper's settings, the schedules, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prototok import Recipe
+from prototok.engine.recipe import PAPER, recipe_of
+
+
+def test_paper_recipe_is_the_papers() -> None:
+    assert recipe_of("paper") is PAPER
+    assert (PAPER.lr, PAPER.betas, PAPER.weight_decay) == (0.01, (0.9, 0.9), 0.01)
+    assert (PAPER.max_steps, PAPER.accuracy, PAPER.margin, PAPER.init_std) == (5000, 1.0, 0.0, 1.0)
+    assert (PAPER.schedule, PAPER.warmup, PAPER.temperature) == ("constant", 0, 1.0)
+    steps = torch.tensor([0, 1, 4999])
+    assert torch.equal(PAPER.lr_at(steps), torch.full((3,), 0.01))
+
+
+def test_cosine_with_warm_up() -> None:
+    recipe = Recipe(lr=0.2, schedule="cosine", warmup=10, max_steps=100)
+    rates = recipe.lr_at(torch.arange(101)).tolist()
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[9] == pytest.approx(0.1 * (1 + math.cos(math.pi * 0.09)))
+    assert rates[50] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"accuracy": 0.0}, "accuracy"),
+        ({"accuracy": 1.1}, "accuracy"),
+        ({"margin": -1.0}, "margin"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": 10.5}, "max_steps"),
+        ({"warmup": -1}, "warmup"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        Recipe(**changes)
+
+
+def test_unknown_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^recipe: 'quick' is not"):
+        recipe_of("quick")

@@ -1,0 +1,199 @@
+"""Each family's forward is the transformers forward, in fp32 and in a float64 run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.conftest import shared, small_llama
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import prototok
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def neox(**changes: object) -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**(SIZES | {"rope_parameters": rope} | changes)))
+
+
+OWN = {
+    "llama, grouped, tied": lambda: small_llama(),
+    "llama, one kv head each, untied": lambda: small_llama(
+        num_key_value_heads=4, tie_word_embeddings=False
+    ),
+    "llama, biases, wide heads": lambda: small_llama(
+        attention_bias=True, mlp_bias=True, head_dim=16
+    ),
+    "llama, llama3 rope": lambda: small_llama(rope_parameters=LLAMA3),
+    "llama, linear rope": lambda: small_llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "llama, yarn rope": lambda: small_llama(
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    ),
+    "mistral, window shorter than the text": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
+    "qwen2, window in the upper layers": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=5,
+            max_window_layers=1,
+        )
+    ),
+    "qwen3, tied": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)
+    ),
+    "gpt-neox, parallel": lambda: neox(),
+    "gpt-neox, sequential": lambda: neox(use_parallel_residual=False),
+    "gpt-neox, full rotary, tied, no attention bias": lambda: neox(
+        attention_bias=False, tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+        },
+    ),
+    "gpt-neox, tanh gelu": lambda: neox(hidden_act="gelu_new"),
+}  # fmt: skip
+GENERAL = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+            word_embed_proj_dim=24, max_position_embeddings=64,
+        )
+    ),
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ),
+    "llama, dynamic rope": lambda: small_llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+}  # fmt: skip
+
+
+def made(build: dict, name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = build[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases at their trivial values would hide mistakes
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def embeds_for(model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
+    width = model.get_input_embeddings().weight.shape[1]
+    return torch.randn(2, 19, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.fixture
+def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers rounds every RMSNorm through fp32 even in a float64 run; lift that here."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+    yield
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN)
+def test_own_family_equals_transformers_in_fp32(name: str) -> None:
+    model = made(OWN, name)
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    assert lm.body.family in ("llama", "gpt_neox")
+    embeds = embeds_for(model, torch.float32)
+    assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN)
+def test_own_family_equals_transformers_in_fp64(name: str, double_norms: None) -> None:
+    model = made(OWN, name).double()
+    lm = prototok.load(model, device="cpu", dtype="float64")
+    embeds = embeds_for(model, torch.float64)
+    assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERAL)
+def test_other_models_go_the_general_way(name: str) -> None:
+    model = made(GENERAL, name)
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    assert lm.body.family == "general"
+    embeds = embeds_for(model, torch.float32)
+    torch.testing.assert_close(lm.logits(embeds), model(inputs_embeds=embeds).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mamba"])
+def test_general_models_can_be_fitted(name: str) -> None:
+    model = made(GENERAL, name)
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    recipe = prototok.Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=150)
+    fit = prototok.fast_fit(lm, [[5, 9], [7, 3]], recipe=recipe)
+    assert bool(fit.exact.all())
+    assert prototok.decode(lm, fit.tokens).tolist() == [[5, 9], [7, 3]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stories3m", "stories260k", "neox4m"])
+def test_real_models_equal_transformers(name: str, double_norms: None) -> None:
+    path = shared("models", name)
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        lm = prototok.load(path, device="cpu", dtype=dtype)
+        embeds = embeds_for(model, dtype)
+        assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < bound
+
+
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
+def test_gradient_of_the_embeddings_equals_transformers(name: str, double_norms: None) -> None:
+    model = made(OWN, name).double()
+    lm = prototok.load(model, device="cpu", dtype="float64")
+    grads = []
+    for forward in (lm.logits, lambda x: model(inputs_embeds=x).logits):
+        embeds = embeds_for(model, torch.float64).requires_grad_()
+        forward(embeds).square().sum().backward()
+        grads.append(embeds.grad)
+    assert relative_error(grads[0], grads[1]) < 1e-9
