@@ -2,10 +2,10 @@
 
     python benchmarks/train_builtin.py tiny-llama --text FOLDER --out FOLDER
 
-reads every .txt file below --text, holds some whole files out, trains a byte-level BPE tokenizer and
-a small causal language model, and writes a model in Hugging Face layout with its model card. Started
-again with the same arguments it goes on from its last checkpoint and sees the same batches as an
-uninterrupted run. Hidden matrices are trained with Muon, everything else with AdamW.
+reads every .txt file below --text, holds some whole files out, trains a byte-level BPE tokenizer
+and a small causal language model, and writes a model in Hugging Face layout with its model card.
+Started again with the same arguments it goes on from its last checkpoint and sees the same batches
+as an uninterrupted run. Hidden matrices are trained with Muon, everything else with AdamW.
 
 Letters: B sequences in a batch, T context length, V vocabulary.
 """
@@ -61,7 +61,9 @@ class Settings:
         return math.ceil(self.tokens / (self.batch * self.context))
 
 
-def build_model(name: str, vocab_size: int, context: int, width: int, layers: int) -> PreTrainedModel:
+def build_model(
+    name: str, vocab_size: int, context: int, width: int, layers: int
+) -> PreTrainedModel:
     """A freshly initialised model of the Llama or GPT-NeoX shape, heads of 32."""
     heads = width // 32
     if name == "tiny-llama":
@@ -70,7 +72,8 @@ def build_model(name: str, vocab_size: int, context: int, width: int, layers: in
                 vocab_size=vocab_size, hidden_size=width, intermediate_size=width * 8 // 3,
                 num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=max(1, heads // 3), max_position_embeddings=context,
-                tie_word_embeddings=True, rope_parameters=dict(ROPE), bos_token_id=0, eos_token_id=0,
+                tie_word_embeddings=True, rope_parameters=dict(ROPE), bos_token_id=0,
+                eos_token_id=0,
             )
         )  # fmt: skip
     return GPTNeoXForCausalLM(
@@ -121,7 +124,7 @@ def encode(tokenizer: Tokenizer, files: list[Path]) -> np.ndarray:
 
 
 def batch_at(stream: np.ndarray, step: int, s: Settings) -> Tensor:
-    """The (B, T+1) ids of one step: windows in an order that is a function of (seed, epoch) alone."""
+    """The (B, T+1) ids of one step: windows in an order that (seed, epoch) alone decides."""
     windows = (len(stream) - 1) // s.context
     rows = []
     for index in range(step * s.batch, (step + 1) * s.batch):
@@ -174,9 +177,7 @@ def save_checkpoint(
     os.replace(temporary, path)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     parameters = dict(model.named_parameters())
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     with safe_open(path, "pt") as file:
@@ -210,12 +211,12 @@ A {record["parameters"] / 1e6:.1f}M-parameter {record["architecture"]} language 
 scratch so that prototok has a real frozen model to work on where no network is. It is a test
 object, not a text generator of any use.
 
-* **Held-out loss**: {record["held_out_loss"]:.3f} nats per token, {record["held_out_nats_per_byte"]:.3f}
-  nats per byte, on {len(held)} whole books that were never trained on (stored bfloat16 weights,
-  float32 arithmetic, windows of {s.context} tokens).
+* **Held-out loss**: {record["held_out_loss"]:.3f} nats per token,
+  {record["held_out_nats_per_byte"]:.3f} nats per byte, on {len(held)} whole books that were never
+  trained on (stored bfloat16 weights, float32 arithmetic, windows of {s.context} tokens).
 * **Data**: {len(train)} English novels of 1840–1920 from the ELTeC-eng collection, plain text;
-  {record["train_tokens"] / 1e6:.1f}M tokens, seen {record["epochs"]:.1f} times. The texts are in the
-  public domain; the ELTeC edition they were taken from is CC BY 4.0.
+  {record["train_tokens"] / 1e6:.1f}M tokens, seen {record["epochs"]:.1f} times. The texts are in
+  the public domain; the ELTeC edition they were taken from is CC BY 4.0.
 * **Held out**: {", ".join(f.stem for f in held)}.
 * `held_out.txt` is an excerpt of {held[0].stem}, for `python -m prototok.bench`.
 * **Tokenizer**: byte-level BPE, {s.vocab_size} entries, trained on the training books. No token is
@@ -259,7 +260,9 @@ def main() -> None:
     parser.add_argument("name", choices=["tiny-llama", "tiny-neox"])
     parser.add_argument("--text", type=Path, required=True, help="folder of .txt files, one a book")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints (default: OUT/../work-NAME)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for checkpoints (default: OUT/../work-NAME)"
+    )
     parser.add_argument("--tokens", type=float, default=16e6)
     parser.add_argument("--width", type=int, default=192, help="hidden size, a multiple of 32")
     parser.add_argument("--layers", type=int, default=6)
@@ -303,7 +306,8 @@ def main() -> None:
             raise SystemExit(f"--work: {work} holds a run with other settings: {state['settings']}")
         step = load_checkpoint(checkpoint, model, optimizers)
         state["curve"] = [e for e in state["curve"] if e["step"] <= step]
-    print(f"{s.name}: {parameters:,} parameters, {len(train):,} training tokens, step {step}/{s.steps}")
+    sizes = f"{parameters:,} parameters, {len(train):,} training tokens"
+    print(f"{s.name}: {sizes}, step {step}/{s.steps}")
 
     bf16 = torch.autocast("cpu", dtype=torch.bfloat16)
 
@@ -341,8 +345,11 @@ def main() -> None:
             state["curve"].append(entry)
             log.write_text(json.dumps(state, indent=1))
             save_checkpoint(checkpoint, model, optimizers, step)
-            print(f"step {step}/{s.steps}  train {entry['train_loss']:.3f}  "
-                  f"held-out {entry['held_out_loss']:.3f}  {state['seconds']:.0f} s", flush=True)
+            print(
+                f"step {step}/{s.steps}  train {entry['train_loss']:.3f}  "
+                f"held-out {entry['held_out_loss']:.3f}  {state['seconds']:.0f} s",
+                flush=True,
+            )
         if step == a.stop_after:
             return
 

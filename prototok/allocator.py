@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: glibc's allocator, tuned for a training-like loop on the CPU."""
+"""Keep freed memory in the process: glibc's allocator, tuned for training-like loops on the CPU."""
 
 from __future__ import annotations
 
@@ -22,5 +22,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    took = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _KEEP), mallopt(_M_TOP_PAD, 1 << 26)]
+    took = [
+        mallopt(_M_MMAP_MAX, 0),
+        mallopt(_M_TRIM_THRESHOLD, _KEEP),
+        mallopt(_M_TOP_PAD, 1 << 26),
+    ]
     return all(took)

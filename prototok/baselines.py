@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Generate:
     """Greedy `generate` of exactly N tokens behind one, with a dynamic or a static KV cache."""
 
     def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
-        self.model = GeneralBody.from_model(lm.source, lm.device, dtype).model
+        self.model: Any = GeneralBody.from_model(lm.source, lm.device, dtype).model
         self.device, self.context = lm.device, lm.context
         self.first = lm.bos_id or 0
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -93,7 +95,7 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
     cases: list[Case] = []
     peaks: dict[str, dict[str, float]] = {}
     for name, lm in _models(settings):
-        lengths = settings.lengths or DEFAULT_LENGTHS.get(name, OTHER_LENGTHS)
+        lengths = settings.lengths or DEFAULT_LENGTHS.get(name) or OTHER_LENGTHS
         dtype = _name(lm.dtype)
         if dtype not in peaks:
             peaks[dtype] = {
@@ -188,9 +190,7 @@ def _texts(lm: FrozenLM, settings: BenchSettings, length: int) -> list[list[int]
     return pieces
 
 
-def _time_all(
-    lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
-) -> list[Timing]:
+def _time_all(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Timing]:
     """All ways at all batch sizes; at each size the ways take turns, so that drift hits all."""
     dtypes = [lm.dtype]
     if lm.device.type == "cpu" and lm.dtype != torch.float32:
@@ -199,9 +199,8 @@ def _time_all(
     timings = []
     for batch in _BATCHES:
         rows = vectors.expand(batch, -1, -1)
-        ways: dict[tuple[str, torch.dtype], Callable[[], object]] = {
-            (_ONE, lm.dtype): lambda rows=rows: decode_vectors(lm, rows, arrangement, length)
-        }
+        forward = functools.partial(decode_vectors, lm, rows, arrangement, length)
+        ways: dict[tuple[str, torch.dtype], Callable[[], object]] = {(_ONE, lm.dtype): forward}
         for dtype, baseline in generate.items():
             for cache in CACHES:
                 ways[f"generate, {cache} cache", dtype] = baseline.call(length, batch, cache)
@@ -232,7 +231,7 @@ def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement)
     ):  # fmt: skip
         pass
     looks = 1 if lm.device.type == "cpu" else 10
-    return statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)) / looks
+    return statistics.median(b - a for a, b in itertools.pairwise(marks)) / looks
 
 
 def _ceiling(length: int, dtype: torch.dtype, peak: dict[str, float]) -> float:
@@ -241,9 +240,7 @@ def _ceiling(length: int, dtype: torch.dtype, peak: dict[str, float]) -> float:
     A decoding step reads each weight once, itemsize bytes, and a forward over N positions spends
     2 N FLOPs on it; so the ratio is at most N, and at most FLOP/s over weights read a second / 2.
     """
-    return min(
-        length, peak["flops_per_second"] / 2 / (peak["bytes_per_second"] / dtype.itemsize)
-    )
+    return min(length, peak["flops_per_second"] / 2 / (peak["bytes_per_second"] / dtype.itemsize))
 
 
 def figure(record: dict) -> str:
@@ -288,21 +285,23 @@ def table(record: dict) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells))
     m = record["machine"]
     device = m["cuda device"] if m["cuda device"] != "none" else m["processor"]
     dtypes = ", ".join(sorted({c["dtype"] for c in record["cases"]}))
     notes = [
-        f"{device}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, {dtypes}",
-        "exact: texts that come back whole when decoded alone, in the model's dtype and in float32.",
-        "ratio: batch 1, against the strongest autoregressive way here. vs dynamic: against generate",
-        "with its default cache, the paper's comparison. best batch: each way at its best of "
-        + ", ".join(map(str, _BATCHES)) + ".",
-        "ceiling: the most two efficient implementations can differ at batch 1 on this machine, from",
-        "its measured matrix and copy rates. break-even: decodes after which the fit has paid off.",
+        f"{device}, {m['threads']} threads, torch {m['torch']}, "
+        f"transformers {m['transformers']}, {dtypes}",
+        "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
+        "ratio: batch 1, against the strongest autoregressive way here. vs dynamic: against",
+        "generate with its default cache, the paper's comparison. best batch: each way at its best",
+        "of " + ", ".join(map(str, _BATCHES)) + ".",
+        "ceiling: the most two efficient implementations can differ at batch 1 on this machine,",
+        "from its matrix and copy rates. break-even: decodes after which the fit has paid off.",
     ]  # fmt: skip
     return "\n".join([*lines, "", *notes])
 

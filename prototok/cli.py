@@ -27,6 +27,15 @@ Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neo
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
 
+_BENCH_MODEL = "May be given more than once. Default: both built-in models."
+_SHAPE = (
+    "A published shape with random weights, for speed alone: pythia-160m, pythia-410m, "
+    "pythia-1.4b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b."
+)
+_TEXT = "Where the texts come from. Default: a held-out book in the package."
+_OUT = "The record; the figure goes beside it."
+_SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
+
 
 @app.command()
 def fit(
@@ -39,7 +48,7 @@ def fit(
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(help="Rows at once; automatic if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -89,7 +98,7 @@ def _summarise(result: FitResult, out: Path) -> None:
 @app.command()
 def decode(
     folder: Annotated[Path, typer.Argument(help="A folder that `prototok fit` wrote.")],
-    model: Annotated[str | None, typer.Option(help="Default: the model named in the folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model in the folder.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
@@ -116,13 +125,13 @@ def decode(
 
 @app.command()
 def bench(
-    model: Annotated[list[str] | None, typer.Option(help="May be given more than once. Default: both built-in models.")] = None,
-    shape: Annotated[str | None, typer.Option(help="A published shape with random weights, for speed alone: pythia-160m, pythia-410m, pythia-1.4b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=_BENCH_MODEL)] = None,
+    shape: Annotated[str | None, typer.Option(help=_SHAPE)] = None,
     lengths: Annotated[str | None, typer.Option(help="Such as 32,64,128.")] = None,
     texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 16,
-    text: Annotated[Path | None, typer.Option(help="Where the texts come from; default: a held-out book in the package.")] = None,
+    text: Annotated[Path | None, typer.Option(help=_TEXT)] = None,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
-    out: Annotated[Path, typer.Option("--out", "-o", help="The record; the figure goes beside it.")] = Path("bench.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
@@ -142,11 +151,7 @@ def bench(
     write(record, out)
     print(table(record))
     print(f"\n{record['seconds']:.0f} s; written to {out} and {out.with_suffix('.svg')}")
-    summary = [
-        {k: case[k] for k in ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")}
-        for case in record["cases"]
-    ]  # fmt: skip
-    print(json.dumps(summary))
+    print(json.dumps([{key: case[key] for key in _SUMMARY} for case in record["cases"]]))
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:
@@ -182,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say("prototok: interrupted")
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output went away, as `| head` does; nothing is wrong and nothing is lost.
+        # The reader of our output went away, as `| head` does; nothing is wrong, nothing is lost.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

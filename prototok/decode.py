@@ -123,7 +123,8 @@ def require_length(length: object, lm: FrozenLM, arrangement: Arrangement) -> No
     positions = arrangement.input_length(length)
     if lm.context is not None and positions > lm.context:
         raise ValueError(
-            f"length: {length} tokens need {positions} positions, {lm.identity.name} has {lm.context}"
+            f"length: {length} tokens need {positions} positions, "
+            f"{lm.identity.name} has {lm.context}"
         )
 
 

@@ -18,7 +18,7 @@ from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
 from prototok.decode import decode_vectors, require_length
 from prototok.engine.recipe import Recipe, recipe_of
-from prototok.engine.rows import Unit, make_units
+from prototok.engine.rows import make_units
 from prototok.engine.run import Finished, FitEvent, run
 from prototok.fit_result import FitInterrupted, FitResult
 from prototok.frozen_lm import FrozenLM
@@ -136,9 +136,7 @@ class _Verified:
         return self.accuracy == 1.0
 
 
-def _verify(
-    lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor
-) -> _Verified:
+def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor) -> _Verified:
     """Decode one row's vectors (slots, d) at batch 1 and compare with its targets (N,)."""
     correct, margin, loss = len(targets), float("inf"), 0.0
     for model in (lm, lm.cast(torch.float32)):
@@ -179,7 +177,9 @@ class _Collector:
         self, texts: list[int], done: list[Finished], verified: dict[int, list[_Verified]]
     ) -> FitResult:
         seeds, width = len(self.seeds), self.lm.hidden_size
-        place = {(t, seed): (i, s) for i, t in enumerate(texts) for s, seed in enumerate(self.seeds)}
+        place = {
+            (t, seed): (i, s) for i, t in enumerate(texts) for s, seed in enumerate(self.seeds)
+        }
         shape = (len(texts), seeds)
         measured = {
             f.name: torch.zeros(shape, dtype=torch.int64 if f.name == "correct" else torch.float32)
@@ -258,7 +258,9 @@ def _seed_list(seeds: int | Sequence[int]) -> list[int]:
     listed = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else []
     whole = all(isinstance(s, int) and not isinstance(s, bool) for s in listed)
     if not listed or not whole or len(set(listed)) != len(listed):
-        raise ValueError(f"seeds: {seeds!r} is not a positive integer or a list of different integers")
+        raise ValueError(
+            f"seeds: {seeds!r} is not a positive integer or a list of different integers"
+        )
     return listed
 
 

@@ -124,7 +124,7 @@ class FitResult:
         return pa.table(columns).replace_schema_metadata(metadata)
 
 
-_DTYPES = {name: torch.float32 for name in _MEASURED} | {
+_DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "exact": torch.bool,
     "correct": torch.int64,
     "steps": torch.int64,

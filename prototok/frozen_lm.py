@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -24,8 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file, logging
 
 from prototok.families import Body, body_of
 
@@ -152,7 +154,7 @@ def load(
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
         name, source = model.config.name_or_path or type(model).__name__, model
-        resolved = getattr(model.config, "_commit_hash", None)
+        resolved = None
         _require_causal(model.config, name, type(model).__name__)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
@@ -162,7 +164,7 @@ def load(
         tokenizer = _tokenizer_of(path, resolved)
     config = source.config
     _require_finite(source, name)
-    embedding = source.get_input_embeddings().weight
+    embedding = _embedding(source)
     identity = ModelIdentity(
         name=name,
         revision=resolved,
@@ -189,7 +191,7 @@ def _freeze(
     return FrozenLM(
         identity=identity,
         body=body_of(source, device, dtype),
-        embedding=source.get_input_embeddings().weight.detach().to(device, dtype),
+        embedding=_embedding(source).to(device, dtype),
         context=context,
         dtype=dtype,
         device=device,
@@ -197,6 +199,12 @@ def _freeze(
         source=source,
         tokenizer=tokenizer,
     )
+
+
+def _embedding(source: PreTrainedModel) -> Tensor:
+    table: Any = source.get_input_embeddings()
+    weight: Tensor = table.weight
+    return weight.detach()
 
 
 def _device_of(device: str | torch.device) -> torch.device:
@@ -233,12 +241,16 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
             what = "only pickled weights" if any(Path(path).glob("*.bin")) else "no weights"
             raise ValueError(f"model: folder {path} has {what}; safetensors is what is read")
     try:
+        if not local:
+            # The commit first, then everything at that commit: a branch may move meanwhile.
+            found = Path(hf_hub_download(path, "config.json", revision=revision))
+            revision = found.parent.name
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         _require_causal(config, path, *(config.architectures or []))
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
         with _no_progress_bar():
-            source, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
             )  # fmt: skip
@@ -248,10 +260,11 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
         if isinstance(error, ValueError) and str(error).startswith("model: "):
             raise
         raise ValueError(_reason(path, local, error)) from error
+    source, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
-    return source, None if local else getattr(config, "_commit_hash", None)
+    return source, revision
 
 
 @contextmanager
@@ -275,7 +288,9 @@ def _reason(path: str, local: bool, error: BaseException) -> str:
     text = " ".join(chain)
     first = str(error).strip().split("\n")[0]
     if "GatedRepo" in text or "gated repo" in text:
-        return f"model: {path} is gated; accept its licence on the hub and log in with `hf auth login`"
+        return (
+            f"model: {path} is gated; accept its licence on the hub and log in with `hf auth login`"
+        )
     if "RevisionNotFound" in text:
         return f"revision: not found in {path} ({first})"
     if "trust_remote_code" in text:
@@ -318,7 +333,9 @@ def _fingerprint(source: PreTrainedModel) -> str:
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where the folder or repository has none."""
-    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+    try:
+        cached_file(path, "tokenizer_config.json", revision=revision)
+    except OSError:
         return None
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

@@ -10,7 +10,7 @@ _PLAIN_EVERY = 30.0
 
 
 class Progress:
-    """`shown` = None shows a bar on a terminal and nothing elsewhere; True insists; False is quiet."""
+    """`shown`: None shows a bar on a terminal only, True insists elsewhere too, False is quiet."""
 
     def __init__(self, total: int, what: str, shown: bool | None) -> None:
         self.total, self.what, self.done = total, what, 0

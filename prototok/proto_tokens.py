@@ -162,7 +162,8 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict:
         raise foreign
     if header.get("version") != _VERSION:
         raise ValueError(
-            f"path: {path} has format version {header.get('version')}; this prototok reads {_VERSION}"
+            f"path: {path} has format version {header.get('version')}; "
+            f"this prototok reads {_VERSION}"
         )
     return header
 

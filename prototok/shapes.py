@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     GPTNeoXConfig,
@@ -30,7 +32,9 @@ def _pythia(width: int, layers: int, heads: int) -> GPTNeoXConfig:
     )  # fmt: skip
 
 
-def _llama(width: int, wide: int, layers: int, heads: int, factor: float, tied: bool) -> LlamaConfig:
+def _llama(
+    width: int, wide: int, layers: int, heads: int, factor: float, tied: bool
+) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=128256, hidden_size=width, intermediate_size=wide, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=131072,
@@ -39,7 +43,6 @@ def _llama(width: int, wide: int, layers: int, heads: int, factor: float, tied: 
     )  # fmt: skip
 
 
-# name → configuration, and the optimiser steps of the paper's Table 4 are its own affair
 SHAPES = {
     "pythia-160m": lambda: _pythia(768, 12, 12),
     "pythia-410m": lambda: _pythia(1024, 24, 16),
@@ -59,13 +62,13 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
     if shape not in SHAPES:
         raise ValueError(f"shape: {shape!r} is not one of {', '.join(SHAPES)}")
     config = SHAPES[shape]()
-    made = GPTNeoXForCausalLM if isinstance(config, GPTNeoXConfig) else LlamaForCausalLM
+    made: Any = GPTNeoXForCausalLM if isinstance(config, GPTNeoXConfig) else LlamaForCausalLM
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
-            model = made(config)
+            model: PreTrainedModel = made(config)
     finally:
         torch.set_default_dtype(previous)
     model.config.name_or_path = f"{shape} (random weights)"

@@ -49,7 +49,8 @@ def _target(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
         whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)
         if raw.ndim != 1 or not (whole or raw.numel() == 0):
             raise ValueError(
-                f"texts: text {i} is {raw.dtype} of shape {tuple(raw.shape)}, not a row of token ids"
+                f"texts: text {i} is {raw.dtype} of shape {tuple(raw.shape)}, "
+                "not a row of token ids"
             )
         ids = raw.to("cpu", torch.int64)
     if len(ids) == 0:

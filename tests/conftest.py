@@ -1,42 +1,14 @@
-"""Small frozen models made here, and the real ones where a checkout of them stands beside ours."""
+"""Models that many tests use, loaded once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from support import small_llama
 
 import prototok
 from prototok import FrozenLM
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def shared(*parts: str) -> Path:
-    """A path below the shared folder; the test is skipped where it is missing."""
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"needs {'/'.join(('shared', *parts))}, which is not part of the project")
-    return path
-
-
-def stories(count: int, lm: FrozenLM, length: int) -> list[str]:
-    """The first `count` held-out stories of at least `length` tokens."""
-    text = shared("corpora", "tinystories", "valid.txt").read_text(encoding="utf-8")
-    found = [part for part in text.split("\n\n") if len(lm.encode(part)) >= length]
-    return found[:count]
-
-
-def small_llama(**changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
-        "tie_word_embeddings": True, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**(options | changes))).eval()
 
 
 @pytest.fixture(scope="session")

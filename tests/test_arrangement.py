@@ -26,7 +26,9 @@ from prototok.arrangement import Arrangement
 )
 def test_layout(name: str, length: int, layout: str) -> None:
     arrangement = Arrangement.parse(name)
-    letters = ["e"] if arrangement.leading == 1 else [f"e{k + 1}" for k in range(arrangement.leading)]
+    letters = (
+        ["e"] if arrangement.leading == 1 else [f"e{k + 1}" for k in range(arrangement.leading)]
+    )
     letters += ["m"] if arrangement.has_m else []
     found = [letters[i] for i in arrangement.layout(length).tolist()]
     assert found == layout.split()

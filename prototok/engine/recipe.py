@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from prototok_kernels.adamw_rows import AdamWSettings
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Unit:
 def make_units(
     targets: list[Tensor], seeds: list[int], share: str | None, group_size: int | None
 ) -> list[Unit]:
-    """Rows text by text; groups are `group_size` texts after one another with all of their seeds."""
+    """Rows text by text; a group is `group_size` texts in their order with all of their seeds."""
     rows = [
         Row(t * len(seeds) + s, t, seed, ids)
         for t, ids in enumerate(targets)

@@ -122,9 +122,7 @@ def _event(slots: Slots, steps: Tensor, score: StepScore) -> FitEvent:
     )  # fmt: skip
 
 
-def _step_within_memory(
-    lm: FrozenLM, slots: Slots, rows_per_forward: int
-) -> tuple[StepScore, int]:
+def _step_within_memory(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> tuple[StepScore, int]:
     """One step; on out-of-memory the same step again with half the rows at a time."""
     while True:
         try:

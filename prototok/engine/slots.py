@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from prototok_kernels.adamw_rows import AdamWState
 from torch import Tensor
 
 from prototok.arrangement import Arrangement
 from prototok.engine.recipe import Recipe
 from prototok.engine.rows import Unit, initial_vectors
-from prototok_kernels.adamw_rows import AdamWState
 
 
 @dataclass
@@ -125,7 +125,9 @@ class Slots:
         targets = [row.targets for unit in self.units for row in unit.rows]
         length = max((len(ids) for ids in targets), default=0)
         self.length = length
-        self.lengths = torch.tensor([len(ids) for ids in targets], dtype=torch.int64).to(self.device)
+        self.lengths = torch.tensor([len(ids) for ids in targets], dtype=torch.int64).to(
+            self.device
+        )
         self.targets = torch.zeros(len(targets), length, dtype=torch.int64)
         total = self.arrangement.input_length(length)
         self.layout = torch.zeros(len(targets), total, self.arrangement.slots, dtype=self.dtype)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from prototok_kernels.adamw_rows import adamw_rows_
+from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
 from prototok.engine.slots import Slots
 from prototok.frozen_lm import FrozenLM
-from prototok_kernels.adamw_rows import adamw_rows_
-from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def _forward_backward(
 ) -> tuple[StepScore, tuple[Tensor, ...]]:
     """Scores of some rows, and the gradient of the sum of their losses."""
     vectors = torch.cat(
-        [leaf.index_select(0, bank.row[part]) for leaf, bank in zip(leaves, slots.banks, strict=True)],
+        [
+            leaf.index_select(0, bank.row[part])
+            for leaf, bank in zip(leaves, slots.banks, strict=True)
+        ],
         dim=1,
     )
     # A product with one-hot rows places the vectors exactly, and its backward is a plain product,

@@ -30,7 +30,8 @@ class Body(Protocol):
 
 def body_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Body:
     """The family's own forward where it covers the model, else the general one."""
-    for family in (LlamaBody, GPTNeoXBody):
-        if family.covers(model.config):
-            return family.from_model(model, device, dtype)
+    if LlamaBody.covers(model.config):
+        return LlamaBody.from_model(model, device, dtype)
+    if GPTNeoXBody.covers(model.config):
+        return GPTNeoXBody.from_model(model, device, dtype)
     return GeneralBody.from_model(model, device, dtype)

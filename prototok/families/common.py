@@ -5,6 +5,8 @@ Letters: B rows, N positions, H heads, c head size, r rotated part of a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,7 @@ from torch import Tensor, nn
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
 
-def frozen(
-    tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
+def frozen(tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """The tensors one above the other, detached; None where there are none.
 
     A single tensor that already has the dtype and device shares its storage with the model's.
@@ -27,7 +27,7 @@ def frozen(
 
 
 def fused_linear(
-    modules: list[nn.Module], device: torch.device, dtype: torch.dtype
+    modules: list[nn.Linear], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of several nn.Linear with one input, as one: one product instead of many."""
     weight = frozen([m.weight for m in modules], device, dtype)
@@ -43,7 +43,7 @@ class RotaryTables:
     so that every rope scaling with static frequencies comes along.
     """
 
-    def __init__(self, rotary: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, rotary: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.inv_freq = rotary.inv_freq.detach().float().to(device)
         self.scaling = float(getattr(rotary, "attention_scaling", 1.0))
         self.dtype = dtype

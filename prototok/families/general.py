@@ -13,7 +13,7 @@ class GeneralBody:
     """A frozen twin of the model; `hidden` returns logits, whatever stands between them and it."""
 
     family = "general"
-    head = None
+    head: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

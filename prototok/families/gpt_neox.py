@@ -1,4 +1,6 @@
-"""The GPT-NeoX family (Pythia): LayerNorm with bias, partial rotary, parallel or sequential residual.
+"""The GPT-NeoX family (Pythia).
+
+LayerNorm with bias, partial rotary, and a parallel or sequential residual.
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, f MLP width.
 """
@@ -6,6 +8,7 @@ Letters: B rows, N positions, d hidden size, H heads, c head size, f MLP width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +32,9 @@ class _Norm:
     eps: float
 
     @classmethod
-    def of(cls, module: nn.Module, device: torch.device, dtype: torch.dtype) -> _Norm:
-        weight, bias = (t.detach().to(device, dtype) for t in (module.weight, module.bias))
-        return cls(weight, bias, module.eps)
+    def of(cls, module: nn.LayerNorm, device: torch.device, dtype: torch.dtype) -> _Norm:
+        weight, bias = module.weight.detach(), module.bias.detach()
+        return cls(weight.to(device, dtype), bias.to(device, dtype), module.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -73,7 +76,7 @@ class GPTNeoXBody:
     def from_model(
         cls, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> GPTNeoXBody:
-        inner = model.gpt_neox
+        inner: Any = model.gpt_neox
         blocks = []
         for layer in inner.layers:
             qkv, qkv_bias = fused_linear([layer.attention.query_key_value], device, dtype)
@@ -89,7 +92,8 @@ class GPTNeoXBody:
                 )
             )  # fmt: skip
         norm = _Norm.of(inner.final_layer_norm, device, dtype)
-        head = model.get_output_embeddings().weight.detach().to(device, dtype)
+        output: Any = model.get_output_embeddings()
+        head = output.weight.detach().to(device, dtype)
         rotary = RotaryTables(inner.rotary_emb, device, dtype)
         return cls(blocks, norm, head, rotary, model.config)
 

@@ -10,6 +10,7 @@ Letters: B rows, N positions, d hidden size, H heads, c head size, f MLP width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,9 @@ class LlamaBody:
     def from_model(
         cls, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     ) -> LlamaBody:
-        config, inner = model.config, model.model
+        config = model.config
+        inner: Any = model.model
+        lm_head: Any = model.lm_head
         blocks = []
         for layer in inner.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -81,21 +84,21 @@ class LlamaBody:
             out, out_bias = fused_linear([attention.o_proj], device, dtype)
             gate_up, gate_up_bias = fused_linear([mlp.gate_proj, mlp.up_proj], device, dtype)
             down, down_bias = fused_linear([mlp.down_proj], device, dtype)
-            head_norms = [
+            q_norm, k_norm = (
                 frozen([getattr(getattr(attention, name, None), "weight", None)], device, dtype)
                 for name in ("q_norm", "k_norm")
-            ]
+            )
             blocks.append(
                 _Block(
                     layer.input_layernorm.weight.detach().to(device, dtype),
-                    qkv, qkv_bias, *head_norms, out, out_bias,
+                    qkv, qkv_bias, q_norm, k_norm, out, out_bias,
                     layer.post_attention_layernorm.weight.detach().to(device, dtype),
                     gate_up, gate_up_bias, down, down_bias,
                     _window(config, attention.layer_idx),
                 )
             )  # fmt: skip
         norm = inner.norm.weight.detach().to(device, dtype)
-        head = model.lm_head.weight.detach().to(device, dtype)
+        head = lm_head.weight.detach().to(device, dtype)
         return cls(blocks, norm, head, RotaryTables(inner.rotary_emb, device, dtype), config)
 
     def hidden(self, inputs_embeds: Tensor) -> Tensor:
@@ -115,9 +118,7 @@ class LlamaBody:
                 k = F.rms_norm(k, (self.head_size,), block.k_norm, self.eps)
             q = rotate(q.transpose(1, 2), cos, sin)
             k = rotate(k.transpose(1, 2), cos, sin)
-            mixed = causal_attention(
-                q, k, v.transpose(1, 2), self.head_size**-0.5, block.window
-            )
+            mixed = causal_attention(q, k, v.transpose(1, 2), self.head_size**-0.5, block.window)
             x = x + F.linear(mixed, block.out, block.out_bias)
             h = F.rms_norm(x, (width,), block.mlp_norm, self.eps)
             gate, up = F.linear(h, block.gate_up, block.gate_up_bias).chunk(2, dim=-1)

@@ -38,7 +38,7 @@ def log_bars(title: str, axis: str, bars: Sequence[Bar]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
-        '<rect width="100%" height="100%" fill="white"/>',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         f'<text x="16" y="24" font-size="15" font-weight="bold">{escape(title)}</text>',
         f'<text x="16" y="44" fill="#555">{escape(axis)}</text>',
     ]

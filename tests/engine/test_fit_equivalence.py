@@ -131,7 +131,7 @@ def test_sharing_is_joint_and_the_unit_ends_as_one(small_lm: FrozenLM, share: st
 
 
 def test_shared_gradient_is_the_sum_over_the_group(small_lm: FrozenLM) -> None:
-    """Two copies of one text share m: its loss path is that of the text with e alone doubled in m."""
+    """Two copies of one text share m, in one forward and taking turns."""
     ids = targets(1, 4, small_lm.vocab_size)
     single = losses_of(small_lm, [ids[0], ids[0]], 10, share="m", batch_size=2)
     turns = losses_of(small_lm, [ids[0], ids[0]], 10, share="m", batch_size=1)

@@ -13,7 +13,9 @@ def test_rows_draw_the_same_whatever_stands_beside_them() -> None:
     alone = make_units([TEXTS[1]], [3], None, None)[0]
     among = next(u for u in make_units(TEXTS[::-1], [0, 3], None, None) if u.rows[0].index == 3)
     assert among.rows[0].seed == 3 and torch.equal(among.rows[0].targets, TEXTS[1])
-    for a, b in zip(initial_vectors(alone, 2, 8, 1.0), initial_vectors(among, 2, 8, 1.0), strict=True):
+    for a, b in zip(
+        initial_vectors(alone, 2, 8, 1.0), initial_vectors(among, 2, 8, 1.0), strict=True
+    ):
         assert torch.equal(a, b)
 
 

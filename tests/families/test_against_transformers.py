@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.conftest import shared, small_llama
+from support import shared, small_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -130,7 +130,9 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)

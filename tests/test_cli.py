@@ -1,0 +1,149 @@
+"""The command line as a user types it: exit codes, files, and what stays whole when it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import small_llama
+
+import prototok
+from prototok import FitResult
+
+HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-llama" / "held_out.txt"
+
+
+def prototok_cli(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "prototok", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("books") / "book.txt"
+    path.write_text(HELD_OUT.read_text()[:160])
+    return path
+
+
+def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None:
+    made = prototok_cli("fit", str(book), "--length", "4", "-o", "tokens", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "tiny-llama: llama (its own forward)" in made.stderr
+    read = prototok_cli("decode", "tokens", cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    fit = FitResult.load(tmp_path / "tokens")
+    exact = int(fit.exact.sum())
+    assert f"{exact} of {fit.tokens.texts} chunks are exact" in read.stderr
+    assert exact >= 0.9 * fit.tokens.texts
+    if exact == fit.tokens.texts:
+        assert read.stdout == book.read_text() + "\n"
+    assert read.stderr.count(": exact]") == exact
+
+
+def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> None:
+    prototok_cli("fit", str(book), "--length", "2", "--limit", "1", "-o", "tokens", cwd=tmp_path)
+    wrong = prototok_cli("decode", "tokens", "--model", "tiny-neox", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("prototok: tokens: fitted on tiny-llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fit", "nowhere.txt", "-o", "t"], "prototok: text: there is no file nowhere.txt"),
+        (["fit", "empty.txt", "-o", "t"], "prototok: text: empty.txt is empty"),
+        (["fit", "latin.txt", "-o", "t"], "prototok: text: latin.txt is not UTF-8"),
+        (["fit", "book.txt", "-o", "t", "--length", "0"], "prototok: length: 0 is not"),
+        (["fit", "book.txt", "-o", "t", "--length", "1.5"], "1.5"),
+        (["fit", "book.txt", "-o", "t", "--length", "9999"], "prototok: texts: text 0 is too long"),
+        (["fit", "book.txt", "-o", "t", "--limit", "0"], "prototok: limit: 0 is not"),
+        (["fit", "book.txt", "-o", "t", "--recipe", "x"], "prototok: recipe: 'x' is not"),
+        (
+            ["fit", "book.txt", "-o", "t", "--model", "no/where"],
+            "prototok: model: 'no/where' is no",
+        ),
+        (["fit", "book.txt", "-o", "book.txt"], "prototok: out: book.txt is a file"),
+        (["fit", "book.txt", "-o", "full"], "prototok: folder: full exists and holds something"),
+        (["decode", "full"], "prototok: folder: full holds no fit"),
+        (["bench", "--lengths", "a,b"], "prototok: lengths: 'a,b' is not a list"),
+        (["bench", "--lengths", "0"], "prototok: length: 0 is not a positive integer"),
+        (["bench", "--shape", "gpt-5"], "prototok: shape: 'gpt-5' is not one of"),
+        (["bench", "--texts", "0"], "prototok: texts: 0 is not"),
+        (["bench", "--shape", "pythia-160m", "--model", "x"], "prototok: shape: give a model or"),
+        (["unknown"], "unknown"),
+        (["fit"], "BOOK"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_writes_nothing(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 2500)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    found = prototok_cli(*arguments, cwd=tmp_path, env=offline, timeout=60)
+    assert found.returncode == 2
+    assert says in found.stderr
+    assert "Traceback" not in found.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_interrupted_fit_keeps_what_had_ended(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(HELD_OUT.read_text())
+    command = [sys.executable, "-m", "prototok", "fit", "book.txt", "--length", "2", "-o", "tokens"]
+    command += ["--batch-size", "4", "--limit", "2000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the model is loaded and the fit is about to start
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    fit = FitResult.load(tmp_path / "tokens")
+    assert f"interrupted; {fit.tokens.texts} of " in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["book.txt", "tokens"]
+
+
+def test_env_and_help_answer_fast(tmp_path: Path) -> None:
+    shown = prototok_cli("env", cwd=tmp_path)
+    assert shown.returncode == 0 and "\ntransformers: " in shown.stdout
+    code = "import sys, prototok.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    times = []
+    for _ in range(3):
+        clock = time.perf_counter()
+        helped = prototok_cli("--help", cwd=tmp_path)
+        times.append(time.perf_counter() - clock)
+    assert helped.returncode == 0 and "bench" in helped.stdout
+    assert min(times) < 1.0  # 0.3 s on an idle machine; CI machines are not
+
+
+def test_general_family_says_so(book: Path, tmp_path: Path) -> None:
+    small_llama(
+        vocab_size=4096, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    ).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_text((HELD_OUT.parent / name).read_text())
+    made = prototok_cli(
+        "fit",
+        str(book),
+        "--length",
+        "1",
+        "--limit",
+        "1",
+        "--model",
+        "model",
+        "-o",
+        "t",
+        cwd=tmp_path,
+    )
+    assert made.returncode == 0, made.stderr
+    assert "model: general (the general way, transformers)" in made.stderr
