@@ -24,9 +24,9 @@ _KERNEL_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
 }
-# Logits the CPU has alive at once: larger chunks leave the last-level cache between the product
-# that writes them, the pass, and the product that reads them.
-_CPU_CHUNK_BYTES = 32 << 20
+# Enough rows for full speed in the two products: smaller chunks, which would stay in the cache,
+# read the weight more often and lose more than that saves (docs/log.md).
+_CPU_CHUNK_BYTES = 64 << 20
 _TRITON_BLOCK = 8192
 
 

@@ -1,0 +1,110 @@
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for three generations."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the triton package is not installed")
+
+from prototok_kernels import adamw_rows, linear_cross_entropy  # noqa: E402
+from prototok_kernels.backend import TRITON_INTERPRETED  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="this is the process with the interpreter")
+@pytest.mark.parametrize("name", ["test_linear_cross_entropy.py", "test_adamw_rows.py"])
+def test_interpreted_kernels_pass_the_tests_of_every_backend(name):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "[triton", name],
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\d+ passed", run.stdout), "every case was skipped: " + run.stdout
+
+
+HEAD = dict(
+    targets="*i64",
+    token_weight="*fp32",
+    loss="*fp32",
+    predicted="*i64",
+    margin="*fp32",
+    vocabulary="i32",
+    inverse_temperature="fp32",
+)
+ADAMW = dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq"), "*fp32") | dict(
+    step="*i64",
+    lr="*fp32",
+    active="*u8",
+    D="i32",
+    **dict.fromkeys(
+        ("log_beta1", "log_beta2", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32"
+    ),
+    weight_decay="fp32",
+)
+CASES = {
+    f"head-{dtype}": (
+        "head",
+        dict(logits=f"*{dtype}", gradient=f"*{dtype}", **HEAD),
+        dict(HAS_TOKEN_WEIGHT=True, NEED_GRAD=True, BLOCK=8192),
+        16,
+    )
+    for dtype in ("bf16", "fp32")
+} | {"adamw": ("adamw", ADAMW, dict(BLOCK=1024), 8)}
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_a_gpu(case, architecture, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, signature, constants, num_warps = CASES[case]
+    kernel = {"head": linear_cross_entropy, "adamw": adamw_rows}[name]
+    kernel = getattr(kernel, f"_{name}_kernel")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    source = ASTSource(
+        kernel,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(kernel.arg_names)
+            if signature.get(argument, "").startswith("*") or argument in ("vocabulary", "D")
+        },
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps}
+    )
+    assert compiled.asm["cubin"]
+    # Neighbouring elements are read together: 16 bytes a thread and instruction.
+    assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
+    if architecture == 90:
+        assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0
+
+
+def spilled_bytes(ptx: str, folder: Path) -> int:
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if not ptxas.exists():
+        pytest.skip("this triton comes without ptxas, whose report names the spills")
+    (folder / "kernel.ptx").write_text(ptx)
+    report = subprocess.run(
+        [ptxas, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    assert found, report
+    return sum(map(int, found))
