@@ -136,7 +136,8 @@ def _adamw_triton(
             settings.eps,
             settings.weight_decay,
             BLOCK=block,
-            num_warps=max(1, min(8, block // 128)),
+            num_warps=max(1, block // 128),
+            enable_fp_fusion=True,  # triton's default differs from version to version
         )
 
 

@@ -22,8 +22,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("name", ["test_linear_cross_entropy.py", "test_adamw_rows.py"])
 def test_interpreted_kernels_pass_the_tests_of_every_backend(name):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "[triton", name],
-        cwd=HERE,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "[triton", HERE / name],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -55,7 +54,7 @@ CASES = {
     f"head-{dtype}": (
         "head",
         dict(logits=f"*{dtype}", gradient=f"*{dtype}", **HEAD),
-        dict(HAS_TOKEN_WEIGHT=True, NEED_GRAD=True, BLOCK=8192),
+        dict(HAS_TOKEN_WEIGHT=True, NEED_GRAD=True, BLOCK=4096),
         16,
     )
     for dtype in ("bf16", "fp32")
@@ -72,7 +71,6 @@ def test_compiles_without_a_gpu(case, architecture, tmp_path, monkeypatch):
     name, signature, constants, num_warps = CASES[case]
     kernel = {"head": linear_cross_entropy, "adamw": adamw_rows}[name]
     kernel = getattr(kernel, f"_{name}_kernel")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     source = ASTSource(
         kernel,
@@ -85,26 +83,25 @@ def test_compiles_without_a_gpu(case, architecture, tmp_path, monkeypatch):
         },
     )
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps}
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
-    assert compiled.asm["cubin"]
     # Neighbouring elements are read together: 16 bytes a thread and instruction.
     assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
     if architecture == 90:
-        assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0
+        usage = resource_usage(compiled.asm["cubin"], tmp_path)
+        # Spilled registers live on the stack. 64 registers let two programs share a processor.
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0 and usage["REG"] <= 64, usage
 
 
-def spilled_bytes(ptx: str, folder: Path) -> int:
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    if not ptxas.exists():
-        pytest.skip("this triton comes without ptxas, whose report names the spills")
-    (folder / "kernel.ptx").write_text(ptx)
+def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton comes without cuobjdump, which names what a kernel uses")
+    (folder / "kernel.cubin").write_bytes(cubin)
     report = subprocess.run(
-        [ptxas, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    assert found, report
-    return sum(map(int, found))
+        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
+    return {name: int(count) for name, count in found.items()}
