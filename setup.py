@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
 MISSING = """
-prototok: the C++ kernels were NOT built ({error}).
+prototok: the C++ kernels were NOT built ({error}, see above).
 prototok: the package works without them, more slowly on a CPU; install a C++17 compiler and
 prototok: reinstall to get them.
 """
@@ -23,7 +23,7 @@ class OptionalBuild(build_ext):
         try:
             super().run()
         except (BaseError, CCompilerError, CompileError, OSError) as error:
-            print(MISSING.format(error=error), file=sys.stderr)
+            print(MISSING.format(error=type(error).__name__), file=sys.stderr)
             # An editable or in-place build copies what was built; there is nothing to copy.
             self.extensions = []
 

@@ -58,7 +58,7 @@ class AdamWState:
 if triton is not None:
 
     @triton.jit
-    def _adamw_kernel(
+    def _adamw_kernel(  # type: ignore[no-untyped-def]
         param,  # (R, D) fp32, and so are the next three
         grad,
         exp_avg,

@@ -38,8 +38,8 @@ class HeadOutput:
 
     loss        (R,) fp32   cross-entropy of the target, nats, at the given temperature
     predicted   (R,) int64  argmax of the logits, the lowest id among equals
-    margin      (R,) fp32   target logit minus the best other logit; positive when predicted is right
-    grad_hidden (R, d)      gradient of Σ token_weight · loss, in hidden's dtype; None if not asked for
+    margin      (R,) fp32   target logit minus the best other logit; positive when the target wins
+    grad_hidden (R, d)      gradient of Σ token_weight · loss, in hidden's dtype; None if not wanted
     """
 
     loss: Tensor
@@ -51,7 +51,7 @@ class HeadOutput:
 if triton is not None:
 
     @triton.jit
-    def _head_kernel(
+    def _head_kernel(  # type: ignore[no-untyped-def]
         logits,  # (C, V)
         gradient,  # (C, V), may be logits
         targets,  # (C,) int64

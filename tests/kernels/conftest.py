@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from prototok_kernels.backend import unavailable
 
 DEVICES = {

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-
 from prototok_kernels import adamw_rows as module
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 
@@ -43,7 +42,7 @@ def torch_adamw(start, grads, lr, dtype):
     return torch.stack([row.detach() for row in rows])
 
 
-@pytest.mark.parametrize("coordinates", [1, 17, 1025])
+@pytest.mark.parametrize("coordinates", [1, 1025])
 def test_equals_torch_optim_adamw(backend, device, coordinates):
     start, grads, lr = make_run(3, coordinates, device)
     param, state = start.clone(), AdamWState.zeros(start)
@@ -93,7 +92,7 @@ def test_a_late_row_has_its_own_clock(backend, device):
     torch.testing.assert_close(param[1:], alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
 def test_nothing_to_update(backend, device, shape):
     param = torch.zeros(shape, device=device)
     state = AdamWState.zeros(param)
@@ -104,9 +103,10 @@ def test_nothing_to_update(backend, device, shape):
 
 
 def test_strided_gradient_and_many_rows(backend, device):
-    start, grads, _ = make_run(300, 130, device)
-    lr = torch.full((600,), 0.01, device=device)[::2]
-    active = torch.arange(300, device=device) % 3 > 0
+    rows = 12 if backend == "triton" else 300  # enough for the C++ to hand some to other threads
+    start, grads, _ = make_run(rows, 130, device)
+    lr = torch.full((2 * rows,), 0.01, device=device)[::2]
+    active = torch.arange(rows, device=device) % 3 > 0
     results = []
     for name in ("torch", backend):
         param, state = start.clone(), AdamWState.zeros(start)
@@ -126,9 +126,7 @@ def test_rows_that_no_kernel_takes():
     assert (wide[:, ::2] != before[:, ::2]).all() and torch.equal(wide[:, 1::2], before[:, 1::2])
     if module._cpu is not None:
         with pytest.raises(ValueError, match="param: backend 'cpu' needs contiguous fp32 rows"):
-            adamw_rows_(
-                wide[:, ::2], torch.ones(3, 4), state, lr, active, SETTINGS, backend="cpu"
-            )
+            adamw_rows_(wide[:, ::2], torch.ones(3, 4), state, lr, active, SETTINGS, backend="cpu")
 
 
 @pytest.mark.parametrize(
@@ -144,13 +142,13 @@ def test_rows_that_no_kernel_takes():
 )
 def test_a_users_mistake_is_named(change, message):
     param = torch.zeros(3, 4)
-    arguments = dict(
-        param=param,
-        grad=torch.zeros(3, 4),
-        state=AdamWState.zeros(param),
-        lr=torch.zeros(3),
-        active=torch.ones(3, dtype=torch.bool),
-        settings=SETTINGS,
-    )
+    arguments = {
+        "param": param,
+        "grad": torch.zeros(3, 4),
+        "state": AdamWState.zeros(param),
+        "lr": torch.zeros(3),
+        "active": torch.ones(3, dtype=torch.bool),
+        "settings": SETTINGS,
+    }
     with pytest.raises(ValueError, match=message):
         adamw_rows_(**{**arguments, **change})

