@@ -66,7 +66,6 @@ if triton is not None:
         step,  # (R,) int64
         lr,  # (R,) fp32
         active,  # (R,) uint8
-        D,
         log_beta1,
         log_beta2,
         beta2,
@@ -74,6 +73,7 @@ if triton is not None:
         one_minus_beta2,
         eps,
         weight_decay,
+        D: tl.constexpr,  # see _head_kernel for why not at run time
         BLOCK: tl.constexpr,
     ):
         # One program a row, so that the row's clock has one reader and one writer.
@@ -127,7 +127,6 @@ def _adamw_triton(
             state.step,
             lr,
             active.view(torch.uint8),
-            coordinates,
             _log(beta1),
             _log(beta2),
             beta2,
@@ -135,6 +134,7 @@ def _adamw_triton(
             1 - beta2,
             settings.eps,
             settings.weight_decay,
+            D=coordinates,
             BLOCK=block,
             num_warps=max(1, block // 128),
             enable_fp_fusion=True,  # triton's default differs from version to version

@@ -59,8 +59,9 @@ if triton is not None:
         loss,  # (C,) fp32
         predicted,  # (C,) int64
         margin,  # (C,) fp32
-        vocabulary,
         inverse_temperature,
+        vocabulary: tl.constexpr,  # V, one per model; the interpreter of triton 3.6 with numpy 2.4
+        # cannot loop up to a number that is given at run time
         HAS_TOKEN_WEIGHT: tl.constexpr,
         NEED_GRAD: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -145,8 +146,8 @@ def _triton_pass(
             out.loss,
             out.predicted,
             out.margin,
-            vocabulary,
             1.0 / temperature,
+            vocabulary=vocabulary,
             HAS_TOKEN_WEIGHT=token_weight is not None,
             NEED_GRAD=gradient is not None,
             BLOCK=block,

@@ -38,14 +38,12 @@ HEAD = {
     "loss": "*fp32",
     "predicted": "*i64",
     "margin": "*fp32",
-    "vocabulary": "i32",
     "inverse_temperature": "fp32",
 }
 ADAMW = dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq"), "*fp32") | dict(
     step="*i64",
     lr="*fp32",
     active="*u8",
-    D="i32",
     **dict.fromkeys(
         ("log_beta1", "log_beta2", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32"
     ),
@@ -55,11 +53,11 @@ CASES = {
     f"head-{dtype}": (
         "head",
         dict(logits=f"*{dtype}", gradient=f"*{dtype}", **HEAD),
-        {"HAS_TOKEN_WEIGHT": True, "NEED_GRAD": True, "BLOCK": 4096},
+        {"vocabulary": 50304, "HAS_TOKEN_WEIGHT": True, "NEED_GRAD": True, "BLOCK": 4096},
         16,
     )
     for dtype in ("bf16", "fp32")
-} | {"adamw": ("adamw", ADAMW, {"BLOCK": 1024}, 8)}
+} | {"adamw": ("adamw", ADAMW, {"D": 2048, "BLOCK": 1024}, 8)}
 
 
 @pytest.mark.skipif(TRITON_INTERPRETED, reason="interpreted kernels are not compiled")
@@ -75,12 +73,12 @@ def test_compiles_without_a_gpu(case, architecture, tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     source = ASTSource(
         kernel,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
+        signature={argument: signature.get(argument, "constexpr") for argument in kernel.arg_names},
         constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, argument in enumerate(kernel.arg_names)
-            if signature.get(argument, "").startswith("*") or argument in ("vocabulary", "D")
+            if signature.get(argument, "").startswith("*")
         },
     )
     compiled = triton.compile(
