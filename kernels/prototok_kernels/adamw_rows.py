@@ -5,10 +5,19 @@ Letters: R rows, D coordinates a row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from prototok_kernels.backend import _cpu, resolve_backend
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,122 @@ class AdamWState:
         )
 
 
+if triton is not None:
+
+    @triton.jit
+    def _adamw_kernel(  # type: ignore[no-untyped-def]
+        param,  # (R, D) fp32, and so are the next three
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step,  # (R,) int64
+        lr,  # (R,) fp32
+        active,  # (R,) uint8
+        log_beta1,
+        log_beta2,
+        beta2,
+        one_minus_beta1,
+        one_minus_beta2,
+        eps,
+        weight_decay,
+        D: tl.constexpr,  # see _head_kernel for why not at run time
+        BLOCK: tl.constexpr,
+    ):
+        # One program a row, so that the row's clock has one reader and one writer.
+        row = tl.program_id(0).to(tl.int64)
+        if tl.load(active + row) != 0:
+            now = tl.load(step + row) + 1
+            rate = tl.load(lr + row)
+            # In fp64: 1 - beta2^step would lose half of its digits in fp32 at the first steps.
+            time = now.to(tl.float64)
+            bias1 = (1.0 - tl.exp(time * log_beta1)).to(tl.float32)
+            bias2 = (1.0 - tl.exp(time * log_beta2)).to(tl.float32)
+            root_bias2 = tl.sqrt(bias2)
+            decay = 1.0 - rate * weight_decay
+            rate = rate / bias1
+            for start in range(0, D, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                inside = columns < D
+                at = row * D + columns
+                g = tl.load(grad + at, mask=inside, other=0.0)
+                m = tl.load(exp_avg + at, mask=inside, other=0.0)
+                v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+                p = tl.load(param + at, mask=inside, other=0.0)
+                m += one_minus_beta1 * (g - m)
+                v = beta2 * v + one_minus_beta2 * g * g
+                tl.store(exp_avg + at, m, mask=inside)
+                tl.store(exp_avg_sq + at, v, mask=inside)
+                p = p * decay - rate * m / (tl.sqrt(v) / root_bias2 + eps)
+                tl.store(param + at, p, mask=inside)
+            tl.store(step + row, now)
+
+
+def _adamw_triton(
+    param: Tensor,
+    grad: Tensor,
+    state: AdamWState,
+    lr: Tensor,
+    active: Tensor,
+    settings: AdamWSettings,
+) -> None:
+    rows, coordinates = param.shape
+    if rows == 0:
+        return
+    beta1, beta2 = settings.betas
+    block = min(1024, triton.next_power_of_2(max(1, coordinates)))
+    with torch.cuda.device_of(param):
+        _adamw_kernel[(rows,)](
+            param,
+            grad,
+            state.exp_avg,
+            state.exp_avg_sq,
+            state.step,
+            lr,
+            active.view(torch.uint8),
+            _log(beta1),
+            _log(beta2),
+            beta2,
+            1 - beta1,
+            1 - beta2,
+            settings.eps,
+            settings.weight_decay,
+            D=coordinates,
+            BLOCK=block,
+            num_warps=max(1, block // 128),
+            enable_fp_fusion=True,  # triton's default differs from version to version
+        )
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -1e30  # beta^step is 0, and finite arithmetic stays so
+
+
+def _adamw_cpu(
+    param: Tensor,
+    grad: Tensor,
+    state: AdamWState,
+    lr: Tensor,
+    active: Tensor,
+    settings: AdamWSettings,
+) -> None:
+    _cpu.adamw(
+        param=param.data_ptr(),
+        grad=grad.data_ptr(),
+        exp_avg=state.exp_avg.data_ptr(),
+        exp_avg_sq=state.exp_avg_sq.data_ptr(),
+        step=state.step.data_ptr(),
+        lr=lr.data_ptr(),
+        active=active.data_ptr(),
+        rows=param.shape[0],
+        coordinates=param.shape[1],
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        threads=torch.get_num_threads(),
+    )
+
+
+@torch.no_grad()
 def adamw_rows_(
     param: Tensor,  # (R, D) fp32, updated in place
     grad: Tensor,  # (R, D) fp32
@@ -53,11 +178,70 @@ def adamw_rows_(
     lr: Tensor,  # (R,) fp32
     active: Tensor,  # (R,) bool; other rows keep every bit of theirs
     settings: AdamWSettings,
+    *,
+    backend: str = "auto",
 ) -> None:
     """One decoupled-weight-decay Adam update of the active rows (Loshchilov & Hutter 2019).
 
     Rows that start together and stay active get what `torch.optim.AdamW` gives, to rounding.
+    Steps and learning rates are read on the device: nothing waits for the host.
+
+    `backend` is "torch", "triton" (CUDA), "cpu" (C++) or "auto". The last two of those named update
+    fp32 tensors with contiguous rows; for others "auto" takes "torch". Raises ValueError for a
+    shape, dtype or backend that cannot be met.
     """
+    _check(param, grad, state, lr, active)
+    resolved = resolve_backend(backend, param.device)
+    if resolved != "torch":
+        updated = {"param": param, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        unfit = [
+            name
+            for name, tensor in {**updated, "step": state.step}.items()
+            if not tensor.is_contiguous() or (name in updated and tensor.dtype != torch.float32)
+        ]
+        if unfit and backend != "auto":
+            raise ValueError(f"{unfit[0]}: backend {backend!r} needs contiguous fp32 rows")
+        if unfit:
+            resolved = "torch"
+    if resolved == "torch":
+        adamw_rows_ref_(param, grad, state, lr, active, settings)
+        return
+    update = _adamw_cpu if resolved == "cpu" else _adamw_triton
+    rates = lr.to(torch.float32).contiguous()
+    update(param, grad.to(torch.float32).contiguous(), state, rates, active.contiguous(), settings)
+
+
+def _check(param: Tensor, grad: Tensor, state: AdamWState, lr: Tensor, active: Tensor) -> None:
+    if param.ndim != 2:
+        raise ValueError(f"param: must be (R, D), saw {tuple(param.shape)}")
+    whole, clock = param.shape, param.shape[:1]
+    for name, tensor, shape in (
+        ("grad", grad, whole),
+        ("state.exp_avg", state.exp_avg, whole),
+        ("state.exp_avg_sq", state.exp_avg_sq, whole),
+        ("state.step", state.step, clock),
+        ("lr", lr, clock),
+        ("active", active, clock),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: must be {tuple(shape)}, saw {tuple(tensor.shape)}")
+        if tensor.device != param.device:
+            raise ValueError(f"{name}: is on {tensor.device}, param is on {param.device}")
+    if active.dtype != torch.bool:
+        raise ValueError(f"active: must be bool, saw {active.dtype}")
+    if state.step.dtype != torch.int64:
+        raise ValueError(f"state.step: must be int64, saw {state.step.dtype}")
+
+
+def adamw_rows_ref_(
+    param: Tensor,  # (R, D) fp32, updated in place
+    grad: Tensor,  # (R, D) fp32
+    state: AdamWState,  # updated in place
+    lr: Tensor,  # (R,) fp32
+    active: Tensor,  # (R,) bool; other rows keep every bit of theirs
+    settings: AdamWSettings,
+) -> None:
+    """The definition, in plain torch and in the dtype of `param`."""
     beta1, beta2 = settings.betas
     state.step += active
     step = state.step.clamp(min=1)[:, None].double()

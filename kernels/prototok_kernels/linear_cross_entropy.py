@@ -5,11 +5,31 @@ Letters: R rows (one row = one position of one text), d hidden size, V vocabular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from prototok_kernels.backend import _cpu, resolve_backend
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_KERNEL_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+# Enough rows for full speed in the two products: smaller chunks, which would stay in the cache,
+# read the weight more often and lose more than that saves (docs/log.md).
+_CPU_CHUNK_BYTES = 64 << 20
+# With 16 warps a thread reads 16 bytes of bf16 at a time, and its registers (55 on sm_90) let two
+# programs share a processor: one reduces while the other reads.
+_TRITON_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -17,15 +37,314 @@ class HeadOutput:
     """What the head says about each row.
 
     loss        (R,) fp32   cross-entropy of the target, nats, at the given temperature
-    predicted   (R,) int64  argmax of the logits
-    margin      (R,) fp32   target logit minus the best other logit; positive when predicted is right
-    grad_hidden (R, d)      gradient of Σ token_weight · loss, in hidden's dtype; None if not asked for
+    predicted   (R,) int64  argmax of the logits, the lowest id among equals
+    margin      (R,) fp32   target logit minus the best other logit; positive when the target wins
+    grad_hidden (R, d)      gradient of Σ token_weight · loss, in hidden's dtype; None if not wanted
     """
 
     loss: Tensor
     predicted: Tensor
     margin: Tensor
     grad_hidden: Tensor | None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _head_kernel(  # type: ignore[no-untyped-def]
+        logits,  # (C, V)
+        gradient,  # (C, V), may be logits
+        targets,  # (C,) int64
+        token_weight,  # (C,) fp32
+        loss,  # (C,) fp32
+        predicted,  # (C,) int64
+        margin,  # (C,) fp32
+        inverse_temperature,
+        vocabulary: tl.constexpr,  # V, one per model; the interpreter of triton 3.6 with numpy 2.4
+        # cannot loop up to a number that is given at run time
+        HAS_TOKEN_WEIGHT: tl.constexpr,
+        NEED_GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        # One program a row. The target is kept apart from the other logits: the best of those is
+        # the margin's other half, and log1p(sum of others) and p - 1 = -(sum of others) / total
+        # lose no digits when the target has almost all of the probability.
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * vocabulary
+        target = tl.load(targets + row)
+        # A wrong target must not read foreign memory; there is no host to raise, so it gives NaN.
+        valid = (target >= 0) & (target < vocabulary)
+        own = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
+
+        # Every lane keeps its own maximum and sum, so that the loop has no reduction across warps,
+        # and needs one exponential an element whether or not the maximum moves. The start is
+        # finite because -inf minus -inf is NaN.
+        lanes = tl.arange(0, BLOCK)
+        best = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        index = tl.full((BLOCK,), 2147483647, tl.int32)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + lanes
+            wanted = (columns < vocabulary) & (columns != target)
+            x = tl.load(logits + columns, mask=wanted, other=float("-inf")).to(tl.float32)
+            grows = x > best
+            decay = tl.exp(-tl.abs(x - best) * inverse_temperature)
+            total = tl.where(grows, total * decay + 1.0, total + decay)
+            index = tl.where(grows, columns, index)
+            best = tl.where(grows, x, best)
+        rival = tl.max(best, 0)
+        others = tl.sum(total * tl.exp((best - rival) * inverse_temperature), 0)
+        rival_index = tl.min(tl.where(best == rival, index, 2147483647), 0).to(tl.int64)
+        rival = tl.where(rival_index < vocabulary, rival, float("-inf"))  # V = 1: there is none
+
+        leads = own >= rival
+        top = tl.maximum(own, rival)
+        gap = tl.abs(own - rival) * inverse_temperature
+        rest = tl.where(leads, others * tl.exp(-gap), others)
+        whole = rest + tl.where(leads, 1.0, tl.exp(-gap))
+        # log1p by Goldberg's identity: the rounding error of 1 + rest divides out.
+        rounded = whole - 1.0
+        log1p = tl.where(rounded == 0.0, rest, tl.log(whole) * (rest / rounded))
+        tl.store(loss + row, tl.where(leads, log1p, tl.log(whole) + gap))
+        own_wins = (own > rival) | ((own == rival) & (target < rival_index))
+        tl.store(predicted + row, tl.where(own_wins, target, rival_index))
+        tl.store(margin + row, own - rival)
+
+        if NEED_GRAD:
+            gradient += row * vocabulary
+            scale = inverse_temperature
+            if HAS_TOKEN_WEIGHT:
+                scale = tl.load(token_weight + row) * inverse_temperature
+            factor = scale / whole
+            for start in range(0, vocabulary, BLOCK):
+                columns = start + lanes
+                inside = columns < vocabulary
+                x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                slope = tl.exp((x - top) * inverse_temperature) * factor
+                slope = tl.where(columns == target, -rest * factor, slope)
+                tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=inside)
+
+
+def _triton_pass(
+    logits: Tensor,  # (C, V)
+    gradient: Tensor | None,  # (C, V), may be logits; None = not wanted
+    targets: Tensor,  # (C,)
+    token_weight: Tensor | None,  # (C,)
+    temperature: float,
+    out: HeadOutput,  # of these C rows, written
+) -> None:
+    rows, vocabulary = logits.shape
+    if rows == 0:
+        return
+    block = min(_TRITON_BLOCK, triton.next_power_of_2(vocabulary))
+    with torch.cuda.device_of(logits):
+        _head_kernel[(rows,)](
+            logits,
+            logits if gradient is None else gradient,
+            targets,
+            out.loss if token_weight is None else token_weight,
+            out.loss,
+            out.predicted,
+            out.margin,
+            1.0 / temperature,
+            vocabulary=vocabulary,
+            HAS_TOKEN_WEIGHT=token_weight is not None,
+            NEED_GRAD=gradient is not None,
+            BLOCK=block,
+            num_warps=max(1, block // 256),
+            enable_fp_fusion=True,  # triton's default differs from version to version
+        )
+
+
+def _cpu_pass(
+    logits: Tensor,  # (C, V)
+    gradient: Tensor | None,  # (C, V), may be logits; None = not wanted
+    targets: Tensor,  # (C,)
+    token_weight: Tensor | None,  # (C,)
+    temperature: float,
+    out: HeadOutput,  # of these C rows, written
+) -> None:
+    try:
+        _cpu.head(
+            logits=logits.data_ptr(),
+            gradient=0 if gradient is None else gradient.data_ptr(),
+            targets=targets.data_ptr(),
+            token_weight=0 if token_weight is None else token_weight.data_ptr(),
+            loss=out.loss.data_ptr(),
+            predicted=out.predicted.data_ptr(),
+            margin=out.margin.data_ptr(),
+            rows=logits.shape[0],
+            vocabulary=logits.shape[1],
+            temperature=temperature,
+            is_bf16=logits.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
+    except IndexError as error:
+        raise ValueError(str(error)) from None
+
+
+def _linear_cross_entropy_fused(
+    hidden: Tensor,
+    weight: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    temperature: float,
+    need_grad: bool,
+    workspace_bytes: int,
+    backend: str,
+) -> HeadOutput:
+    """GEMM, one pass over the chunk in place, GEMM; the logits stay in hidden's dtype."""
+    row_pass = _cpu_pass if backend == "cpu" else _triton_pass
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    if token_weight is not None:
+        token_weight = token_weight.to(torch.float32).contiguous()
+    out = _empty_output(hidden, targets, need_grad)
+    if weight is None:  # no workspace: the pass reads hidden and writes the gradient
+        row_pass(hidden, out.grad_hidden, targets, token_weight, temperature, out)
+        return out
+    rows, vocabulary = targets.shape[0], weight.shape[0]
+    if backend == "cpu":
+        workspace_bytes = min(workspace_bytes, _CPU_CHUNK_BYTES)
+    largest = max(1, workspace_bytes // (vocabulary * hidden.element_size()))
+    # Equal chunks: a short last one would read the whole weight twice for a few rows.
+    chunk = math.ceil(rows / max(1, math.ceil(rows / largest)))
+    workspace = hidden.new_empty(chunk, vocabulary)
+    for start in range(0, rows, max(1, chunk)):
+        part = slice(start, min(start + chunk, rows))
+        logits = workspace[: part.stop - start]  # (C, V)
+        torch.mm(hidden[part], weight.T, out=logits)
+        row_pass(
+            logits,
+            logits if need_grad else None,
+            targets[part],
+            None if token_weight is None else token_weight[part],
+            temperature,
+            HeadOutput(out.loss[part], out.predicted[part], out.margin[part], None),
+        )
+        if out.grad_hidden is not None:
+            torch.mm(logits, weight, out=out.grad_hidden[part])
+    return out
+
+
+def _linear_cross_entropy_torch(
+    hidden: Tensor,
+    weight: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    temperature: float,
+    need_grad: bool,
+    workspace_bytes: int,
+) -> HeadOutput:
+    """The same in plain torch; logits are fp32 from the product on."""
+    rows = targets.shape[0]
+    vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
+    out = _empty_output(hidden, targets, need_grad)
+    chunk = max(1, workspace_bytes // (4 * vocabulary))
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        h, t = hidden[part], targets[part]
+        logits = (h if weight is None else h @ weight.T).float()  # (C, V)
+        if weight is None and logits is h:
+            logits = logits.clone()
+        target_logit = logits.gather(1, t[:, None])
+        out.predicted[part] = logits.argmax(dim=-1)
+        logits.scatter_(1, t[:, None], float("-inf"))
+        out.margin[part] = target_logit[:, 0] - logits.amax(dim=-1)
+        logits.scatter_(1, t[:, None], target_logit)
+        if temperature != 1.0:
+            logits.div_(temperature)
+            target_logit = target_logit / temperature
+        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        out.loss[part] = (normaliser - target_logit)[:, 0]
+        if out.grad_hidden is None:
+            continue
+        logits.sub_(normaliser).exp_()
+        logits.scatter_add_(1, t[:, None], torch.full_like(target_logit, -1.0))
+        scale = 1.0 if token_weight is None else token_weight[part, None]
+        logits.mul_(scale / temperature)
+        grad = logits.to(hidden.dtype)
+        out.grad_hidden[part] = grad if weight is None else grad @ weight
+    return out
+
+
+def _empty_output(hidden: Tensor, targets: Tensor, need_grad: bool) -> HeadOutput:
+    rows = targets.shape[0]
+    return HeadOutput(
+        hidden.new_empty(rows, dtype=torch.float32),
+        targets.new_empty(rows),
+        hidden.new_empty(rows, dtype=torch.float32),
+        torch.empty_like(hidden) if need_grad else None,
+    )
+
+
+@torch.no_grad()
+def linear_cross_entropy(
+    hidden: Tensor,  # (R, d)
+    weight: Tensor | None,  # (V, d), frozen; None when hidden already holds logits, (R, V)
+    targets: Tensor,  # (R,) int64 in [0, V)
+    token_weight: Tensor | None = None,  # (R,) fp32; None = ones; 0 = not trained on
+    *,
+    temperature: float = 1.0,
+    need_grad: bool = True,
+    workspace_bytes: int = 256 << 20,
+    backend: str = "auto",
+) -> HeadOutput:
+    """Cross-entropy of `softmax(hidden @ weight.T / temperature)` and what a fit needs beside it.
+
+    At most `workspace_bytes` of logits are alive at once (of fp32 logits for "torch", which also
+    makes temporaries): rows are taken in chunks, each chunk's logits become its gradient in place,
+    and one more product turns that into the gradient of the hidden state. There is no gradient of
+    the weight, no synchronisation with the host on a GPU, and every row is summed in a fixed order.
+
+    `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "auto". In
+    the last two the logits have hidden's dtype, and all arithmetic on them is fp32.
+
+    Raises ValueError for a shape, dtype, temperature or backend that cannot be met, and on the CPU
+    for a target outside [0, V); on a GPU such a row's loss is NaN.
+    """
+    _check(hidden, weight, targets, token_weight, temperature)
+    resolved = resolve_backend(backend, hidden.device)
+    if hidden.dtype not in _KERNEL_DTYPES.get(resolved, (hidden.dtype,)):
+        if backend != "auto":
+            raise ValueError(f"backend: {backend!r} does not take hidden of {hidden.dtype}")
+        resolved = "torch"
+    if resolved == "torch":
+        return _linear_cross_entropy_torch(
+            hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
+        )
+    return _linear_cross_entropy_fused(
+        hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes, resolved
+    )
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    temperature: float,
+) -> None:
+    rows = targets.shape[0] if targets.ndim == 1 else -1
+    if hidden.ndim != 2 or hidden.shape[0] != rows:
+        raise ValueError(
+            f"hidden: must be (R, d) for targets (R,), saw {tuple(hidden.shape)} "
+            f"and {tuple(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: must be int64, saw {targets.dtype}")
+    if weight is not None and (weight.ndim != 2 or weight.shape[1] != hidden.shape[1]):
+        raise ValueError(
+            f"weight: must be (V, {hidden.shape[1]}) for this hidden, saw {tuple(weight.shape)}"
+        )
+    if weight is not None and weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: must have hidden's dtype {hidden.dtype}, saw {weight.dtype}")
+    if token_weight is not None and token_weight.shape != targets.shape:
+        raise ValueError(f"token_weight: must be ({rows},), saw {tuple(token_weight.shape)}")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature: must be positive, saw {temperature}")
+    for name, other in (("weight", weight), ("targets", targets), ("token_weight", token_weight)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name}: is on {other.device}, hidden is on {hidden.device}")
 
 
 def linear_cross_entropy_ref(
@@ -41,60 +360,7 @@ def linear_cross_entropy_ref(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits / temperature, targets, reduction="none")
     (grad,) = torch.autograd.grad((loss * token_weight).sum(), hidden)
-    top2 = logits.detach().topk(2, dim=-1)
-    target_logit = logits.detach().gather(1, targets[:, None])[:, 0]
-    is_top = top2.indices[:, 0] == targets
-    margin = target_logit - torch.where(is_top, top2.values[:, 1], top2.values[:, 0])
-    return HeadOutput(loss.detach(), top2.indices[:, 0], margin, grad)
-
-
-def linear_cross_entropy(
-    hidden: Tensor,  # (R, d)
-    weight: Tensor | None,  # (V, d), frozen; None when hidden already holds logits, (R, V)
-    targets: Tensor,  # (R,) int64 in [0, V)
-    token_weight: Tensor | None = None,  # (R,) fp32; None = ones; 0 = not trained on
-    *,
-    temperature: float = 1.0,
-    need_grad: bool = True,
-    workspace_bytes: int = 256 << 20,
-) -> HeadOutput:
-    """Cross-entropy of `softmax(hidden @ weight.T / temperature)` and what a fit needs beside it.
-
-    At most `workspace_bytes` of fp32 logits are alive at once: rows are taken in chunks, each
-    chunk's logits become its probabilities and then its gradient in place, and one more product
-    turns that into the gradient of the hidden state. There is no gradient of the weight, no
-    synchronisation with the host, and every row is summed in a fixed order.
-    """
-    rows = targets.shape[0]
-    vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-    loss = hidden.new_empty(rows, dtype=torch.float32)
-    predicted = targets.new_empty(rows)
-    margin = hidden.new_empty(rows, dtype=torch.float32)
-    grad_hidden = torch.empty_like(hidden) if need_grad else None
-    chunk = max(1, workspace_bytes // (4 * vocabulary))
-    with torch.no_grad():
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            h, t = hidden[part], targets[part]
-            logits = (h if weight is None else h @ weight.T).float()  # (C, V)
-            if weight is None and logits is h:
-                logits = logits.clone()
-            target_logit = logits.gather(1, t[:, None])
-            predicted[part] = logits.argmax(dim=-1)
-            logits.scatter_(1, t[:, None], float("-inf"))
-            margin[part] = target_logit[:, 0] - logits.amax(dim=-1)
-            logits.scatter_(1, t[:, None], target_logit)
-            if temperature != 1.0:
-                logits.div_(temperature)
-                target_logit = target_logit / temperature
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            loss[part] = (normaliser - target_logit)[:, 0]
-            if grad_hidden is None:
-                continue
-            logits.sub_(normaliser).exp_()
-            logits.scatter_add_(1, t[:, None], torch.full_like(target_logit, -1.0))
-            scale = 1.0 if token_weight is None else token_weight[part, None]
-            logits.mul_(scale / temperature)
-            grad = logits.to(hidden.dtype)
-            grad_hidden[part] = grad if weight is None else grad @ weight
-    return HeadOutput(loss, predicted, margin, grad_hidden)
+    logits = logits.detach()
+    target_logit = logits.gather(1, targets[:, None])[:, 0]
+    best_other = logits.scatter(1, targets[:, None], float("-inf")).amax(dim=-1)
+    return HeadOutput(loss.detach(), logits.argmax(dim=-1), target_logit - best_other, grad)

@@ -1,0 +1,222 @@
+// Included once per instruction set, inside an anonymous namespace and after `kLanes` is defined,
+// so that no function compiled for a newer processor can be the one the linker keeps for an older.
+//
+// GCC's and clang's vector extensions rather than intrinsics: one text serves every width, and the
+// compiler splits vectors that the target lacks.
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// A block of fp32 is 8 KiB: its maximum and its sum are two reads, the second from the L1 cache.
+constexpr std::int64_t kBlock = 2048;
+constexpr int kChains = 4;  // independent accumulators, enough to hide the latency of an addition
+constexpr std::int64_t kStride = kChains * kLanes;
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load(const float* from) {
+  Floats value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Floats load(const bf16* from) {
+  Halves bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline void store(float* to, Floats value) { __builtin_memcpy(to, &value, sizeof value); }
+
+inline void store(bf16* to, Floats value) {
+  const Words bits = (Words)value;
+  const Words nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words kept = value != value ? Words{} + 0x7fc0u : nearest_even;  // NaN must stay NaN
+  const Halves halves = __builtin_convertvector(kept, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+// Fewer than kLanes elements; the lanes without one get `fill`.
+template <class T>
+inline Floats load_tail(const T* from, std::int64_t count, float fill) {
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = fill;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      lanes[i] = from[i];
+    } else {
+      const std::uint32_t word = std::uint32_t{from[i].bits} << 16;
+      __builtin_memcpy(&lanes[i], &word, sizeof word);
+    }
+  }
+  return load(lanes);
+}
+
+template <class T>
+inline void store_tail(T* to, std::int64_t count, Floats value) {
+  T lanes[kLanes];
+  store(lanes, value);
+  for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+template <class T>
+inline float load_one(const T* from) {
+  return load_tail(from, 1, 0.0f)[0];
+}
+
+template <class T>
+inline void store_one(T* to, float value) {
+  store_tail(to, 1, splat(value));
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// 2^x for x <= 0 to 1.5 units in the last place; below 2^-127 it is 0; NaN stays NaN.
+inline Floats exp2_nonpositive(Floats x) {
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats lowest = splat(-127.0f);
+  x = x < lowest ? lowest : x;
+  const Floats shifted = x + magic;
+  const Floats fraction = x - (shifted - magic);  // in [-1/2, 1/2]
+  // Minimax polynomial of (2^f - 1) / f, relative error 8e-9.
+  Floats p = splat(0.00015453163359779865f);
+  p = p * fraction + 0.0013390863314270973f;
+  p = p * fraction + 0.009618083015084267f;
+  p = p * fraction + 0.055503569543361664f;
+  p = p * fraction + 0.24022650718688965f;
+  p = p * fraction + 0.6931471824645996f;
+  p = p * fraction + 1.0f;
+  const Ints exponent = (Ints)shifted - (Ints)magic;
+  return p * (Floats)((exponent + 127) << 23);  // exponent -127 gives the bits of 0
+}
+
+template <class T>
+inline float block_maximum(const T* x, std::int64_t count) {
+  Floats best[kChains];
+  for (Floats& b : best) b = splat(-kInfinity);
+  std::int64_t i = 0;
+  for (; i + kStride <= count; i += kStride)
+    for (int c = 0; c < kChains; ++c) best[c] = larger(load(x + i + c * kLanes), best[c]);
+  for (; i + kLanes <= count; i += kLanes) best[0] = larger(load(x + i), best[0]);
+  if (i < count) best[0] = larger(load_tail(x + i, count - i, -kInfinity), best[0]);
+  for (int c = 1; c < kChains; ++c) best[0] = larger(best[0], best[c]);
+  float top = -kInfinity;
+  for (int lane = 0; lane < kLanes; ++lane) top = best[0][lane] > top ? best[0][lane] : top;
+  return top;
+}
+
+// Sum of 2^((x - shift) * scale).
+template <class T>
+inline double block_sum(const T* x, std::int64_t count, float shift, float scale) {
+  Floats sum[kChains] = {};
+  std::int64_t i = 0;
+  for (; i + kStride <= count; i += kStride)
+    for (int c = 0; c < kChains; ++c)
+      sum[c] += exp2_nonpositive((load(x + i + c * kLanes) - shift) * scale);
+  for (; i + kLanes <= count; i += kLanes)
+    sum[0] += exp2_nonpositive((load(x + i) - shift) * scale);
+  if (i < count)
+    sum[0] += exp2_nonpositive((load_tail(x + i, count - i, -kInfinity) - shift) * scale);
+  for (int c = 1; c < kChains; ++c) sum[0] += sum[c];
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[0][lane];
+  return total;
+}
+
+// What is known of the logits other than the target's.
+struct Others {
+  float best = -kInfinity;
+  std::int64_t block_begin = 0, block_end = 0;  // where `best` was first seen
+  double sum = 0.0;                             // of 2^((x - best) * scale)
+};
+
+// One read from memory: a block's maximum may rescale the sum so far, then the block is added.
+template <class T>
+inline void scan(const T* x, std::int64_t begin, std::int64_t end, float scale, Others& others) {
+  for (std::int64_t start = begin; start < end; start += kBlock) {
+    const std::int64_t stop = start + kBlock < end ? start + kBlock : end;
+    const float top = block_maximum(x + start, stop - start);
+    if (top > others.best) {
+      others.sum *= std::exp2((double(others.best) - top) * scale);
+      others.best = top;
+      others.block_begin = start;
+      others.block_end = stop;
+    }
+    // With nothing but -inf so far any finite shift leaves the sum at 0 and lets a NaN through.
+    const float shift = others.best == -kInfinity ? 0.0f : others.best;
+    others.sum += block_sum(x + start, stop - start, shift, scale);
+  }
+}
+
+// The target is kept apart from the other logits: the best of those is the margin's other half, and
+// loss = log1p(sum of others / target) and p - 1 = -(sum of others) / total lose no digits when the
+// target has almost all of the probability, where the end of every fit lies.
+template <class T>
+HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::int64_t target,
+                    float token_weight, float temperature) {
+  const float scale = float(1.4426950408889634 / temperature);  // exp(x / T) = 2^(x * scale)
+  const float own = load_one(logits + target);
+  Others others;
+  scan(logits, 0, target, scale, others);
+  scan(logits, target + 1, vocabulary, scale, others);
+
+  const bool target_leads = own >= others.best;
+  const float top = target_leads ? own : others.best;
+  const double gap = (double(own) - others.best) / temperature;  // nats
+  double loss, total, rest;  // total and rest: of exp((x - top) / T), with and without the target
+  if (target_leads) {
+    rest = others.sum > 0.0 ? others.sum * std::exp(-gap) : others.sum;
+    total = 1.0 + rest;
+    loss = std::log1p(rest);
+  } else {
+    rest = others.sum;
+    total = rest + std::exp(gap);
+    loss = std::log(total) - gap;
+  }
+
+  HeadResult result{float(loss), target, own - others.best};
+  if (!(own > others.best)) {
+    std::int64_t rival = others.block_begin;
+    while (rival < others.block_end && load_one(logits + rival) != others.best) ++rival;
+    if (rival < others.block_end && (own != others.best || rival < target)) result.predicted = rival;
+  }
+  if (gradient == nullptr) return result;
+
+  if (token_weight == 0.0f) {
+    std::memset(gradient, 0, std::size_t(vocabulary) * sizeof(T));
+    return result;
+  }
+  const double outer = double(token_weight) / temperature / total;
+  const float factor = float(outer);
+  std::int64_t i = 0;
+  for (; i + kStride <= vocabulary; i += kStride)
+    for (int c = 0; c < kChains; ++c) {
+      const std::int64_t at = i + c * kLanes;
+      store(gradient + at, exp2_nonpositive((load(logits + at) - top) * scale) * factor);
+    }
+  for (; i + kLanes <= vocabulary; i += kLanes)
+    store(gradient + i, exp2_nonpositive((load(logits + i) - top) * scale) * factor);
+  if (i < vocabulary) {
+    const Floats x = load_tail(logits + i, vocabulary - i, -kInfinity);
+    store_tail(gradient + i, vocabulary - i, exp2_nonpositive((x - top) * scale) * factor);
+  }
+  store_one(gradient + target, float(-rest * outer));
+  return result;
+}
+
+void adamw_row(float* __restrict param, const float* __restrict grad, float* __restrict exp_avg,
+               float* __restrict exp_avg_sq, std::int64_t count, const AdamWCoefficients& k) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float g = grad[i];
+    const float m = exp_avg[i] + k.one_minus_beta1 * (g - exp_avg[i]);
+    const float v = k.beta2 * exp_avg_sq[i] + k.one_minus_beta2 * g * g;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    param[i] = k.decay * param[i] - k.rate * m / (std::sqrt(v) * k.inverse_root_bias + k.eps);
+  }
+}
+
+const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row};

@@ -1,0 +1,34 @@
+// Compiled for AVX2 whatever the build's flags; called only where the processor has it.
+#include "row_kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+
+// After the standard headers, whose inline functions must stay fit for every processor.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace prototok {
+namespace {
+constexpr int kLanes = 8;
+#include "row_kernels.inl"
+}  // namespace
+
+const RowKernels& avx2_kernels() { return kKernels; }
+
+}  // namespace prototok
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
