@@ -226,7 +226,7 @@ def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6)
     units = make_units(targets, [0], None, None)
     for _ in run(
-        lm, units, arrangement, recipe, len(targets), lambda finished: True,
+        lm, units, arrangement, recipe, len(targets), "auto", lambda finished: True,
         lambda event: marks.append(time.perf_counter()),
     ):  # fmt: skip
         pass

@@ -25,6 +25,7 @@ from prototok.frozen_lm import FrozenLM
 from prototok.progress import Progress
 from prototok.proto_tokens import ProtoTokens
 from prototok.targets import Texts, targets_of
+from prototok_kernels.backend import resolve_backend
 
 __all__ = ["FitEvent", "fast_fit"]
 
@@ -59,7 +60,8 @@ def fast_fit(
         seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
         arrangement: where e and m stand, see `prototok.arrangement.Arrangement`.
         recipe: "fast", "paper", or a `Recipe`.
-        backend: "auto" or "torch".
+        backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
+            is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
         progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
         callback: called with a `FitEvent` after every look at the device (every step on the CPU).
@@ -81,8 +83,7 @@ def fast_fit(
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement!r} has none")
     if group_size is not None and (share is None or not _is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend: {backend!r} is not 'auto' or 'torch'")
+    resolved = resolve_backend(backend, lm.device)
     if batch_size != "auto" and not _is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
     chosen = _seed_list(seeds)
@@ -106,11 +107,11 @@ def fast_fit(
         return all(c.accuracy >= settings.accuracy for c in checked)
 
     done: list[Finished] = []
-    collected = _Collector(lm, layout, settings, targets, chosen, share)
+    collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
     try:
         with Progress(total, "fit", progress) as bar:
             exact = rows = 0
-            for finished in run(lm, units, layout, settings, batch_size, confirm, callback):
+            for finished in run(lm, units, layout, settings, batch_size, backend, confirm, callback):
                 done.append(finished)
                 checks = verified[finished.unit.group]
                 rows += len(checks)
@@ -164,6 +165,7 @@ class _Collector:
     targets: list[Tensor]
     seeds: list[int]
     share: str | None
+    backend: str
 
     def partial(
         self, done: list[Finished], verified: dict[int, list[_Verified]]
@@ -238,7 +240,7 @@ class _Collector:
             "seeds": json.dumps(self.seeds),
             "dtype": str(self.lm.dtype).removeprefix("torch."),
             "device": self.lm.device.type,
-            "backend": "torch",
+            "backend": self.backend,
             "attention": "sdpa" if self.lm.body.family != "general" else "transformers",
             "family": self.lm.body.family,
             "prototok": prototok.__version__,

@@ -54,6 +54,7 @@ def run(
     arrangement: Arrangement,
     recipe: Recipe,
     batch_size: int | str,
+    backend: str,
     confirm: Callable[[Finished], bool],
     observe: Callable[[FitEvent], None] | None = None,
 ) -> Iterator[Finished]:
@@ -66,7 +67,7 @@ def run(
     if lm.device.type == "cpu":
         keep_freed_memory()
     queue = deque(sorted(units, key=lambda unit: -unit.length))
-    slots = Slots(arrangement, recipe, lm.hidden_size, lm.device, lm.dtype)
+    slots = Slots(arrangement, recipe, lm.hidden_size, lm.device, lm.dtype, backend)
     longest = arrangement.input_length(max(unit.length for unit in units))
     rows_per_forward = _rows_that_fit(lm, longest) if batch_size == "auto" else int(batch_size)
     # On CUDA each look at the flags costs a synchronisation; on the CPU it is free.

@@ -56,9 +56,10 @@ class Slots:
 
     def __init__(
         self, arrangement: Arrangement, recipe: Recipe, width: int, device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype, backend: str,
     ) -> None:  # fmt: skip
         self.arrangement, self.recipe, self.device, self.dtype = arrangement, recipe, device, dtype
+        self.backend = backend
         self.units: list[Unit] = []
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -51,7 +51,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepScore:
     for bank, grad in zip(slots.banks, grads, strict=True):
         adamw_rows_(
             bank.values.flatten(1), grad.flatten(1), bank.adam, rate[bank.unit],
-            active[bank.unit], slots.recipe.adamw,
+            active[bank.unit], slots.recipe.adamw, backend=slots.backend,
         )  # fmt: skip
     slots.step += active
     return score
@@ -76,7 +76,7 @@ def _forward_backward(
     targets, scored = slots.targets[part], slots.scored[part]
     head = linear_cross_entropy(
         hidden.detach(), lm.body.head, targets.flatten(), scored.flatten().float(),
-        temperature=slots.recipe.temperature,
+        temperature=slots.recipe.temperature, backend=slots.backend,
     )  # fmt: skip
     grads = torch.autograd.grad(hidden, leaves, head.grad_hidden)
     right = (head.predicted.view_as(targets) == targets) & scored
