@@ -2,9 +2,14 @@
 
 Beside first_layer.py, not in it, so that a machine without triton never imports this file.
 
+Loops whose bound is known at launch only are `while` loops: the interpreter of triton 3.6 cannot
+make a `range` of a kernel argument under numpy ≥ 2.4.
+
 Letters: B rows, N positions, d hidden size, H heads, S = H + 2 spanning vectors per row (base of
 m, base of e, one U per head); HP heads padded for the tensor cores, BN and BD tiles of N and d.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -41,7 +46,7 @@ def affine_scan_forward_kernel(
     prefix_ptr,  # (B, H, N) fp32, out; at i the log-sum-exp of a over distances below i
     H,
     N,
-    D,
+    D: tl.constexpr,
     HP: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -56,13 +61,15 @@ def affine_scan_forward_kernel(
     logits = row * H * N + head[:, None] * N
     top = tl.full([HP], _LOG_ZERO, tl.float32)
     total = tl.zeros([HP], tl.float32)
-    for earlier in range(0, block):
-        at = earlier * BN + tile[None, :]
+    start = 0
+    while start < block * BN:
+        at = start + tile[None, :]
         seen = (head[:, None] < H) & (at >= 1)
         a = tl.load(a_ptr + logits + at - 1, mask=seen, other=_LOG_ZERO).to(tl.float32)
         new_top = tl.maximum(top, tl.max(a, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(a - new_top[:, None]), 1)
         top = new_top
+        start += BN
     carry = tl.where(total > 0, top + tl.log(tl.maximum(total, 1.0e-30)), _LOG_ZERO)
 
     position = block * BN + tile
@@ -85,8 +92,8 @@ def affine_scan_forward_kernel(
     span = span_ptr + row * (H + 2) * D
     out = x_ptr + row * N * D + position[:, None].to(tl.int64) * D
     w_t = tl.trans(w)  # (BN, HP)
-    for start in range(0, D, BD):
-        column = start + tl.arange(0, BD)
+    for left in range(0, D, BD):
+        column = left + tl.arange(0, BD)
         here = column < D
         base_m = tl.load(span + column, mask=here, other=0.0).to(tl.float32)
         base_e = tl.load(span + D + column, mask=here, other=0.0).to(tl.float32)
@@ -109,7 +116,7 @@ def affine_backward_kernel(
     partial_ptr,  # (B, blocks, S, d) fp32, out: gradient of span from each block of positions
     H,
     N,
-    D,
+    D: tl.constexpr,
     HP: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -128,8 +135,8 @@ def affine_backward_kernel(
     span = span_ptr + row * (H + 2) * D
     partial = partial_ptr + (row * tl.num_programs(1) + block) * (H + 2) * D
     grad_row = grad_x_ptr + row * N * D + position[:, None].to(tl.int64) * D
-    for start in range(0, D, BD):
-        column = start + tl.arange(0, BD)
+    for left in range(0, D, BD):
+        column = left + tl.arange(0, BD)
         here = column < D
         u_at = (head[:, None] + 2) * D + column[None, :]
         u_mask = (head[:, None] < H) & here[None, :]
@@ -172,7 +179,8 @@ def scan_backward_kernel(
     logits = (row * H + head) * N
     tile = tl.arange(0, BN)
     carry = 0.0
-    for start in range(0, N, BN):
+    start = 0
+    while start < N:
         position = N - 1 - start - tile
         inside = position >= 0
         w = tl.load(w_ptr + logits + position, mask=inside, other=0.0).to(tl.float32)
@@ -194,13 +202,16 @@ def scan_backward_kernel(
         a = tl.load(a_ptr + logits + position - 1, mask=later, other=0.0)
         grad_a = -tl.exp(tl.minimum(a - prefix, 0.0)) * total
         tl.store(grad_a_ptr + logits + position - 1, grad_a, mask=later)
+        start += BN
     tl.store(grad_a_ptr + logits + N - 1, 0.0)
 
 
 def _tiles(length: int, heads: int, size: int) -> dict[str, int]:
+    padded = max(16, triton.next_power_of_2(heads))
+    most = 64 if padded == 16 else 32  # what fits 99 KiB of shared memory in fp32, 64 heads
     return {
-        "HP": max(16, triton.next_power_of_2(heads)),
-        "BN": min(64, max(16, triton.next_power_of_2(length))),
+        "HP": padded,
+        "BN": min(most, max(16, triton.next_power_of_2(length))),
         "BD": min(128, max(16, triton.next_power_of_2(size))),
     }
 
@@ -225,8 +236,8 @@ class _AffineScan(torch.autograd.Function):
         w, prefix = torch.empty_like(a), torch.empty_like(a)
         tiles = _tiles(length, heads, size)
         affine_scan_forward_kernel[(rows, triton.cdiv(length, tiles["BN"]))](
-            a, b, span, x, coef, w, prefix, heads, length, size,
-            PRECISION=_precision(span.dtype), **tiles,
+            a, b, span, x, coef, w, prefix, heads, length,
+            D=size, PRECISION=_precision(span.dtype), **tiles,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, prefix, w, span)
@@ -243,8 +254,8 @@ class _AffineScan(torch.autograd.Function):
         partial = span.new_empty(rows, blocks, heads + 2, size, dtype=torch.float32)
         grad_w, grad_a, grad_b = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         affine_backward_kernel[(rows, blocks)](
-            grad_x.contiguous(), span, w, grad_w, partial, heads, length, size,
-            PRECISION=_precision(span.dtype), **tiles,
+            grad_x.contiguous(), span, w, grad_w, partial, heads, length,
+            D=size, PRECISION=_precision(span.dtype), **tiles,
         )  # fmt: skip
         scan_backward_kernel[(rows, heads)](
             grad_w, grad_w if grad_coef is None else grad_coef.contiguous(), a, prefix, w,

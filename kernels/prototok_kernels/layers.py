@@ -31,6 +31,7 @@ _ACTIVATIONS = {
 class DecoderLayer:
     """What Llama-type and GPT-NeoX-type blocks share. Nothing here is trained."""
 
+    input_norm: Tensor  # (d,): in front of the attention
     q: Tensor  # (H·c, d)
     k: Tensor  # (K·c, d)
     v: Tensor  # (K·c, d)
@@ -41,6 +42,7 @@ class DecoderLayer:
     o_bias: Tensor | None = None  # (d,)
     q_norm: Tensor | None = None  # (c,): RMSNorm over each head before the rotation (Qwen3)
     k_norm: Tensor | None = None  # (c,)
+    post_norm: Tensor  # (d,): in front of the MLP
     up: Tensor  # (I, d)
     down: Tensor  # (d, I)
     up_bias: Tensor | None = None  # (I,)
@@ -72,11 +74,13 @@ class DecoderLayer:
 
     def to(self: Layer, *args: Any, **kwargs: Any) -> Layer:
         """The same block with every tensor moved or cast by `Tensor.to(*args, **kwargs)`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{n: t.to(*args, **kwargs) for n, t in tensors.items() if isinstance(t, Tensor)},
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(*args, **kwargs)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,6 @@ class LlamaLayer(DecoderLayer):
     Covers Llama, Mistral, Qwen2 (biases on q, k, v) and Qwen3 (norm on each head of q and k).
     """
 
-    input_norm: Tensor  # (d,)
-    post_norm: Tensor  # (d,)
     gate: Tensor  # (I, d)
     gate_bias: Tensor | None = None  # (I,)
 
@@ -96,9 +98,7 @@ class LlamaLayer(DecoderLayer):
 class NeoXLayer(DecoderLayer):
     """LayerNorm, biases, partial rotary, MLP without a gate, parallel or sequential residual."""
 
-    input_norm: Tensor  # (d,)
     input_norm_bias: Tensor  # (d,)
-    post_norm: Tensor  # (d,)
     post_norm_bias: Tensor  # (d,)
     parallel: bool
 
