@@ -1,4 +1,6 @@
-"""Compile every kernel of first_layer_triton.py for three GPUs; needs none. Prints one line each.
+"""Compile every kernel of first_layer_triton.py for the GPUs named; needs none. Prints a line each.
+
+    python compile_first_layer.py 80 90 100
 
 A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can be compiled.
 """
@@ -6,7 +8,6 @@ A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
 from typing import Any
 
@@ -15,28 +16,34 @@ from prototok_kernels import first_layer_triton as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-DTYPES = {"fp32": "ieee", "bf16": "tf32"}  # of the weights → precision of the products
-FP32_POINTERS = {"a_ptr", "b_ptr", "w_ptr", "prefix_ptr", "grad_w_ptr", "grad_a_ptr", "grad_b_ptr",
-                 "partial_ptr"}  # fmt: skip
-AFFINE = [{"D": 768, "HP": 16, "BN": 64, "BD": 128}, {"D": 2048, "HP": 32, "BN": 32, "BD": 128}]
-CONSTEXPRS: dict[str, list[dict[str, Any]]] = {
-    "affine_scan_forward_kernel": AFFINE,
-    "affine_backward_kernel": AFFINE,
-    "scan_backward_kernel": [{"HAS_GRAD_COEF": flag, "BN": 256} for flag in (False, True)],
-}
+POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad_coef_ptr"}
+
+# As _tiles chooses for Pythia-160M (12 heads, d = 768), Llama-3.2-1B (32, 2048) and 64 heads.
+PYTHIA = {"D": 768, "HP": 16, "BN": 64, "BD": 128, "PRECISION": "tf32"}
+LLAMA_FP32 = {"D": 2048, "HP": 32, "BN": 32, "BD": 128, "PRECISION": "ieee"}
+WIDE_FP32 = {"D": 8192, "HP": 64, "BN": 32, "BD": 128, "PRECISION": "ieee"}
+SCAN = {"HAS_GRAD_COEF": True, "BN": 256}
+EVERYWHERE = [
+    ("affine_scan_forward_kernel", "bf16", PYTHIA),
+    ("affine_backward_kernel", "bf16", PYTHIA),
+    ("scan_backward_kernel", "bf16", SCAN),
+]
+ONCE = [
+    ("affine_scan_forward_kernel", "fp32", LLAMA_FP32),
+    ("affine_backward_kernel", "fp32", WIDE_FP32),
+    ("scan_backward_kernel", "bf16", {**SCAN, "HAS_GRAD_COEF": False}),
+]
 
 
 def source(name: str, dtype: str, constexprs: dict[str, Any]) -> ASTSource:
     kernel = getattr(kernels, name)
-    arguments = list(inspect.signature(kernel.fn).parameters)
-    if "PRECISION" in arguments:
-        constexprs = {**constexprs, "PRECISION": DTYPES[dtype]}
     signature, attrs = {}, {}
-    for index, argument in enumerate(arguments):
+    for index, argument in enumerate(inspect.signature(kernel.fn).parameters):
         if argument in constexprs:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in FP32_POINTERS else f"*{dtype}"
+            own = argument in POINTERS_TO_WEIGHT_DTYPE
+            signature[argument] = f"*{dtype}" if own else "*fp32"
             attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32"
@@ -44,13 +51,11 @@ def source(name: str, dtype: str, constexprs: dict[str, Any]) -> ASTSource:
 
 
 def main() -> None:
-    for capability, dtype in itertools.product(map(int, sys.argv[1:]), DTYPES):
-        for name, variants in CONSTEXPRS.items():
-            for constexprs in variants:
-                target = GPUTarget("cuda", capability, 32)
-                binary = triton.compile(source(name, dtype, constexprs), target=target)
-                print(capability, dtype, name, constexprs, len(binary.asm["cubin"]),
-                      binary.metadata.shared)  # fmt: skip
+    for capability in map(int, sys.argv[1:]):
+        for name, dtype, constexprs in EVERYWHERE + (ONCE if capability == 90 else []):
+            target = GPUTarget("cuda", capability, 32)
+            binary = triton.compile(source(name, dtype, constexprs), target=target)
+            print(capability, dtype, name, len(binary.asm["cubin"]), binary.metadata.shared)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def hf_attention(attn: nn.Module) -> dict[str, Tensor]:
 def hf_llama_like(kind: str) -> tuple[nn.Module, DecoderLayer]:
     sizes: dict[str, Any] = {
         "hidden_size": D, "intermediate_size": INNER, "num_attention_heads": HEADS,
-        "num_key_value_heads": 2, "head_dim": HEAD_SIZE, "attn_implementation": "eager",
+        "num_key_value_heads": 2, "head_dim": HEAD_SIZE, "attn_implementation": "sdpa",
     }  # fmt: skip
     if kind == "llama":
         module: Any = LlamaDecoderLayer(LlamaConfig(**sizes, mlp_bias=True, attention_bias=True), 0)
@@ -212,7 +212,7 @@ def hf_llama_like(kind: str) -> tuple[nn.Module, DecoderLayer]:
 def hf_neox(parallel: bool) -> tuple[nn.Module, DecoderLayer]:
     config = GPTNeoXConfig(
         hidden_size=D, intermediate_size=INNER, num_attention_heads=HEADS, rotary_pct=0.25,
-        use_parallel_residual=parallel, hidden_act="gelu", attn_implementation="eager",
+        use_parallel_residual=parallel, hidden_act="gelu", attn_implementation="sdpa",
     )  # fmt: skip
     module: Any = randomise(HFNeoXLayer(config, 0))
     attn, mlp = module.attention, module.mlp
@@ -312,20 +312,12 @@ def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     loud = {"q_bias": 25 * layer.q_bias.sign(), "k_bias": 25 * layer.k_bias.sign()}
     layer = dataclasses.replace(layer, **loud).to(torch.float32)
     if backend == "triton":
-        interpreted_triton()
+        pytest.importorskip("triton")
     implementations = {
         "general": general, "found": lambda *args: first_layer(*args, backend=backend)
     }  # fmt: skip
     errors = errors_against_fp64(layer, tables(33), 33, implementations)
     assert_as_good_as_general(errors, torch.float32)
-
-
-def interpreted_triton() -> None:
-    pytest.importorskip("triton")
-    assert "prototok_kernels.first_layer_triton" not in sys.modules or (
-        os.environ.get("TRITON_INTERPRET") == "1"
-    )
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
 @pytest.mark.parametrize("groups", [None, 2])
@@ -336,7 +328,7 @@ def interpreted_triton() -> None:
 def test_triton_by_interpreter(
     case: str, length: int, dtype: torch.dtype, groups: int | None
 ) -> None:
-    interpreted_triton()
+    pytest.importorskip("triton")
     layer, tables = CASES[case]
     implementations = {
         "general": general, "triton": lambda *args: first_layer(*args, backend="triton")
@@ -347,7 +339,7 @@ def test_triton_by_interpreter(
 
 def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes off every tile boundary, all workspaces poisoned with NaN."""
-    interpreted_triton()
+    pytest.importorskip("triton")
     from prototok_kernels.first_layer_triton import affine_scan
 
     for name in ("empty_like", "empty"):
@@ -364,18 +356,25 @@ def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(t.isfinite().all() for t in (x, coef, *grads))
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_triton_compiles_without_gpu(capability: str, tmp_path: Path) -> None:
+def test_triton_compiles_without_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_first_layer.py"), capability],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, str(HERE / "compile_first_layer.py"), "80", "90", "100"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("_kernel") >= 6
+    lines = [line.split() for line in done.stdout.splitlines() if "_kernel" in line]
+    assert {(line[0], line[2]) for line in lines} == {
+        (capability, f"{name}_kernel")
+        for capability in ("80", "90", "100")
+        for name in ("affine_scan_forward", "affine_backward", "scan_backward")
+    }
+    assert all(int(line[-1]) <= 99 << 10 for line in lines)  # shared memory, bytes
 
 
 class Outputs(TorchDispatchMode):
@@ -437,8 +436,8 @@ def saved_elements(implementation: Callable[..., Tensor], case: str, length: int
 def test_backward_keeps_no_activations(case: str) -> None:
     length = 300
     inner_tensor = 2 * length * INNER
-    assert saved_elements(torch_backend, case, length) < 1.5 * inner_tensor
-    assert saved_elements(first_layer_ref, case, length) > 3 * inner_tensor
+    assert saved_elements(torch_backend, case, length) < inner_tensor
+    assert saved_elements(first_layer_ref, case, length) > 2 * inner_tensor
 
 
 def test_work_does_not_grow_with_rows_that_share_m() -> None:
@@ -488,7 +487,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def test_triton_refuses_fp64() -> None:
-    interpreted_triton()
+    pytest.importorskip("triton")
     layer, tables = CASES["neox-parallel"]
     e, m, _ = vectors(2)
     with pytest.raises(ValueError, match="float64"):
