@@ -79,7 +79,7 @@ def affine_scan_forward_kernel(
     b = tl.load(b_ptr + logits + position[None, :], mask=inside, other=0.0).to(tl.float32)
     prefix = tl.associative_scan(a.to(tl.float32), 1, _log_add_exp)
     prefix = _log_add_exp(carry[:, None], prefix)
-    w = tl.where(later, 1.0 / (1.0 + tl.exp(prefix - b)), 0.0)
+    w = tl.where(later, 1.0 / (1.0 + tl.exp(tl.minimum(prefix - b, 80.0))), 0.0)
     tl.store(w_ptr + logits + position[None, :], w, mask=inside)
     tl.store(prefix_ptr + logits + position[None, :], prefix, mask=inside)
 
@@ -208,7 +208,7 @@ def scan_backward_kernel(
 
 def _tiles(length: int, heads: int, size: int) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(heads))
-    most = 64 if padded == 16 else 32  # what fits 99 KiB of shared memory in fp32, 64 heads
+    most = {16: 64, 32: 32}.get(padded, 16)  # fits 99 KiB of shared memory in fp32
     return {
         "HP": padded,
         "BN": min(most, max(16, triton.next_power_of_2(length))),

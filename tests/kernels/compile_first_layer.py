@@ -21,7 +21,7 @@ POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad
 # As _tiles chooses for Pythia-160M (12 heads, d = 768), Llama-3.2-1B (32, 2048) and 64 heads.
 PYTHIA = {"D": 768, "HP": 16, "BN": 64, "BD": 128, "PRECISION": "tf32"}
 LLAMA_FP32 = {"D": 2048, "HP": 32, "BN": 32, "BD": 128, "PRECISION": "ieee"}
-WIDE_FP32 = {"D": 8192, "HP": 64, "BN": 32, "BD": 128, "PRECISION": "ieee"}
+WIDE_FP32 = {"D": 8192, "HP": 64, "BN": 16, "BD": 128, "PRECISION": "ieee"}
 SCAN = {"HAS_GRAD_COEF": True, "BN": 256}
 EVERYWHERE = [
     ("affine_scan_forward_kernel", "bf16", PYTHIA),
