@@ -111,7 +111,9 @@ def fast_fit(
     try:
         with Progress(total, "fit", progress) as bar:
             exact = rows = 0
-            for finished in run(lm, units, layout, settings, batch_size, backend, confirm, callback):
+            for finished in run(
+                lm, units, layout, settings, batch_size, backend, confirm, callback
+            ):
                 done.append(finished)
                 checks = verified[finished.unit.group]
                 rows += len(checks)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
 from prototok.frozen_lm import FrozenLM
 from prototok.targets import Texts, targets_of
+from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
 SUCCESS = 0.99  # the paper's *successful* reconstruction; *perfect* is 1.0
 

@@ -1,14 +1,20 @@
-"""Models that many tests use, loaded once."""
+"""Models that many tests use, loaded once; and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from support import small_llama
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decorates its own functions when it is imported, which transformers may do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import prototok
 from prototok import FrozenLM
+from support import small_llama
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support import small_llama
 
 import prototok
 from prototok import FitResult
+from support import small_llama
 
 HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-llama" / "held_out.txt"
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import shared, small_llama, stories
 from transformers import AutoModelForCausalLM
 
 import prototok
 from prototok import FitResult, FrozenLM, ProtoTokens, Recipe, fast_fit
 from prototok.engine.run import FitEvent
+from support import shared, small_llama, stories
 
 QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=300)
 IDS = [[5, 9, 2], [7, 3]]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import small_llama
 from transformers import BertConfig, BertForMaskedLM
 
 import prototok
 from prototok import Recipe
+from support import small_llama
 
 
 def test_a_users_model_is_never_changed() -> None:

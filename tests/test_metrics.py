@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from support import shared, small_llama, stories
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import prototok
 from prototok import FrozenLM
 from prototok.metrics import token_accuracy
+from support import shared, small_llama, stories
 
 
 def by_hand(lm: FrozenLM, ids: list[int]) -> float:

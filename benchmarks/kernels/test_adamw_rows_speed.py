@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 from prototok_kernels.backend import unavailable
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"16x256": (16, 256), "256x768": (256, 768), "1024x2048": (1024, 2048)}

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from prototok_kernels.backend import unavailable
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {  # (R, d, V)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from prototok_kernels.adamw_rows import AdamWSettings
 from torch import Tensor
+
+from prototok_kernels.adamw_rows import AdamWSettings
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from prototok_kernels.adamw_rows import AdamWState
 from torch import Tensor
 
 from prototok.arrangement import Arrangement
 from prototok.engine.recipe import Recipe
 from prototok.engine.rows import Unit, initial_vectors
+from prototok_kernels.adamw_rows import AdamWState
 
 
 @dataclass

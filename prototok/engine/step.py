@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from prototok_kernels.adamw_rows import adamw_rows_
-from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
 from prototok.engine.slots import Slots
 from prototok.frozen_lm import FrozenLM
+from prototok_kernels.adamw_rows import adamw_rows_
+from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import shared, small_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 import prototok
+from support import shared, small_llama
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,

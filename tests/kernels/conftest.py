@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from prototok_kernels.backend import unavailable
 
 DEVICES = {

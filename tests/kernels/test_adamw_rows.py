@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+
 from prototok_kernels import adamw_rows as module
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 

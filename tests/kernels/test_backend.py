@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from prototok_kernels import backend as module
 from prototok_kernels.backend import resolve_backend
 

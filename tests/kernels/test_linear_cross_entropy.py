@@ -7,14 +7,15 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from prototok_kernels import linear_cross_entropy as module
 from prototok_kernels.linear_cross_entropy import (
     HeadOutput,
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [  # (R, d, V): empty, single, around vectors of 16 and blocks of 2048 and 4096

@@ -1,0 +1,163 @@
+"""The collapsed first layer against the general layer, forward and backward, N = 256.
+
+    pytest benchmarks/kernels/test_first_layer.py -s
+
+Every case first checks that the numbers agree, then times the variants in turn, one run of each
+per round. The record (extra_info) holds medians and quartiles of both clocks: wall time, and this
+process's CPU time, which neighbours on a shared machine disturb less. `flop_ratio` is the bound
+that counting floating-point operations sets (of the autograd form: the counter misses the
+in-place product of the other). The last line of each case is JSON.
+
+Letters: B rows, N positions, d hidden size, H heads, K key-value heads, c head size, I inner size.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from prototok.allocator import keep_freed_memory
+from prototok_kernels.first_layer import first_layer, first_layer_ref
+from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
+
+LENGTH, ROUNDS = 256, 7
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Shape:
+    d: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner: int
+    rows: int
+    parallel: bool | None  # None: Llama
+
+
+SHAPES = {
+    "pythia-160m": Shape(768, 12, 12, 64, 3072, 8, True),
+    "pythia-160m, sequential": Shape(768, 12, 12, 64, 3072, 8, False),
+    "llama, d=768": Shape(768, 12, 4, 64, 2048, 8, None),
+    "llama-3.2-1b": Shape(2048, 32, 8, 64, 8192, 1, None),
+}
+
+
+def random_layer(s: Shape, dtype: torch.dtype) -> DecoderLayer:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        scaled = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return scaled.to(DEVICE, dtype)
+
+    hc, kc = s.heads * s.head_size, s.kv_heads * s.head_size
+    common: dict[str, Any] = {
+        "q": tensor(hc, s.d), "k": tensor(kc, s.d), "v": tensor(kc, s.d), "o": tensor(s.d, hc),
+        "up": tensor(s.inner, s.d), "down": tensor(s.d, s.inner), "input_norm": 1 + tensor(s.d),
+        "post_norm": 1 + tensor(s.d), "heads": s.heads, "kv_heads": s.kv_heads,
+        "head_size": s.head_size, "scaling": s.head_size**-0.5, "eps": 1e-5,
+    }  # fmt: skip
+    if s.parallel is None:
+        return LlamaLayer(**common, gate=tensor(s.inner, s.d), activation="silu")
+    return NeoXLayer(
+        **common, q_bias=tensor(hc), k_bias=tensor(kc), v_bias=tensor(kc), o_bias=tensor(s.d),
+        up_bias=tensor(s.inner), down_bias=tensor(s.d), input_norm_bias=tensor(s.d),
+        post_norm_bias=tensor(s.d), activation="gelu", parallel=s.parallel,
+    )  # fmt: skip
+
+
+def rotary_tables(size: int) -> tuple[Tensor, Tensor]:
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    angle = torch.arange(LENGTH)[:, None] * frequencies
+    angle = torch.cat([angle, angle], dim=-1).to(DEVICE)
+    return angle.cos(), angle.sin()
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def quartiles(milliseconds: list[float]) -> list[float]:
+    return [round(q, 3) for q in statistics.quantiles(milliseconds, n=4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_first_layer(benchmark: Any, name: str, dtype: torch.dtype) -> None:
+    keep_freed_memory()
+    s = SHAPES[name]
+    layer = random_layer(s, dtype)
+    cos, sin = rotary_tables(s.head_size if s.parallel is None else s.head_size // 4)
+    generator = torch.Generator().manual_seed(1)
+    e, m = (torch.randn(s.rows, s.d, generator=generator).to(DEVICE) for _ in range(2))
+    grad = torch.randn(s.rows, LENGTH, s.d, generator=generator).to(DEVICE)
+    e.requires_grad_()
+    m.requires_grad_()
+
+    def general(layer: DecoderLayer) -> tuple[Tensor, ...]:
+        x = torch.cat([e[:, None], m[:, None].expand(-1, LENGTH - 1, -1)], dim=1)
+        h = decoder_layer(x.to(layer.dtype), layer, cos, sin)
+        return h, *torch.autograd.grad(h, (e, m), grad.to(h.dtype))
+
+    def collapsed(layer: DecoderLayer, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        h = function(e, m, None, LENGTH, layer, cos, sin)
+        return h, *torch.autograd.grad(h, (e, m), grad.to(h.dtype))
+
+    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "general": lambda: general(layer),
+        "closed form, autograd": lambda: collapsed(layer, first_layer_ref),
+        "first_layer": lambda: collapsed(layer, first_layer),
+    }
+    truth = general(layer.to(torch.float64))
+    errors = {
+        v: [float((x.double() - t).norm() / t.norm()) for x, t in zip(run(), truth, strict=True)]
+        for v, run in variants.items()
+    }
+    for v, found in errors.items():
+        for f, plain in zip(found, errors["general"], strict=True):
+            assert f <= 3 * plain, f"{v} is wrong: {errors}"
+
+    flops = {}
+    wall: dict[str, list[float]] = {v: [] for v in variants}
+    cpu: dict[str, list[float]] = {v: [] for v in variants}
+    for v, run in variants.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops[v] = counter.get_total_flops()
+    for _ in range(ROUNDS):
+        for v, run in variants.items():
+            synchronize()
+            at, cpu_at = time.perf_counter(), time.process_time()
+            run()
+            synchronize()
+            wall[v].append(1e3 * (time.perf_counter() - at))
+            cpu[v].append(1e3 * (time.process_time() - cpu_at))
+    record = {
+        "case": name, "dtype": str(dtype), "rows": s.rows, "length": LENGTH, "device": DEVICE,
+        "processor": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "flop_ratio": round(flops["general"] / flops["closed form, autograd"], 2),
+        "wall_ms": {v: quartiles(t) for v, t in wall.items()},
+        "cpu_ms": {v: quartiles(t) for v, t in cpu.items()},
+        "relative_errors": {v: [float(f"{x:.2g}") for x in found] for v, found in errors.items()},
+    }  # fmt: skip
+    for clock, times in (("wall", wall), ("cpu", cpu)):
+        median = {v: statistics.median(t) for v, t in times.items()}
+        record[f"{clock}_ratio"] = round(median["general"] / median["first_layer"], 2)
+        record[f"{clock}_ratio_of_autograd"] = round(
+            median["general"] / median["closed form, autograd"], 2
+        )
+    benchmark.extra_info.update(record)
+    benchmark.pedantic(variants["first_layer"], rounds=3)
+    print(json.dumps(record))

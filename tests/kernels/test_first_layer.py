@@ -1,0 +1,504 @@
+"""The collapsed first layer against the general one on the expanded input [e, m, …, m]."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer as HFNeoXLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from prototok_kernels.first_layer import _low_rank_pays, first_layer, first_layer_ref
+from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
+
+HERE = Path(__file__).parent
+D, INNER, HEADS, HEAD_SIZE = 32, 56, 4, 8
+LENGTHS = [1, 2, 3, 17, 64]
+
+
+def random_tensors(seed: int, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        t = torch.randn(shape, generator=generator, dtype=torch.float64)
+        norm_weight = name.endswith("norm")
+        tensors[name] = 1 + 0.3 * t if norm_weight else 0.6 * t / (shape[-1] ** 0.5)
+    return tensors
+
+
+def llama(kv_heads: int = 2, biases: bool = False, qk_norm: bool = False) -> LlamaLayer:
+    hc, kc = HEADS * HEAD_SIZE, kv_heads * HEAD_SIZE
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (hc, D), "k": (kc, D), "v": (kc, D), "o": (D, hc), "gate": (INNER, D),
+        "up": (INNER, D), "down": (D, INNER), "input_norm": (D,), "post_norm": (D,),
+    }  # fmt: skip
+    if biases:
+        shapes |= {
+            "q_bias": (hc,), "k_bias": (kc,), "v_bias": (kc,), "o_bias": (D,),
+            "gate_bias": (INNER,), "up_bias": (INNER,), "down_bias": (D,),
+        }  # fmt: skip
+    if qk_norm:
+        shapes |= {"q_norm": (HEAD_SIZE,), "k_norm": (HEAD_SIZE,)}
+    return LlamaLayer(
+        **random_tensors(1, **shapes),  # type: ignore[arg-type]
+        heads=HEADS, kv_heads=kv_heads, head_size=HEAD_SIZE, scaling=HEAD_SIZE**-0.5,
+        eps=1e-5, activation="silu",
+    )  # fmt: skip
+
+
+def neox(parallel: bool, activation: str = "gelu") -> NeoXLayer:
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "up": (INNER, D), "down": (D, INNER),
+        "q_bias": (D,), "k_bias": (D,), "v_bias": (D,), "o_bias": (D,), "up_bias": (INNER,),
+        "down_bias": (D,), "input_norm": (D,), "input_norm_bias": (D,), "post_norm": (D,),
+        "post_norm_bias": (D,),
+    }  # fmt: skip
+    return NeoXLayer(
+        **random_tensors(2, **shapes),  # type: ignore[arg-type]
+        heads=HEADS, kv_heads=HEADS, head_size=HEAD_SIZE, scaling=HEAD_SIZE**-0.5,
+        eps=1e-5, activation=activation, parallel=parallel,
+    )  # fmt: skip
+
+
+def rotary_tables(
+    length: int, rotary_size: int = HEAD_SIZE, frequencies: Tensor | None = None, factor: float = 1
+) -> tuple[Tensor, Tensor]:
+    if frequencies is None:
+        frequencies = 10000.0 ** (-torch.arange(0, rotary_size, 2).double() / rotary_size)
+    angle = torch.arange(length).double()[:, None] * frequencies.double()
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos() * factor, angle.sin() * factor
+
+
+def llama3_frequencies() -> Tensor:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=D, num_attention_heads=HEADS, rope_parameters=rope)
+    return LlamaRotaryEmbedding(config).inv_freq
+
+
+# name → (layer, how its cos and sin tables are made)
+CASES: dict[str, tuple[DecoderLayer, Callable[[int], tuple[Tensor, Tensor]]]] = {
+    "llama-mha": (llama(kv_heads=HEADS), rotary_tables),
+    "llama-gqa": (llama(), rotary_tables),
+    "llama-gqa-biases": (llama(biases=True), rotary_tables),
+    "qwen3-qk-norm": (llama(qk_norm=True), rotary_tables),
+    "llama3-scaled-rope": (llama(), lambda n: rotary_tables(n, frequencies=llama3_frequencies())),
+    "yarn-attention-factor": (llama(), lambda n: rotary_tables(n, factor=1.3)),
+    "neox-parallel": (neox(True), rotary_tables),
+    "neox-parallel-partial-rotary": (neox(True), lambda n: rotary_tables(n, 2)),
+    "neox-sequential-partial-rotary": (neox(False), lambda n: rotary_tables(n, 4)),
+    "neox-sequential-gelu-tanh": (neox(False, "gelu_new"), rotary_tables),
+}
+
+
+def vectors(rows: int, groups: int | None = None, size: int = D, seed: int = 3) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    e = torch.randn(rows, size, generator=generator, dtype=torch.float64)
+    m = torch.randn(groups or rows, size, generator=generator, dtype=torch.float64)
+    group = None if groups is None else torch.arange(rows).mul(7).remainder(groups)
+    return e.requires_grad_(), m.requires_grad_(), group
+
+
+def expanded(e: Tensor, m: Tensor, group: Tensor | None, length: int) -> Tensor:
+    m = m if group is None else m[group]
+    return torch.cat([e[:, None], m[:, None].expand(-1, length - 1, -1)], dim=1)
+
+
+def probe(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def with_gradients(h: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    loss = (h * probe(h.shape).to(h.dtype)).sum()
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    filled = (torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))
+    return h.detach(), *filled
+
+
+def torch_backend(*args: Any) -> Tensor:
+    return first_layer(*args, backend="torch")
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_general_layer(case: str, length: int, groups: int | None) -> None:
+    layer, tables = CASES[case]
+    cos, sin = tables(length)
+    e, m, group = vectors(3, groups)
+    expected = with_gradients(decoder_layer(expanded(e, m, group, length), layer, cos, sin), e, m)
+    for implementation in (first_layer_ref, torch_backend):
+        found = with_gradients(implementation(e, m, group, length, layer, cos, sin), e, m)
+        for f, x in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("implementation", [first_layer_ref, torch_backend])
+@pytest.mark.parametrize("case", ["llama-gqa-biases", "qwen3-qk-norm", "neox-parallel",
+                                  "neox-sequential-gelu-tanh"])  # fmt: skip
+def test_gradcheck(case: str, implementation: Callable[..., Tensor], groups: int | None) -> None:
+    layer, tables = CASES[case]
+    length = 9
+    assert _low_rank_pays(length, layer)
+    e, m, group = vectors(2, groups)
+    cos, sin = tables(length)
+    assert torch.autograd.gradcheck(
+        lambda e, m: implementation(e, m, group, length, layer, cos, sin), (e, m), fast_mode=True
+    )
+
+
+def hf_attention(attn: nn.Module) -> dict[str, Tensor]:
+    names = {"q": attn.q_proj, "k": attn.k_proj, "v": attn.v_proj, "o": attn.o_proj}
+    out = {name: linear.weight for name, linear in names.items()}
+    out |= {f"{n}_bias": p.bias for n, p in names.items() if p.bias is not None}
+    if hasattr(attn, "q_norm"):
+        out |= {"q_norm": attn.q_norm.weight, "k_norm": attn.k_norm.weight}
+    return {name: t.detach() for name, t in out.items()}
+
+
+def hf_llama_like(kind: str) -> tuple[nn.Module, DecoderLayer]:
+    sizes: dict[str, Any] = {
+        "hidden_size": D, "intermediate_size": INNER, "num_attention_heads": HEADS,
+        "num_key_value_heads": 2, "head_dim": HEAD_SIZE, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    if kind == "llama":
+        module: Any = LlamaDecoderLayer(LlamaConfig(**sizes, mlp_bias=True, attention_bias=True), 0)
+    else:
+        module = Qwen3DecoderLayer(Qwen3Config(**sizes), 0)
+    module = randomise(module)
+    # Their RMSNorm stops at fp32; torch's own lets the comparison run in fp64.
+    for owner, name in [(module, "input_layernorm"), (module, "post_attention_layernorm"),
+                        (module.self_attn, "q_norm"), (module.self_attn, "k_norm")]:  # fmt: skip
+        if hasattr(owner, name):
+            weight = getattr(owner, name).weight
+            norm = nn.RMSNorm(weight.shape, eps=1e-6, dtype=torch.float64)
+            norm.weight = weight
+            setattr(owner, name, norm)
+    mlp = module.mlp
+    biases = {}
+    if mlp.up_proj.bias is not None:
+        biases = {"gate_bias": mlp.gate_proj.bias.detach(), "up_bias": mlp.up_proj.bias.detach(),
+                  "down_bias": mlp.down_proj.bias.detach()}  # fmt: skip
+    layer = LlamaLayer(
+        **hf_attention(module.self_attn), **biases,
+        gate=mlp.gate_proj.weight.detach(), up=mlp.up_proj.weight.detach(),
+        down=mlp.down_proj.weight.detach(),
+        input_norm=module.input_layernorm.weight.detach(),
+        post_norm=module.post_attention_layernorm.weight.detach(),
+        heads=HEADS, kv_heads=2, head_size=HEAD_SIZE, scaling=module.self_attn.scaling,
+        eps=1e-6, activation="silu",
+    )  # fmt: skip
+    return module, layer
+
+
+def hf_neox(parallel: bool) -> tuple[nn.Module, DecoderLayer]:
+    config = GPTNeoXConfig(
+        hidden_size=D, intermediate_size=INNER, num_attention_heads=HEADS, rotary_pct=0.25,
+        use_parallel_residual=parallel, hidden_act="gelu", attn_implementation="sdpa",
+    )  # fmt: skip
+    module: Any = randomise(HFNeoXLayer(config, 0))
+    attn, mlp = module.attention, module.mlp
+    weights = attn.query_key_value.weight.detach().unflatten(0, (HEADS, 3, HEAD_SIZE))
+    biases = attn.query_key_value.bias.detach().unflatten(0, (HEADS, 3, HEAD_SIZE))
+    split = {n: weights[:, i].flatten(0, 1) for i, n in enumerate("qkv")}
+    split |= {f"{n}_bias": biases[:, i].flatten() for i, n in enumerate("qkv")}
+    layer = NeoXLayer(
+        **split, o=attn.dense.weight.detach(), o_bias=attn.dense.bias.detach(),
+        up=mlp.dense_h_to_4h.weight.detach(), up_bias=mlp.dense_h_to_4h.bias.detach(),
+        down=mlp.dense_4h_to_h.weight.detach(), down_bias=mlp.dense_4h_to_h.bias.detach(),
+        input_norm=module.input_layernorm.weight.detach(),
+        input_norm_bias=module.input_layernorm.bias.detach(),
+        post_norm=module.post_attention_layernorm.weight.detach(),
+        post_norm_bias=module.post_attention_layernorm.bias.detach(),
+        heads=HEADS, kv_heads=HEADS, head_size=HEAD_SIZE, scaling=attn.scaling,
+        eps=config.layer_norm_eps, activation="gelu", parallel=parallel,
+    )  # fmt: skip
+    return module, layer
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.double().parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        centre = 1.0 if parameter.ndim == 1 else 0.0
+        parameter.data.copy_(centre + 0.2 * noise)
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "neox-parallel", "neox-sequential"])
+def test_equals_transformers(kind: str) -> None:
+    neox_kind = kind.startswith("neox")
+    module, layer = hf_neox(kind == "neox-parallel") if neox_kind else hf_llama_like(kind)
+    length = 17
+    cos, sin = rotary_tables(length, 2 if neox_kind else HEAD_SIZE)
+    e, m, _ = vectors(3)
+    mask = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    x = expanded(e, m, None, length)
+    theirs = module(x, attention_mask=mask, position_embeddings=(cos[None], sin[None]))
+    expected = with_gradients(theirs, e, m)
+    general = with_gradients(decoder_layer(expanded(e, m, None, length), layer, cos, sin), e, m)
+    found = with_gradients(torch_backend(e, m, None, length, layer, cos, sin), e, m)
+    for g, f, x in zip(general, found, expected, strict=True):
+        torch.testing.assert_close(g, x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(f, x, rtol=1e-9, atol=1e-9)
+
+
+def errors_against_fp64(
+    layer: DecoderLayer,
+    tables: tuple[Tensor, Tensor],
+    length: int,
+    implementations: dict[str, Callable[..., Tensor]],
+    groups: int | None = None,
+) -> dict[str, list[float]]:
+    """Relative errors of h1, ∂e and ∂m for each implementation, e and m in fp32."""
+    e, m, group = vectors(3, groups)
+    e, m = (t.detach().float().requires_grad_() for t in (e, m))
+    exact = layer.to(torch.float64)
+    x = expanded(e.double(), m.double(), group, length)
+    truth = with_gradients(decoder_layer(x, exact, *tables), e, m)
+    out = {}
+    for name, implementation in implementations.items():
+        h = implementation(e, m, group, length, layer, *tables)
+        assert h.dtype == layer.dtype
+        pairs = zip(with_gradients(h, e, m), truth, strict=True)
+        out[name] = [
+            float((f.double() - t).norm() / t.double().norm().clamp(min=1e-30)) for f, t in pairs
+        ]
+    return out
+
+
+def general(*args: Any) -> Tensor:
+    e, m, group, length, layer, cos, sin = args
+    return decoder_layer(expanded(e, m, group, length).to(layer.dtype), layer, cos, sin)
+
+
+def assert_as_good_as_general(errors: dict[str, list[float]], dtype: torch.dtype) -> None:
+    floor = torch.finfo(dtype).eps  # a gradient the general layer happens to hit exactly
+    for name, found in errors.items():
+        for f, plain in zip(found, errors["general"], strict=True):
+            assert f <= 3 * max(plain, floor), f"{name}: {errors}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_low_precision_errs_no_more_than_general_layer(case: str, dtype: torch.dtype) -> None:
+    layer, tables = CASES[case]
+    implementations = {"general": general, "ref": first_layer_ref, "torch": torch_backend}
+    errors = errors_against_fp64(layer.to(dtype), tables(70), 70, implementations)
+    assert_as_good_as_general(errors, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_hundreds_of_nats_apart(backend: str) -> None:
+    """Qwen2's key biases; a prefix sum of exp(logit − max) would underflow to log 0."""
+    layer, tables = CASES["llama-gqa-biases"]
+    loud = {"q_bias": 25 * layer.q_bias.sign(), "k_bias": 25 * layer.k_bias.sign()}
+    layer = dataclasses.replace(layer, **loud).to(torch.float32)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    implementations = {
+        "general": general, "found": lambda *args: first_layer(*args, backend=backend)
+    }  # fmt: skip
+    errors = errors_against_fp64(layer, tables(33), 33, implementations)
+    assert_as_good_as_general(errors, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "length", "dtype", "groups"),
+    [
+        (case, length, dtype, groups)
+        for case in ("llama-gqa", "neox-parallel-partial-rotary", "neox-sequential-gelu-tanh")
+        for length, dtype, groups in [
+            (1, torch.float32, None),
+            (2, torch.float32, 2),
+            (17, torch.float32, None),
+            (17, torch.bfloat16, 2),
+        ]
+    ]
+    + [("llama-gqa", 70, torch.float32, 2), ("neox-parallel", 70, torch.bfloat16, None)],
+)
+def test_triton_by_interpreter(
+    case: str, length: int, dtype: torch.dtype, groups: int | None
+) -> None:
+    pytest.importorskip("triton")
+    layer, tables = CASES[case]
+    implementations = {
+        "general": general, "triton": lambda *args: first_layer(*args, backend="triton")
+    }  # fmt: skip
+    errors = errors_against_fp64(layer.to(dtype), tables(length), length, implementations, groups)
+    assert_as_good_as_general(errors, dtype)
+
+
+def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes off every tile boundary, all workspaces poisoned with NaN."""
+    pytest.importorskip("triton")
+    from prototok_kernels.first_layer_triton import affine_scan
+
+    for name in ("empty_like", "empty"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=original, **k: f(*a, **k).fill_(torch.nan))
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(torch.nan)
+    )
+    a, b = (torch.randn(2, 3, 37, requires_grad=True) for _ in range(2))
+    span = torch.randn(2, 5, 19, requires_grad=True)
+    x, coef = affine_scan(a, b, span)
+    grads = torch.autograd.grad(x.square().sum() + coef.square().sum(), (a, b, span))
+    assert all(t.isfinite().all() for t in (x, coef, *grads))
+
+
+def test_triton_compiles_without_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_first_layer.py"), "80", "90", "100"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "_kernel" in line]
+    assert {(line[0], line[2]) for line in lines} == {
+        (capability, f"{name}_kernel")
+        for capability in ("80", "90", "100")
+        for name in ("affine_scan_forward", "affine_backward", "scan_backward")
+    }
+    assert all(int(line[-1]) <= 99 << 10 for line in lines)  # shared memory, bytes
+
+
+class Outputs(TorchDispatchMode):
+    """Element counts of everything computed (views left out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs:
+                self.counts.append(t.numel())
+        return out
+
+
+def test_nothing_of_size_n_but_the_output() -> None:
+    """GPT-NeoX: one (B, N, d) tensor forward, none backward; nothing N × N (N > d here)."""
+    rows, length = 2, 300
+    layer, tables = CASES["neox-parallel"]
+    cos, sin = tables(length)
+    e, m, _ = vectors(rows)
+    full = rows * length * D
+
+    def large(implementation: Callable[..., Tensor]) -> tuple[int, int]:
+        with Outputs() as forward:
+            h = implementation(e, m, None, length, layer, cos, sin)
+        grad = torch.ones_like(h)
+        with Outputs() as backward:
+            torch.autograd.grad(h, (e, m), grad)
+        return tuple(sum(c >= full // 2 for c in o.counts) for o in (forward, backward))
+
+    assert large(torch_backend) == (1, 0)
+    assert min(large(general)) > 10  # the count does see copies where there are some
+
+
+def saved_elements(implementation: Callable[..., Tensor], case: str, length: int) -> int:
+    layer, tables = CASES[case]
+    weights = {t.data_ptr() for t in vars(layer).values() if isinstance(t, Tensor)}
+    cos, sin = tables(length)
+    e, m, _ = vectors(2)
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in weights:
+            saved[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h = implementation(e, m, None, length, layer, cos, sin)
+        total = sum(saved.values())
+    assert h.requires_grad
+    return total
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "neox-sequential-gelu-tanh"])
+def test_backward_keeps_no_activations(case: str) -> None:
+    length = 300
+    inner_tensor = 2 * length * INNER
+    assert saved_elements(torch_backend, case, length) < inner_tensor
+    assert saved_elements(first_layer_ref, case, length) > 2 * inner_tensor
+
+
+def test_work_does_not_grow_with_rows_that_share_m() -> None:
+    layer, tables = CASES["neox-parallel"]
+    cos, sin = tables(64)
+
+    def flops(implementation: Callable[..., Tensor], groups: int | None) -> int:
+        e, m, group = vectors(16, groups)
+        with FlopCounterMode(display=False) as counter:
+            implementation(e, m, group, 64, layer, cos, sin).sum().backward()
+        return counter.get_total_flops()
+
+    per_vector = 2 * sum(getattr(layer, n).numel() for n in ("q", "k", "v", "o", "up", "down"))
+    saved = flops(torch_backend, None) - flops(torch_backend, 1)
+    assert saved >= 2 * 15 * per_vector  # forward and backward of 15 vectors
+    assert flops(general, None) > 5 * flops(torch_backend, None)
+
+
+def test_inputs_and_weights_are_left_alone() -> None:
+    layer, tables = CASES["llama-gqa"]
+    before = copy.deepcopy(layer)
+    e, m, _ = vectors(2)
+    first_layer(e, m, None, 40, layer, *tables(40)).sum().backward()
+    assert e.grad is not None and m.grad is not None
+    for field in dataclasses.fields(layer):
+        old, new = getattr(before, field.name), getattr(layer, field.name)
+        if isinstance(new, Tensor):
+            assert torch.equal(old, new) and new.grad is None
+
+
+def test_refuses_what_does_not_fit() -> None:
+    layer, tables = CASES["llama-gqa"]
+    cos, sin = tables(8)
+    e, m, _ = vectors(3)
+    with pytest.raises(ValueError, match="backend"):
+        first_layer(e, m, None, 8, layer, cos, sin, backend="cuda")
+    with pytest.raises(ValueError, match="length"):
+        first_layer(e, m, None, 9, layer, cos, sin)
+    with pytest.raises(ValueError, match="length"):
+        first_layer(e, m, None, 0, layer, cos, sin)
+    with pytest.raises(ValueError, match="m must"):
+        first_layer(e, m[:2], None, 8, layer, cos, sin)
+    with pytest.raises(ValueError, match="group"):
+        first_layer(e, m[:2], torch.zeros(2, dtype=torch.int64), 8, layer, cos, sin)
+    with pytest.raises(ValueError, match="activation"):
+        dataclasses.replace(layer, activation="swishy")
+
+
+def test_triton_refuses_fp64() -> None:
+    pytest.importorskip("triton")
+    layer, tables = CASES["neox-parallel"]
+    e, m, _ = vectors(2)
+    with pytest.raises(ValueError, match="float64"):
+        first_layer(e, m, None, 8, layer, *tables(8), backend="triton")
