@@ -61,7 +61,8 @@ class GPTNeoXBody:
         self, blocks: list[_Block], norm: _Norm, head: Tensor, rotary: RotaryTables,
         config: PreTrainedConfig,
     ) -> None:  # fmt: skip
-        self.blocks, self.norm, self.head, self.rotary = blocks, norm, head, rotary
+        self.blocks, self.norm, self.rotary = blocks, norm, rotary
+        self.head: Tensor | None = head
         self.heads = config.num_attention_heads
         self.head_size = config.hidden_size // self.heads
         self.parallel = config.use_parallel_residual

@@ -52,7 +52,8 @@ class LlamaBody:
         self, blocks: list[_Block], norm: Tensor, head: Tensor, rotary: RotaryTables,
         config: PreTrainedConfig,
     ) -> None:  # fmt: skip
-        self.blocks, self.norm, self.head, self.rotary = blocks, norm, head, rotary
+        self.blocks, self.norm, self.rotary = blocks, norm, rotary
+        self.head: Tensor | None = head
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
