@@ -1,0 +1,38 @@
+"""What every result file says about where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+
+from prototok.machine import describe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance(command: str) -> dict:
+    """Command, date, commit (with + where the tree was changed), machine and versions."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+        return run.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit + ("+" if changed else ""),
+        "machine": describe(),
+    }
+
+
+def write(record: dict, path: Path) -> None:
+    """The record as JSON; its path and a last line of JSON are printed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    print(f"\nwritten to {path}")
