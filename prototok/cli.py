@@ -56,15 +56,14 @@ def fit(
     """Cut a book into chunks, fit each, and write vectors and measurements to a folder."""
     from prototok.data import chunks, read_text
     from prototok.fast_fit import fast_fit
-    from prototok.fit_result import FitInterrupted
+    from prototok.fit_result import FitInterrupted, require_writable
     from prototok.frozen_lm import load
 
     if length < 1:
         raise ValueError(f"length: {length} is not a positive integer")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} is not a positive integer")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file")
+    require_writable(out)  # before hours of work, not after them
     text = read_text(book)
     lm = load(model, device, dtype, revision)
     pieces = chunks(lm, text, length, limit)
@@ -103,6 +102,8 @@ def decode(
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
     """Print the text back, one forward pass a chunk, and say on stderr which chunks are exact."""
+    import torch
+
     from prototok.decode import decode as decode_tokens
     from prototok.fit_result import FitResult
     from prototok.frozen_lm import load
@@ -110,17 +111,17 @@ def decode(
     best = FitResult.load(folder).best()
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
-    ids = decode_tokens(lm, best.tokens)
-    whole = 0
-    for i, (row, target) in enumerate(zip(ids, best.targets, strict=True)):
-        found = row[: len(target)]
-        sys.stdout.write(lm.decode_ids(found))
-        right = int((found == target).sum())
-        whole += right == len(target)
+    rows = decode_tokens(lm, best.tokens)
+    found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
+    # All ids at once: a chunk may end in the middle of a character.
+    print(lm.decode_ids(torch.cat(found)))
+    exact = 0
+    for i, (ids, target) in enumerate(zip(found, best.targets, strict=True)):
+        right = int((ids == target).sum())
+        exact += right == len(target)
         verdict = "exact" if right == len(target) else f"{right} of {len(target)} tokens right"
-        _say(f"[chunk {i}: {verdict}]")
-    sys.stdout.write("\n")
-    _say(f"{whole} of {len(ids)} chunks are exact")
+        _say(f"chunk {i}: {verdict}")
+    _say(f"{exact} of {len(found)} chunks are exact")
 
 
 @app.command()

@@ -76,8 +76,7 @@ class FitResult:
         A folder that is already there is replaced only if it holds an earlier FitResult.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / _FITS).exists() and any(folder.iterdir()):
-            raise ValueError(f"folder: {folder} exists and holds something else than a fit")
+        require_writable(folder)
         temporary = folder.with_name(folder.name + ".tmp")
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -129,6 +128,14 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "correct": torch.int64,
     "steps": torch.int64,
 }
+
+
+def require_writable(folder: Path) -> None:
+    """ValueError unless a FitResult may be written there: nothing else must be in the way."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file")
+    if folder.exists() and not (folder / _FITS).exists() and any(folder.iterdir()):
+        raise ValueError(f"folder: {folder} exists and holds something else than a fit")
 
 
 class FitInterrupted(KeyboardInterrupt):

@@ -1,0 +1,116 @@
+"""Write the README's tables from the committed results, so that no figure is typed by hand.
+
+python benchmarks/readme_tables.py            # rewrite what stands between the markers
+python benchmarks/readme_tables.py --check    # exit code 1 where the README says otherwise
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from prototok.bench import table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def source(record: dict) -> str:
+    m = record["machine"]
+    return (
+        f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, transformers "
+        f"{m['transformers']}, {record['date']}, commit {record['commit']}."
+    )
+
+
+def bench() -> str:
+    record = result("bench.json")
+    return "\n".join(["The output of `python -m prototok.bench`:", "", "```", table(record), "```"])
+
+
+def reconstruction() -> str:
+    record = result("reconstruction.json")
+    lines = [
+        "| model | N | recipe | most steps | exact | confirmed | steps, quartiles | s / text |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for c in record["cases"]:
+        steps = " / ".join(f"{q:.0f}" for q in c["steps_quartiles"])
+        lines.append(
+            f"| {c['model']} | {c['length']} | {c['recipe']} | {c['max_steps']} "
+            f"| {c['exact']}/{c['texts']} | {c['confirmed']} | {steps} "
+            f"| {c['seconds_per_text']:.2f} |"
+        )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
+def table1() -> str:
+    record = result("table1.json")
+    lengths = sorted({c["length"] for c in record["cells"]})
+    lines = [
+        "| arrangement | " + " | ".join(f"N = {n}" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for name in dict.fromkeys(c["arrangement"] for c in record["cells"]):
+        cells = {c["length"]: c for c in record["cells"] if c["arrangement"] == name}
+        row = " | ".join(f"{cells[n]['mean']:.2f}±{cells[n]['std']:.2f}" for n in lengths)
+        lines.append(f"| `{name}` | {row} |")
+    what = (
+        f"{record['model']}, {record['texts']} texts, the paper's recipe, at most "
+        f"{record['recipe']['max_steps']} steps. `{record['command']}`: {source(record)}"
+    )
+    return "\n".join([*lines, "", what])
+
+
+def models() -> str:
+    lines = [
+        "| model | shape | parameters | held-out loss | training |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("tiny-llama", "tiny-neox"):
+        folder = ROOT / "prototok" / "models" / name
+        r = json.loads((folder / "training.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        lines.append(
+            f"| `{name}` | {r['architecture']}, d {config['hidden_size']}, "
+            f"{config['num_hidden_layers']} layers, V {config['vocab_size']} "
+            f"| {r['parameters'] / 1e6:.1f}M "
+            f"| {r['held_out_loss']:.3f} nats a token, {r['held_out_nats_per_byte']:.3f} a byte "
+            f"| {r['settings']['tokens'] / 1e6:.1f}M tokens |"
+        )
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    for make in (bench, reconstruction, table1, models):
+        name = make.__name__
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        body = make()
+        text, count = re.subn(
+            pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL
+        )
+        assert count == 1, f"README has no markers for {name}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if not parser.parse_args().check:
+        readme.write_text(after, encoding="utf-8")
+    elif before != after:
+        sys.exit("README.md does not say what the results say; run benchmarks/readme_tables.py")
+
+
+if __name__ == "__main__":
+    main()
