@@ -107,18 +107,23 @@ def fast_fit(
         return all(c.accuracy >= settings.accuracy for c in checked)
 
     done: list[Finished] = []
+    rows = exact = 0
+
+    def observe(event: FitEvent) -> None:
+        steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
+        bar.update(rows, f"{exact} exact, {steps}")
+        if callback is not None:
+            callback(event)
+
     collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
     try:
         with Progress(total, "fit", progress) as bar:
-            exact = rows = 0
-            for finished in run(
-                lm, units, layout, settings, batch_size, backend, confirm, callback
-            ):
+            fits = run(lm, units, layout, settings, batch_size, backend, confirm, observe)
+            for finished in fits:
                 done.append(finished)
                 checks = verified[finished.unit.group]
                 rows += len(checks)
                 exact += sum(c.exact for c in checks)
-                bar.update(rows, f"{exact} exact")
     except KeyboardInterrupt:
         result, whole = collected.partial(done, verified)
         raise FitInterrupted(result, whole) from None
@@ -142,7 +147,7 @@ class _Verified:
 def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor) -> _Verified:
     """Decode one row's vectors (slots, d) at batch 1 and compare with its targets (N,)."""
     correct, margin, loss = len(targets), float("inf"), 0.0
-    for model in (lm, lm.cast(torch.float32)):
+    for model in dict.fromkeys((lm, lm.cast(torch.float32))):
         decoded = decode_vectors(model, vectors[None], arrangement, len(targets), targets[None])
         correct = min(correct, int((decoded.ids[0] == targets).sum()))
         margin = min(margin, float(decoded.margin.min()))

@@ -56,7 +56,7 @@ def run(
     batch_size: int | str,
     backend: str,
     confirm: Callable[[Finished], bool],
-    observe: Callable[[FitEvent], None] | None = None,
+    observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     """Fit all units and yield each as it ends.
 
@@ -82,11 +82,10 @@ def run(
         if admitted:
             slots.admit(admitted)
         clock = time.perf_counter()
-        before = slots.step.clone()
         for _ in range(poll_every):
+            before = slots.step.clone()
             score, rows_per_forward = _step_within_memory(lm, slots, rows_per_forward)
-        if observe is not None:
-            observe(_event(slots, before if poll_every == 1 else slots.step, score))
+        observe(_event(slots, before, score))
         ended = (slots.done | (slots.step >= recipe.max_steps)).tolist()
         share = (time.perf_counter() - clock) / slots.rows
         for unit in slots.units:
