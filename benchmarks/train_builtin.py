@@ -208,10 +208,10 @@ library_name: transformers
 # {s.name}
 
 A {record["parameters"] / 1e6:.1f}M-parameter {record["architecture"]} language model, trained from
-scratch so that prototok has a real frozen model to work on where no network is. It is a test
-object, not a text generator of any use.
+scratch so that prototok has a real frozen model to work on where there is no network. It is a test
+object; as a text generator it is of no use.
 
-* **Held-out loss**: {record["held_out_loss"]:.3f} nats per token,
+* **Held-out loss**: {record["held_out_loss"]:.3f} nats per token and
   {record["held_out_nats_per_byte"]:.3f} nats per byte, on {len(held)} whole books that were never
   trained on (stored bfloat16 weights, float32 arithmetic, windows of {s.context} tokens).
 * **Data**: {len(train)} English novels of 1840–1920 from the ELTeC-eng collection, plain text;
@@ -230,8 +230,8 @@ object, not a text generator of any use.
 
 Losses are nats per token; the column is read on the first {record["curve_tokens"]} held-out tokens.
 
-Retrain: `python benchmarks/train_builtin.py {s.name} --text FOLDER --out FOLDER`, where the first
-folder holds one .txt file a book.
+Retrain: `python benchmarks/train_builtin.py {s.name} --tokens {s.tokens} --text FOLDER --out
+FOLDER`, where the first folder holds one .txt file a book.
 """
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder for checkpoints (default: OUT/../work-NAME)"
     )
-    parser.add_argument("--tokens", type=float, default=16e6)
+    parser.add_argument("--tokens", type=float, default=10.65e6)
     parser.add_argument("--width", type=int, default=192, help="hidden size, a multiple of 32")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=4096)
