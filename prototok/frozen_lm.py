@@ -108,7 +108,9 @@ class FrozenLM:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; pass token ids instead of text"
             )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=bos == "keep")["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=bos == "keep", verbose=False)[
+            "input_ids"
+        ]
         return ids
 
     def decode_ids(self, ids: Tensor | list[int]) -> str:
