@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prototok_kernels.short_attention import LONGEST, short_attention
+
 Layer = TypeVar("Layer", bound="DecoderLayer")
 
 # Hugging Face's names of activations; gelu_new and gelu_fast are the tanh formula with other
@@ -234,16 +236,19 @@ def attention(
 ) -> Tensor:  # (B, N, d)
     """Causal self-attention with its output projection."""
     n = x.shape[1]
-    cos, sin = cos[:n].to(x.dtype), sin[:n].to(x.dtype)
-    heads = project_heads(x, (layer.qkv, layer.qkv_bias), layer).transpose(1, 2)
-    q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+    heads = project_heads(x, (layer.qkv, layer.qkv_bias), layer)
+    q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=2)
     if layer.q_norm is not None:
         q = rms_norm(q, layer.q_norm, layer.eps)
     if layer.k_norm is not None:
         k = rms_norm(k, layer.k_norm, layer.eps)
-    mixed = causal_attention(
-        rotary(q, cos, sin), rotary(k, cos, sin), v, layer.scaling, layer.window
-    )
+    if x.device.type == "cpu" and n <= LONGEST and (layer.window is None or layer.window >= n):
+        mixed = short_attention(q, k, v, cos, sin, layer.scaling).flatten(2)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        cos, sin = cos[:n].to(x.dtype), sin[:n].to(x.dtype)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        mixed = causal_attention(q, k, v, layer.scaling, layer.window)
     return F.linear(mixed, layer.o, layer.o_bias)
 
 

@@ -55,7 +55,7 @@ class DecoderBody:
         return window is None or window >= length
 
     def _through(self, layers: list[DecoderLayer], x: Tensor) -> Tensor:
-        cos, sin = (table.to(x.dtype) for table in self.rotary(x.shape[1]))
+        cos, sin = self.rotary(x.shape[1])
         for layer in layers:
             x = decoder_layer(x, layer, cos, sin)
         return layer_or_rms_norm(x, self.norm, self.norm_bias, self.layers[0].eps)
