@@ -55,6 +55,11 @@ class Arrangement:
         return self.name != "e*"
 
     @property
+    def is_pair(self) -> bool:
+        """Whether the input is [e, m, …, m] at every length: one e, then m throughout."""
+        return self.leading == 1 and _LEADING.fullmatch(self.name) is not None
+
+    @property
     def slots(self) -> int:
         """Different vectors one row needs: K, and one more for m."""
         return self.leading + self.has_m

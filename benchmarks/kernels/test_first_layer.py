@@ -62,15 +62,14 @@ def random_layer(s: Shape, dtype: torch.dtype) -> DecoderLayer:
 
     hc, kc = s.heads * s.head_size, s.kv_heads * s.head_size
     common: dict[str, Any] = {
-        "q": tensor(hc, s.d), "k": tensor(kc, s.d), "v": tensor(kc, s.d), "o": tensor(s.d, hc),
-        "up": tensor(s.inner, s.d), "down": tensor(s.d, s.inner), "input_norm": 1 + tensor(s.d),
-        "post_norm": 1 + tensor(s.d), "heads": s.heads, "kv_heads": s.kv_heads,
-        "head_size": s.head_size, "scaling": s.head_size**-0.5, "eps": 1e-5,
+        "qkv": tensor(hc + 2 * kc, s.d), "o": tensor(s.d, hc), "down": tensor(s.d, s.inner),
+        "input_norm": 1 + tensor(s.d), "post_norm": 1 + tensor(s.d), "heads": s.heads,
+        "kv_heads": s.kv_heads, "head_size": s.head_size, "scaling": s.head_size**-0.5, "eps": 1e-5,
     }  # fmt: skip
     if s.parallel is None:
-        return LlamaLayer(**common, gate=tensor(s.inner, s.d), activation="silu")
+        return LlamaLayer(**common, gate_up=tensor(2 * s.inner, s.d), activation="silu")
     return NeoXLayer(
-        **common, q_bias=tensor(hc), k_bias=tensor(kc), v_bias=tensor(kc), o_bias=tensor(s.d),
+        **common, qkv_bias=tensor(hc + 2 * kc), o_bias=tensor(s.d), up=tensor(s.inner, s.d),
         up_bias=tensor(s.inner), down_bias=tensor(s.d), input_norm_bias=tensor(s.d),
         post_norm_bias=tensor(s.d), activation="gelu", parallel=s.parallel,
     )  # fmt: skip

@@ -20,10 +20,10 @@ from torch import Tensor
 from prototok_kernels.backend import resolve_backend
 from prototok_kernels.layers import (
     DecoderLayer,
-    LlamaLayer,
     NeoXLayer,
-    activate,
-    activate_backward,
+    inner_activation,
+    inner_activation_backward,
+    inner_projection,
     input_norm,
     mlp,
     project_heads,
@@ -43,9 +43,9 @@ def _span(
     rows, heads = e.shape[0], layer.heads
     x = torch.cat([e.to(layer.dtype), m.to(layer.dtype)])  # (B + G, d)
     normed = input_norm(x, layer)
-    q_m = project_heads(normed[rows:], layer.q, layer.q_bias, layer, layer.q_norm)
-    k = project_heads(normed, layer.k, layer.k_bias, layer, layer.k_norm)
-    v = project_heads(normed, layer.v, layer.v_bias, layer)
+    q_m = project_heads(normed[rows:], layer.q, layer, layer.q_norm)
+    k = project_heads(normed, layer.k, layer, layer.k_norm)
+    v = project_heads(normed, layer.v, layer)
     if layer.kv_heads != heads:
         k, v = (t.repeat_interleave(heads // layer.kv_heads, dim=1) for t in (k, v))
     base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
@@ -61,7 +61,7 @@ def _span(
 
 def _per_row(x: Tensor, group: Tensor | None) -> Tensor:
     """(G, …) → (B, …)."""
-    return x if group is None else x[group]
+    return x if group is None else x.index_select(0, group)
 
 
 def _distance_logits(
@@ -165,25 +165,19 @@ def _scan_backward(
 
 def _inner(
     scaled: Tensor,  # (B, S, N)
-    projected: list[Tensor],  # of (B, S, I)
-    biases: list[Tensor | None],
-) -> list[Tensor]:  # of (B, N, I)
+    projected: Tensor,  # (B, S, I), gated (B, S, 2 I)
+    bias: Tensor | None,
+) -> Tensor:  # (B, N, I), gated (B, N, 2 I)
     """The MLP's inner projections, before the activation, from those of the spanning vectors."""
-    out = []
-    for p, bias in zip(projected, biases, strict=True):
-        z = torch.bmm(scaled.transpose(1, 2), p)
-        out.append(z if bias is None else z.add_(bias))
-    return out
+    z = torch.bmm(scaled.transpose(1, 2), projected)
+    return z if bias is None else z.add_(bias)
 
 
-def _inner_weights(layer: DecoderLayer) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Matrices and biases in front of the activation, the activated one first."""
-    if isinstance(layer, LlamaLayer):
-        return [layer.gate, layer.up], [layer.gate_bias, layer.up_bias]
-    assert isinstance(layer, NeoXLayer)
-    # The norm's own bias passes through `up` unscaled, so it joins the projection's bias.
-    bias = F.linear(layer.post_norm_bias, layer.up, layer.up_bias)
-    return [layer.up], [bias]
+def _inner_bias(layer: DecoderLayer) -> Tensor | None:
+    """What is added in front of the activation, whatever the position."""
+    weight, bias = inner_projection(layer)
+    # A LayerNorm's own bias passes through the projection unscaled, so it joins that one's bias.
+    return F.linear(layer.post_norm_bias, weight, bias) if isinstance(layer, NeoXLayer) else bias
 
 
 def _rms_inverse(x: Tensor, layer: DecoderLayer) -> Tensor:
@@ -212,17 +206,12 @@ class _AffineMLP(torch.autograd.Function):
         layer: DecoderLayer,
     ) -> Tensor:  # (B, N, d)
         centred = span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
-        weights, biases = _inner_weights(layer)
-        normed = centred * layer.post_norm
-        projected = [F.linear(normed, weight) for weight in weights]
+        projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
         rms_inverse = _rms_inverse(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer = layer
-        ctx.save_for_backward(coef, scaled, rms_inverse, centred, *projected)
-        z = _inner(scaled, projected, biases)
-        inner = activate(z[0], layer.activation)
-        if len(z) == 2:
-            inner = inner.mul_(z[1])
+        ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
+        inner = inner_activation(_inner(scaled, projected, _inner_bias(layer)), layer)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
@@ -230,21 +219,11 @@ class _AffineMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         layer: DecoderLayer = ctx.layer
-        coef, scaled, rms_inverse, centred, *projected = ctx.saved_tensors
-        weights, biases = _inner_weights(layer)
-        z = _inner(scaled, projected, biases)
-        grad_inner = grad @ layer.down  # (B, N, I)
-        if len(z) == 2:
-            grad_up = grad_inner * activate(z[0], layer.activation)
-            grad_z = [activate_backward(grad_inner.mul_(z[1]), z[0], layer.activation), grad_up]
-        else:
-            grad_z = [activate_backward(grad_inner, z[0], layer.activation)]
-        grad_coef = torch.zeros_like(rms_inverse)[:, None]
-        grad_normed = torch.zeros_like(centred)
-        for weight, p, gz in zip(weights, projected, grad_z, strict=True):
-            grad_coef = grad_coef + torch.bmm(p, gz.transpose(1, 2))
-            grad_normed = grad_normed + torch.bmm(scaled, gz) @ weight
-        grad_coef = grad_coef * rms_inverse[:, None]
+        coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
+        z = _inner(scaled, projected, _inner_bias(layer))
+        grad_z = inner_activation_backward(grad @ layer.down, z, layer)
+        grad_coef = torch.bmm(projected, grad_z.transpose(1, 2)) * rms_inverse[:, None]
+        grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
         # ⟨coef_i, ∂coef_i⟩ is rms_inverse_i times its gradient; ‖x_i‖² = coef_iᵀ Gram coef_i
         # carries that on to coef and span without another look at x.
         wide, wide_coef = centred.to(grad_coef.dtype), coef.to(grad_coef.dtype)
@@ -325,10 +304,7 @@ def first_layer_ref(
     if not _low_rank_pays(length, layer):
         return x + mlp(x, layer)
     centred = span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
-    weights, biases = _inner_weights(layer)
     scaled = (coef * _rms_inverse(x, layer)[:, None]).to(coef.dtype)
-    projected = [F.linear(centred * layer.post_norm, weight) for weight in weights]
-    z = _inner(scaled, projected, biases)
-    inner = activate(z[0], layer.activation)
-    inner = inner * z[1] if len(z) == 2 else inner
+    projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
+    inner = inner_activation(_inner(scaled, projected, _inner_bias(layer)), layer)
     return x + F.linear(inner, layer.down, layer.down_bias)

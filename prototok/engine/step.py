@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.engine.slots import Slots
+from prototok.families import DecoderBody
 from prototok.frozen_lm import FrozenLM
 from prototok_kernels.adamw_rows import adamw_rows_
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
@@ -61,18 +62,8 @@ def _forward_backward(
     lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice
 ) -> tuple[StepScore, tuple[Tensor, ...]]:
     """Scores of some rows, and the gradient of the sum of their losses."""
-    vectors = torch.cat(
-        [
-            leaf.index_select(0, bank.row[part])
-            for leaf, bank in zip(leaves, slots.banks, strict=True)
-        ],
-        dim=1,
-    )
-    # A product with one-hot rows places the vectors exactly, and its backward is a plain product,
-    # where that of indexing is a serial accumulation.
-    inputs_embeds = slots.layout[part] @ vectors.to(slots.dtype)  # (R, L, d)
     offset = slots.arrangement.offset
-    hidden = lm.hidden(inputs_embeds)[:, offset : offset + slots.length].flatten(0, 1)
+    hidden = _hidden(lm, slots, leaves, part)[:, offset : offset + slots.length].flatten(0, 1)
     targets, scored = slots.targets[part], slots.scored[part]
     head = linear_cross_entropy(
         hidden.detach(), lm.body.head, targets.flatten(), scored.flatten().float(),
@@ -83,6 +74,26 @@ def _forward_backward(
     margin = head.margin.view(targets.shape).masked_fill(~scored, float("inf"))
     loss = head.loss.view(targets.shape).masked_fill(~scored, 0.0)
     return StepScore(loss.sum(1), right.sum(1), margin.amin(1)), grads
+
+
+def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice) -> Tensor:
+    """(R, L, d) hidden states of some rows, from the vectors they use."""
+    body, length = lm.body, slots.layout.shape[1]
+    used = [bank.row[part] for bank in slots.banks]
+    # [e, m, m, …, m] needs its first block for two vectors a row only; every other input, and
+    # every model that is run by transformers, is laid out position by position.
+    if slots.arrangement.is_pair and isinstance(body, DecoderBody) and body.collapses(length):
+        (e, m), (e_row, group) = leaves, used
+        e, m, rows = e[:, 0].index_select(0, e_row), m[:, 0], len(e_row)
+        if len(m) < rows:  # shared: what depends on m alone is made once a group
+            return body.hidden_of_pair(e, m, group, length, slots.backend)
+        return body.hidden_of_pair(e, m.index_select(0, group), None, length, slots.backend)
+    vectors = torch.cat(
+        [leaf.index_select(0, rows) for leaf, rows in zip(leaves, used, strict=True)], dim=1
+    )
+    # A product with one-hot rows places the vectors exactly, and its backward is a plain product,
+    # where that of indexing is a serial accumulation.
+    return lm.hidden(slots.layout[part] @ vectors.to(slots.dtype))
 
 
 def _keep_best(slots: Slots, score: StepScore) -> Tensor:

@@ -42,13 +42,13 @@ def random_tensors(seed: int, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
 def llama(kv_heads: int = 2, biases: bool = False, qk_norm: bool = False) -> LlamaLayer:
     hc, kc = HEADS * HEAD_SIZE, kv_heads * HEAD_SIZE
     shapes: dict[str, tuple[int, ...]] = {
-        "q": (hc, D), "k": (kc, D), "v": (kc, D), "o": (D, hc), "gate": (INNER, D),
-        "up": (INNER, D), "down": (D, INNER), "input_norm": (D,), "post_norm": (D,),
+        "qkv": (hc + 2 * kc, D), "o": (D, hc), "gate_up": (2 * INNER, D), "down": (D, INNER),
+        "input_norm": (D,), "post_norm": (D,),
     }  # fmt: skip
     if biases:
         shapes |= {
-            "q_bias": (hc,), "k_bias": (kc,), "v_bias": (kc,), "o_bias": (D,),
-            "gate_bias": (INNER,), "up_bias": (INNER,), "down_bias": (D,),
+            "qkv_bias": (hc + 2 * kc,), "o_bias": (D,), "gate_up_bias": (2 * INNER,),
+            "down_bias": (D,),
         }  # fmt: skip
     if qk_norm:
         shapes |= {"q_norm": (HEAD_SIZE,), "k_norm": (HEAD_SIZE,)}
@@ -61,10 +61,9 @@ def llama(kv_heads: int = 2, biases: bool = False, qk_norm: bool = False) -> Lla
 
 def neox(parallel: bool, activation: str = "gelu") -> NeoXLayer:
     shapes: dict[str, tuple[int, ...]] = {
-        "q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "up": (INNER, D), "down": (D, INNER),
-        "q_bias": (D,), "k_bias": (D,), "v_bias": (D,), "o_bias": (D,), "up_bias": (INNER,),
-        "down_bias": (D,), "input_norm": (D,), "input_norm_bias": (D,), "post_norm": (D,),
-        "post_norm_bias": (D,),
+        "qkv": (3 * D, D), "qkv_bias": (3 * D,), "o": (D, D), "o_bias": (D,), "up": (INNER, D),
+        "up_bias": (INNER,), "down": (D, INNER), "down_bias": (D,), "input_norm": (D,),
+        "input_norm_bias": (D,), "post_norm": (D,), "post_norm_bias": (D,),
     }  # fmt: skip
     return NeoXLayer(
         **random_tensors(2, **shapes),  # type: ignore[arg-type]
@@ -164,13 +163,19 @@ def test_gradcheck(case: str, implementation: Callable[..., Tensor], groups: int
     )
 
 
+def stacked(modules: list[nn.Module], name: str) -> dict[str, Tensor]:
+    """`name` and, where there is one, `name`_bias of several nn.Linear with one input."""
+    out = {name: torch.cat([module.weight for module in modules])}
+    if modules[0].bias is not None:
+        out[f"{name}_bias"] = torch.cat([module.bias for module in modules])
+    return out
+
+
 def hf_attention(attn: nn.Module) -> dict[str, Tensor]:
-    names = {"q": attn.q_proj, "k": attn.k_proj, "v": attn.v_proj, "o": attn.o_proj}
-    out = {name: linear.weight for name, linear in names.items()}
-    out |= {f"{n}_bias": p.bias for n, p in names.items() if p.bias is not None}
+    out = stacked([attn.q_proj, attn.k_proj, attn.v_proj], "qkv") | stacked([attn.o_proj], "o")
     if hasattr(attn, "q_norm"):
-        out |= {"q_norm": attn.q_norm.weight, "k_norm": attn.k_norm.weight}
-    return {name: t.detach() for name, t in out.items()}
+        out |= {"q_norm": attn.q_norm.weight.detach(), "k_norm": attn.k_norm.weight.detach()}
+    return out
 
 
 def hf_llama_like(kind: str) -> tuple[nn.Module, DecoderLayer]:
@@ -192,20 +197,21 @@ def hf_llama_like(kind: str) -> tuple[nn.Module, DecoderLayer]:
             norm.weight = weight
             setattr(owner, name, norm)
     mlp = module.mlp
-    biases = {}
-    if mlp.up_proj.bias is not None:
-        biases = {"gate_bias": mlp.gate_proj.bias.detach(), "up_bias": mlp.up_proj.bias.detach(),
-                  "down_bias": mlp.down_proj.bias.detach()}  # fmt: skip
     layer = LlamaLayer(
-        **hf_attention(module.self_attn), **biases,
-        gate=mlp.gate_proj.weight.detach(), up=mlp.up_proj.weight.detach(),
-        down=mlp.down_proj.weight.detach(),
+        **hf_attention(module.self_attn), **stacked([mlp.gate_proj, mlp.up_proj], "gate_up"),
+        **stacked([mlp.down_proj], "down"),
         input_norm=module.input_layernorm.weight.detach(),
         post_norm=module.post_attention_layernorm.weight.detach(),
         heads=HEADS, kv_heads=2, head_size=HEAD_SIZE, scaling=module.self_attn.scaling,
         eps=1e-6, activation="silu",
     )  # fmt: skip
     return module, layer
+
+
+def by_kind(stack: Tensor) -> Tensor:
+    """From q, k, v of head 1, then of head 2, … to all of q, then all of k, then all of v."""
+    split = stack.detach().unflatten(0, (HEADS, 3, HEAD_SIZE))
+    return torch.cat([split[:, i].flatten(0, 1) for i in range(3)])
 
 
 def hf_neox(parallel: bool) -> tuple[nn.Module, DecoderLayer]:
@@ -215,14 +221,10 @@ def hf_neox(parallel: bool) -> tuple[nn.Module, DecoderLayer]:
     )  # fmt: skip
     module: Any = randomise(HFNeoXLayer(config, 0))
     attn, mlp = module.attention, module.mlp
-    weights = attn.query_key_value.weight.detach().unflatten(0, (HEADS, 3, HEAD_SIZE))
-    biases = attn.query_key_value.bias.detach().unflatten(0, (HEADS, 3, HEAD_SIZE))
-    split = {n: weights[:, i].flatten(0, 1) for i, n in enumerate("qkv")}
-    split |= {f"{n}_bias": biases[:, i].flatten() for i, n in enumerate("qkv")}
     layer = NeoXLayer(
-        **split, o=attn.dense.weight.detach(), o_bias=attn.dense.bias.detach(),
-        up=mlp.dense_h_to_4h.weight.detach(), up_bias=mlp.dense_h_to_4h.bias.detach(),
-        down=mlp.dense_4h_to_h.weight.detach(), down_bias=mlp.dense_4h_to_h.bias.detach(),
+        qkv=by_kind(attn.query_key_value.weight), qkv_bias=by_kind(attn.query_key_value.bias),
+        **stacked([attn.dense], "o"), **stacked([mlp.dense_h_to_4h], "up"),
+        **stacked([mlp.dense_4h_to_h], "down"),
         input_norm=module.input_layernorm.weight.detach(),
         input_norm_bias=module.input_layernorm.bias.detach(),
         post_norm=module.post_attention_layernorm.weight.detach(),
@@ -310,8 +312,9 @@ def test_low_precision_errs_no_more_than_general_layer(case: str, dtype: torch.d
 def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     """Qwen2's key biases; a prefix sum of exp(logit − max) would underflow to log 0."""
     layer, tables = CASES["llama-gqa-biases"]
-    loud = {"q_bias": 25 * layer.q_bias.sign(), "k_bias": 25 * layer.k_bias.sign()}
-    layer = dataclasses.replace(layer, **loud).to(torch.float32)
+    bias, values = layer.qkv_bias, layer.kv_heads * HEAD_SIZE
+    loud = torch.cat([25 * bias[:-values].sign(), bias[-values:]])
+    layer = dataclasses.replace(layer, qkv_bias=loud).to(torch.float32)
     if backend == "triton":
         pytest.importorskip("triton")
     implementations = {
@@ -460,7 +463,7 @@ def test_work_does_not_grow_with_rows_that_share_m() -> None:
             implementation(e, m, group, 64, layer, cos, sin).sum().backward()
         return counter.get_total_flops()
 
-    per_vector = 2 * sum(getattr(layer, n).numel() for n in ("q", "k", "v", "o", "up", "down"))
+    per_vector = 2 * sum(getattr(layer, n).numel() for n in ("qkv", "o", "up", "down"))
     saved = flops(torch_backend, None) - flops(torch_backend, 1)
     assert saved >= 2 * 15 * per_vector  # forward and backward of 15 vectors
     assert flops(general, None) > 5 * flops(torch_backend, None)
