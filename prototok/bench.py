@@ -35,7 +35,7 @@ from prototok.frozen_lm import BUILT_IN, FrozenLM, load
 from prototok.report.svg import Bar, log_bars
 from prototok.shapes import random_model
 
-DEFAULT_LENGTHS = {"tiny-llama": (16, 32), "tiny-neox": (8, 16)}
+BUILT_IN_LENGTHS = (8, 16)  # what the built-in models hold
 OTHER_LENGTHS = (32, 64, 128)
 _BATCHES = (1, 4, 16, 64)
 _ONE = "one forward"
@@ -95,7 +95,8 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
     cases: list[Case] = []
     peaks: dict[str, dict[str, float]] = {}
     for name, lm in _models(settings):
-        lengths = settings.lengths or DEFAULT_LENGTHS.get(name) or OTHER_LENGTHS
+        default = BUILT_IN_LENGTHS if name in BUILT_IN else OTHER_LENGTHS
+        lengths = settings.lengths or default
         dtype = _name(lm.dtype)
         if dtype not in peaks:
             peaks[dtype] = {

@@ -256,7 +256,9 @@ def first_layer(
     Raises ValueError for shapes that do not fit and for a backend that cannot be had.
     """
     _check(e, m, group, length, cos)
-    if resolve_backend(backend, e.device) == "triton":
+    # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
+    wide = backend == "auto" and layer.dtype == torch.float64
+    if not wide and resolve_backend(backend, e.device) == "triton":
         from prototok_kernels.first_layer_triton import affine_scan
     else:
         affine_scan = _AffineScan.apply
