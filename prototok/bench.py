@@ -27,6 +27,7 @@ from prototok.arrangement import Arrangement
 from prototok.baselines import CACHES, Generate
 from prototok.data import chunks, read_text
 from prototok.decode import decode_vectors, require_length
+from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import run
@@ -226,7 +227,7 @@ def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6)
     units = make_units(targets, [0], None, None)
     for _ in run(
-        lm, units, arrangement, recipe, len(targets), "auto", lambda finished: True,
+        lm, units, OneForward(arrangement), recipe, len(targets), "auto", lambda finished: True,
         lambda event: marks.append(time.perf_counter()),
     ):  # fmt: skip
         pass

@@ -68,10 +68,8 @@ def _forward_backward(
         ],
         dim=1,
     )
-    # A product with one-hot rows places the vectors exactly, and its backward is a plain product,
-    # where that of indexing is a serial accumulation.
-    inputs_embeds = slots.layout[part] @ vectors.to(slots.dtype)  # (R, L, d)
-    offset = slots.arrangement.offset
+    inputs_embeds = slots.inputs.embeds(vectors, slots.layout[part])  # (R, L, d)
+    offset = slots.inputs.offset
     hidden = lm.hidden(inputs_embeds)[:, offset : offset + slots.length].flatten(0, 1)
     targets, scored = slots.targets[part], slots.scored[part]
     head = linear_cross_entropy(
@@ -100,6 +98,9 @@ def _keep_best(slots: Slots, score: StepScore) -> Tensor:
         (correct == slots.best_correct) & (margin > slots.best_margin)
     )
     improved &= moving
+    slots.improved_at = torch.where(
+        improved & (correct > slots.best_correct), slots.step, slots.improved_at
+    )
     slots.best_correct = torch.where(improved, correct, slots.best_correct)
     slots.best_margin = torch.where(improved, margin, slots.best_margin)
     slots.row_correct = torch.where(improved[owner], score.correct, slots.row_correct)
@@ -109,4 +110,4 @@ def _keep_best(slots: Slots, score: StepScore) -> Tensor:
     if slots.recipe.accuracy < 1.0:
         clears = torch.ones_like(clears)
     slots.done |= moving & (reached > 0) & clears
-    return ~slots.done & (slots.step < slots.recipe.max_steps)
+    return ~slots.done & ~slots.spent()
