@@ -219,4 +219,49 @@ void adamw_row(float* __restrict param, const float* __restrict grad, float* __r
   }
 }
 
-const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row};
+inline float lane_sum(Floats value) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &value, sizeof value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// kTile outputs at a time: independent sums, and a row's inputs are loaded once for all of them.
+template <int kTile, class T>
+inline void matvec_tile(const T* weight, const float* inputs, const T* bias, T* out,
+                        const MatvecShape& shape, std::int64_t o) {
+  const std::int64_t count = shape.inputs;
+  for (std::int64_t row = 0; row < shape.rows; ++row) {
+    const float* x = inputs + row * count;
+    Floats sum[kTile] = {};
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Floats value = load(x + i);
+      for (int t = 0; t < kTile; ++t) sum[t] += value * load(weight + (o + t) * count + i);
+    }
+    if (i < count) {
+      const Floats value = load_tail(x + i, count - i, 0.0f);
+      for (int t = 0; t < kTile; ++t)
+        sum[t] += value * load_tail(weight + (o + t) * count + i, count - i, 0.0f);
+    }
+    T* to = out + row * shape.stride + o;
+    for (int t = 0; t < kTile; ++t) {
+      float value = lane_sum(sum[t]);
+      if (bias != nullptr) value += load_one(bias + o + t);
+      if (shape.add) value += load_one(to + t);
+      store_one(to + t, value);
+    }
+  }
+}
+
+template <class T>
+void matvec(const T* weight, const float* inputs, const T* bias, T* out, const MatvecShape& shape,
+            std::int64_t begin, std::int64_t end) {
+  constexpr int kTile = 8;
+  std::int64_t o = begin;
+  for (; o + kTile <= end; o += kTile) matvec_tile<kTile>(weight, inputs, bias, out, shape, o);
+  for (; o < end; ++o) matvec_tile<1>(weight, inputs, bias, out, shape, o);
+}
+
+const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row, matvec<float>, matvec<bf16>};

@@ -21,25 +21,26 @@ from prototok.families.common import RotaryTables
 from prototok.families.gpt_neox import GPTNeoXBody
 from prototok.families.llama import LlamaBody
 from prototok.frozen_lm import FrozenLM
+from prototok_kernels.matvec import matvec_
 
 Norm = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block's weights as products want them: (in, out), views of the family's own."""
+    """A block's weights, the family's own storage; matrices lie as in `nn.Linear`: (out, in)."""
 
     norm: Norm
-    qkv: Tensor  # (d, (H + 2 H_kv) c)
+    qkv: Tensor  # ((H + 2 H_kv) c, d)
     qkv_bias: Tensor | None
     q_norm: Norm | None
     k_norm: Norm | None
-    out: Tensor  # (H c, d)
+    out: Tensor  # (d, H c)
     out_bias: Tensor | None
     mlp_norm: Norm
-    up: Tensor  # (d, f), or (d, 2 f) gate and up
+    up: Tensor  # (f, d), or (2 f, d) gate and up
     up_bias: Tensor | None
-    down: Tensor  # (f, d)
+    down: Tensor  # (d, f)
     down_bias: Tensor | None
     window: int | None
 
@@ -50,7 +51,7 @@ class _Plan:
 
     blocks: list[_Block]
     norm: Norm
-    head: Tensor  # (d, V)
+    head: Tensor  # (V, d)
     rotary: RotaryTables
     heads: int
     kv_heads: int
@@ -89,14 +90,14 @@ def _llama_plan(body: LlamaBody) -> _Plan:
     assert body.head is not None
     blocks = [
         _Block(
-            _rms_norm(b.attention_norm, body.eps), b.qkv.T, b.qkv_bias, norm(b.q_norm),
-            norm(b.k_norm), b.out.T, b.out_bias, _rms_norm(b.mlp_norm, body.eps), b.gate_up.T,
-            b.gate_up_bias, b.down.T, b.down_bias, b.window,
+            _rms_norm(b.attention_norm, body.eps), b.qkv, b.qkv_bias, norm(b.q_norm),
+            norm(b.k_norm), b.out, b.out_bias, _rms_norm(b.mlp_norm, body.eps), b.gate_up,
+            b.gate_up_bias, b.down, b.down_bias, b.window,
         )
         for b in body.blocks
     ]  # fmt: skip
     return _Plan(
-        blocks, _rms_norm(body.norm, body.eps), body.head.T, body.rotary, body.heads, body.kv_heads,
+        blocks, _rms_norm(body.norm, body.eps), body.head, body.rotary, body.heads, body.kv_heads,
         body.head_size, interleaved=False, gated=True, parallel=False, activation=body.activation,
     )  # fmt: skip
 
@@ -105,13 +106,13 @@ def _neox_plan(body: GPTNeoXBody) -> _Plan:
     assert body.head is not None
     blocks = [
         _Block(
-            b.attention_norm, b.qkv.T, b.qkv_bias, None, None, b.out.T, b.out_bias, b.mlp_norm,
-            b.up.T, b.up_bias, b.down.T, b.down_bias, None,
+            b.attention_norm, b.qkv, b.qkv_bias, None, None, b.out, b.out_bias, b.mlp_norm,
+            b.up, b.up_bias, b.down, b.down_bias, None,
         )
         for b in body.blocks
     ]  # fmt: skip
     return _Plan(
-        blocks, body.norm, body.head.T, body.rotary, body.heads, body.heads, body.head_size,
+        blocks, body.norm, body.head, body.rotary, body.heads, body.heads, body.head_size,
         interleaved=True, gated=False, parallel=body.parallel, activation=body.activation,
     )  # fmt: skip
 
@@ -174,9 +175,9 @@ class StaticDecoder:
         self.turning_halves = self.turning.chunk(2, dim=-1)
         self.turned = torch.empty_like(self.turning, memory_format=torch.contiguous_format)
         self.turned_halves = self.turned.chunk(2, dim=-1)
-        self.up = new(rows, plan.blocks[0].up.shape[1])
+        self.up = new(rows, plan.blocks[0].up.shape[0])
         self.gate, self.inner = self.up.chunk(2, dim=-1) if plan.gated else (self.up, self.up)
-        self.logits = new(rows, plan.head.shape[1])
+        self.logits = new(rows, plan.head.shape[0])
         self.position = new(1, dtype=torch.int64)
         self.ids = new(capacity, rows, dtype=torch.int64)
         self.last = new(rows, dtype=torch.int64)
@@ -189,7 +190,9 @@ class StaticDecoder:
         """Bytes of weights and cache that decoding the first `positions` positions must read."""
         per_position = 2 * self.keys[0, :, :, 0].nbytes
         cached = sum(
-            min(p + 1, block.window or p + 1) for block in self.plan.blocks for p in range(positions)
+            min(p + 1, block.window or p + 1)
+            for block in self.plan.blocks
+            for p in range(positions)
         )
         return positions * self.weight_bytes + cached * per_position
 
@@ -291,7 +294,7 @@ class StaticDecoder:
         turned_first, turned_second = self.turned_halves
         scale = plan.head_size**-0.5
         for layer, block in enumerate(plan.blocks):
-            _product(block.norm(x), block.qkv, block.qkv_bias, out=qkv)
+            matvec_(qkv, block.norm(x), block.qkv, block.qkv_bias)
             if block.q_norm is not None and block.k_norm is not None:
                 self.q.copy_(block.q_norm(self.q))
                 self.k.copy_(block.k_norm(self.k))
@@ -310,25 +313,15 @@ class StaticDecoder:
                 self.grouped_q, keys, values, attn_mask=place.masks[layer], scale=scale
             )
             h = block.mlp_norm(x) if plan.parallel else None
-            x.addmm_(mixed.reshape(len(x), -1), block.out)
-            if block.out_bias is not None:
-                x += block.out_bias
-            _product(block.mlp_norm(x) if h is None else h, block.up, block.up_bias, out=self.up)
+            matvec_(x, mixed.reshape(len(x), -1), block.out, block.out_bias, add=True)
+            h = block.mlp_norm(x) if h is None else h
+            matvec_(self.up, h, block.up, block.up_bias)
             inner = plan.activation(self.gate)
             if plan.gated:
                 inner *= self.inner
-            x.addmm_(inner, block.down)
-            if block.down_bias is not None:
-                x += block.down_bias
+            matvec_(x, inner, block.down, block.down_bias, add=True)
 
     def _predict(self, ids: Tensor) -> None:
         """The most likely id behind `x`, into ids (R,)."""
-        torch.mm(self.plan.norm(self.x), self.plan.head, out=self.logits)
+        matvec_(self.logits, self.plan.norm(self.x), self.plan.head)
         torch.argmax(self.logits, dim=-1, out=ids)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(bias, x, weight, out=out)
