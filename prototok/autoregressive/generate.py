@@ -58,6 +58,9 @@ def generate(
     require_room(lm, leading, length)
     if first is not None and (first.shape != (rows,) or first.dtype != torch.int64):
         raise ValueError(f"first: {first.dtype} {tuple(first.shape)} is not int64 ({rows},)")
+    if first is not None and not 0 <= int(first.min()) <= int(first.max()) < lm.vocab_size:
+        worst = int(first.min()) if int(first.min()) < 0 else int(first.max())
+        raise ValueError(f"first: {worst} is not a token id below {lm.vocab_size}")
     if cache == "engine":
         return decoder_for(lm, rows, leading + length).generate(mem, length, first)
     prompt = mem.to(lm.device, lm.dtype)
