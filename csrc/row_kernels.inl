@@ -62,14 +62,22 @@ inline void store_tail(T* to, std::int64_t count, Floats value) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-template <class T>
-inline float load_one(const T* from) {
-  return load_tail(from, 1, 0.0f)[0];
+inline float load_one(const float* from) { return *from; }
+
+inline float load_one(const bf16* from) {
+  const std::uint32_t word = std::uint32_t{from->bits} << 16;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof value);
+  return value;
 }
 
-template <class T>
-inline void store_one(T* to, float value) {
-  store_tail(to, 1, splat(value));
+inline void store_one(float* to, float value) { *to = value; }
+
+inline void store_one(bf16* to, float value) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof word);
+  const std::uint32_t nearest_even = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  to->bits = std::uint16_t(value != value ? 0x7fc0u : nearest_even);
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -219,12 +227,20 @@ void adamw_row(float* __restrict param, const float* __restrict grad, float* __r
   }
 }
 
-inline float lane_sum(Floats value) {
-  float lanes[kLanes];
-  __builtin_memcpy(lanes, &value, sizeof value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+template <int kCount>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * kCount)));
+};
+
+template <int kCount>
+inline float lane_sum(typename Lanes<kCount>::type value) {
+  if constexpr (kCount == 4) {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  } else {
+    typename Lanes<kCount / 2>::type halves[2];
+    __builtin_memcpy(halves, &value, sizeof value);
+    return lane_sum<kCount / 2>(halves[0] + halves[1]);
+  }
 }
 
 // kTile outputs at a time: independent sums, and a row's inputs are loaded once for all of them.
@@ -238,7 +254,11 @@ inline void matvec_tile(const T* weight, const float* inputs, const T* bias, T* 
     std::int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       const Floats value = load(x + i);
-      for (int t = 0; t < kTile; ++t) sum[t] += value * load(weight + (o + t) * count + i);
+      for (int t = 0; t < kTile; ++t) {
+        // The tile after this one: its rows are too short a stream for the processor to foresee.
+        __builtin_prefetch(weight + (o + t + kTile) * count + i);
+        sum[t] += value * load(weight + (o + t) * count + i);
+      }
     }
     if (i < count) {
       const Floats value = load_tail(x + i, count - i, 0.0f);
@@ -247,7 +267,7 @@ inline void matvec_tile(const T* weight, const float* inputs, const T* bias, T* 
     }
     T* to = out + row * shape.stride + o;
     for (int t = 0; t < kTile; ++t) {
-      float value = lane_sum(sum[t]);
+      float value = lane_sum<kLanes>(sum[t]);
       if (bias != nullptr) value += load_one(bias + o + t);
       if (shape.add) value += load_one(to + t);
       store_one(to + t, value);

@@ -317,10 +317,8 @@ def table(record: dict) -> str:
         f"transformers {m['transformers']}, {dtypes}",
         "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
         "ratio: batch 1, against the strongest autoregressive way here. vs dynamic: against",
-        "generate with its default cache, the paper's comparison. engine static-KV: our own decoder",
-        "with a preallocated cache. best batch: each way at its best of "
-        + ", ".join(map(str, _BATCHES))
-        + ".",
+        "generate with its default cache, the paper's comparison. engine static-KV: prototok's own",
+        "decoder. best batch: each way at its best of " + ", ".join(map(str, _BATCHES)) + ".",
         "ceiling: the most two efficient implementations can differ at batch 1 on this machine,",
         "from its matrix and copy rates. break-even: decodes after which the fit has paid off.",
     ]  # fmt: skip

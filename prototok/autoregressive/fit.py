@@ -100,13 +100,13 @@ def fit(
     steps, seconds = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     inputs = TeacherForced(lm.embedding, k, given)
     with Progress(len(units), "fit [mem]", progress) as bar:
-        done = exact = 0
-        for finished in run(lm, units, inputs, settings, batch_size, resolved, confirm, callback):
+        exact = 0
+        ended = run(lm, units, inputs, settings, batch_size, resolved, confirm, callback)
+        for done, finished in enumerate(ended, start=1):
             (row,) = finished.unit.rows
             at = divmod(row.index, len(chosen))
             mem[at] = finished.vectors[0][0]
             steps[at], seconds[at] = finished.steps, finished.seconds
-            done += 1
             exact += verified[row.index].accuracy == 1.0
             bar.update(done, f"{exact} exact")
 

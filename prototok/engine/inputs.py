@@ -1,6 +1,7 @@
 """What the frozen model is fed: a row's vectors, arranged, and where its targets are read.
 
-Letters: R rows, N targets (of the longest row), L input positions, K leading vectors, d hidden size.
+Letters: R rows, N targets (of the longest row), L input positions, K leading vectors, d hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations

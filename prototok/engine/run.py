@@ -61,8 +61,8 @@ def run(
     """Fit all units and yield each as it ends.
 
     A unit that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
-    on with a higher margin to clear, until its updates are spent. Units are taken longest first so that rows
-    of similar length share a batch.
+    on with a higher margin to clear, until its updates are spent. Units are taken longest first so
+    that rows of similar length share a batch.
     """
     if lm.device.type == "cpu":
         keep_freed_memory()
