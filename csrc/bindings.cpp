@@ -54,6 +54,21 @@ void adamw(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Add
   prototok::adamw(adamw, prototok::kernels_for(instruction_set), threads);
 }
 
+void matvec(Address weight, Address inputs, Address bias, Address out, std::int64_t rows,
+            std::int64_t input_size, std::int64_t outputs, std::int64_t input_stride,
+            std::int64_t stride, bool add, bool is_bf16, int threads,
+            const std::string& instruction_set) {
+  prototok::Matvec matvec;
+  matvec.weight = at<const void>(weight);
+  matvec.inputs = at<const void>(inputs);
+  matvec.bias = at<const void>(bias);
+  matvec.out = at<void>(out);
+  matvec.input_stride = input_stride;
+  matvec.shape = {rows, input_size, outputs, stride, add};
+  matvec.element = is_bf16 ? prototok::Element::bf16 : prototok::Element::f32;
+  prototok::matvec(matvec, prototok::kernels_for(instruction_set), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -67,4 +82,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw, py::kw_only(), "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a,
         "lr"_a, "active"_a, "rows"_a, "coordinates"_a, "betas"_a, "eps"_a, "weight_decay"_a,
         "threads"_a, "instruction_set"_a = "", py::call_guard<py::gil_scoped_release>());
+  m.def("matvec", &matvec, "weight"_a, "inputs"_a, "bias"_a, "out"_a, "rows"_a, "input_size"_a,
+        "outputs"_a, "input_stride"_a, "stride"_a, "add"_a, "is_bf16"_a, "threads"_a,
+        "instruction_set"_a = "");
 }

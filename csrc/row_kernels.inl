@@ -62,14 +62,22 @@ inline void store_tail(T* to, std::int64_t count, Floats value) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-template <class T>
-inline float load_one(const T* from) {
-  return load_tail(from, 1, 0.0f)[0];
+inline float load_one(const float* from) { return *from; }
+
+inline float load_one(const bf16* from) {
+  const std::uint32_t word = std::uint32_t{from->bits} << 16;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof value);
+  return value;
 }
 
-template <class T>
-inline void store_one(T* to, float value) {
-  store_tail(to, 1, splat(value));
+inline void store_one(float* to, float value) { *to = value; }
+
+inline void store_one(bf16* to, float value) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof word);
+  const std::uint32_t nearest_even = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  to->bits = std::uint16_t(value != value ? 0x7fc0u : nearest_even);
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -219,4 +227,61 @@ void adamw_row(float* __restrict param, const float* __restrict grad, float* __r
   }
 }
 
-const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row};
+template <int kCount>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * kCount)));
+};
+
+template <int kCount>
+inline float lane_sum(typename Lanes<kCount>::type value) {
+  if constexpr (kCount == 4) {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  } else {
+    typename Lanes<kCount / 2>::type halves[2];
+    __builtin_memcpy(halves, &value, sizeof value);
+    return lane_sum<kCount / 2>(halves[0] + halves[1]);
+  }
+}
+
+// kTile outputs at a time: independent sums, and a row's inputs are loaded once for all of them.
+template <int kTile, class T>
+inline void matvec_tile(const T* weight, const float* inputs, const T* bias, T* out,
+                        const MatvecShape& shape, std::int64_t o) {
+  const std::int64_t count = shape.inputs;
+  for (std::int64_t row = 0; row < shape.rows; ++row) {
+    const float* x = inputs + row * count;
+    Floats sum[kTile] = {};
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Floats value = load(x + i);
+      for (int t = 0; t < kTile; ++t) {
+        // The tile after this one: its rows are too short a stream for the processor to foresee.
+        __builtin_prefetch(weight + (o + t + kTile) * count + i);
+        sum[t] += value * load(weight + (o + t) * count + i);
+      }
+    }
+    if (i < count) {
+      const Floats value = load_tail(x + i, count - i, 0.0f);
+      for (int t = 0; t < kTile; ++t)
+        sum[t] += value * load_tail(weight + (o + t) * count + i, count - i, 0.0f);
+    }
+    T* to = out + row * shape.stride + o;
+    for (int t = 0; t < kTile; ++t) {
+      float value = lane_sum<kLanes>(sum[t]);
+      if (bias != nullptr) value += load_one(bias + o + t);
+      if (shape.add) value += load_one(to + t);
+      store_one(to + t, value);
+    }
+  }
+}
+
+template <class T>
+void matvec(const T* weight, const float* inputs, const T* bias, T* out, const MatvecShape& shape,
+            std::int64_t begin, std::int64_t end) {
+  constexpr int kTile = 8;
+  std::int64_t o = begin;
+  for (; o + kTile <= end; o += kTile) matvec_tile<kTile>(weight, inputs, bias, out, shape, o);
+  for (; o < end; ++o) matvec_tile<1>(weight, inputs, bias, out, shape, o);
+}
+
+const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row, matvec<float>, matvec<bf16>};

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from prototok import autoregressive as autoregressive
     from prototok.decode import decode as decode
     from prototok.engine.recipe import Recipe as Recipe
     from prototok.fast_fit import fast_fit as fast_fit
@@ -28,6 +29,7 @@ _HOME = {
     "FrozenLM": "prototok.frozen_lm",
     "ProtoTokens": "prototok.proto_tokens",
     "Recipe": "prototok.engine.recipe",
+    "autoregressive": "prototok.autoregressive",
     "decode": "prototok.decode",
     "fast_fit": "prototok.fast_fit",
     "information": "prototok.metrics",

@@ -1,17 +1,16 @@
-"""The autoregressive baselines that one forward is timed against: transformers' `generate`."""
+"""The autoregressive baselines that one forward is timed against.
+
+Transformers' `generate` with its two caches, and our own decoder.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.utils import logging
 
-from prototok.families.general import GeneralBody
+from prototok.autoregressive.generate import decoder_for, greedy, twin_of
 from prototok.frozen_lm import FrozenLM
 
 CACHES = ("dynamic", "static")
@@ -21,29 +20,35 @@ class Generate:
     """Greedy `generate` of exactly N tokens behind one, with a dynamic or a static KV cache."""
 
     def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
-        self.model: Any = GeneralBody.from_model(lm.source, lm.device, dtype).model
-        self.device, self.context = lm.device, lm.context
+        self.model, self.device = twin_of(lm, dtype), lm.device
         self.first = lm.bos_id or 0
 
     def __call__(self, length: int, batch: int, cache: str) -> Tensor:
         """(batch, length) int64 generated ids. The prompt is one token, the same in every row."""
         prompt = torch.full((batch, 1), self.first, device=self.device)
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=length, min_new_tokens=length, pad_token_id=0,
-            cache_implementation="static" if cache == "static" else None,
-        )  # fmt: skip
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                out = self.model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-                )
-        finally:
-            logging.set_verbosity(level)
-        return out[:, 1:]
+        return greedy(self.model, length, cache, input_ids=prompt)[:, 1:]
 
     def call(self, length: int, batch: int, cache: str) -> Callable[[], Tensor]:
         """The same, ready to be timed."""
         return lambda: self(length, batch, cache)
+
+
+class Engine:
+    """Our own static-KV decoder: exactly N tokens behind the same one as `Generate`."""
+
+    def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
+        self.lm = lm.cast(dtype)
+        self.first = torch.tensor([[lm.bos_id or 0]])
+
+    def __call__(self, length: int, batch: int) -> Tensor:
+        """(batch, length) int64 generated ids."""
+        prompt = self.lm.embed(self.first).expand(batch, -1, -1)
+        return decoder_for(self.lm, batch, length + 1).generate(prompt, length)
+
+    def call(self, length: int, batch: int) -> Callable[[], Tensor]:
+        """The same, ready to be timed."""
+        return lambda: self(length, batch)
+
+    def bytes_read(self, length: int, batch: int) -> int:
+        """Bytes of weights and cache that a call must read."""
+        return decoder_for(self.lm, batch, length + 1).bytes_read(length)

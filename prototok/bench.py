@@ -24,9 +24,10 @@ from torch import Tensor
 from prototok import machine
 from prototok.allocator import keep_freed_memory
 from prototok.arrangement import Arrangement
-from prototok.baselines import CACHES, Generate
+from prototok.baselines import CACHES, Engine, Generate
 from prototok.data import chunks, read_text
 from prototok.decode import decode_vectors, require_length
+from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import run
@@ -39,6 +40,7 @@ BUILT_IN_LENGTHS = (8, 16)  # what the built-in models hold
 OTHER_LENGTHS = (32, 64, 128)
 _BATCHES = (1, 4, 16, 64)
 _ONE = "one forward"
+_ENGINE = "engine static-KV"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Timing:
-    """One way of producing N tokens: median and quartiles of seconds a call, by batch size."""
+    """One way of producing N tokens: median and quartiles of seconds a call, by batch size.
+
+    bandwidth_share is, for our own decoder, the bytes of weights and cache that it has to read,
+    over what this machine's copy moves in that time; weights that fit into a cache can exceed 1.
+    """
 
     method: str
     dtype: str
@@ -65,6 +71,7 @@ class Timing:
     seconds: float
     quartiles: tuple[float, float]
     tokens_per_second: float
+    bandwidth_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def _measure(
         if exact and not torch.equal(decoded, fit.targets[row]):
             raise RuntimeError(f"{name}: a fit that was exact no longer decodes to its text")
     say(f"{name}, N = {length}: timing one forward against generate")
-    timings = _time_all(lm, vectors, arrangement, length)
+    timings = _time_all(lm, vectors, arrangement, length, peak["bytes_per_second"])
     one = [t for t in timings if t.method == _ONE]
     others = [t for t in timings if t.method != _ONE]
 
@@ -191,12 +198,16 @@ def _texts(lm: FrozenLM, settings: BenchSettings, length: int) -> list[list[int]
     return pieces
 
 
-def _time_all(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Timing]:
+def _time_all(
+    lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int, bytes_per_second: float
+) -> list[Timing]:
     """All ways at all batch sizes; at each size the ways take turns, so that drift hits all."""
     dtypes = [lm.dtype]
     if lm.device.type == "cpu" and lm.dtype != torch.float32:
         dtypes.append(torch.float32)  # at batch 1 the wider dtype can be the faster baseline
     generate = {dtype: Generate(lm, dtype) for dtype in dtypes}
+    own = lm.body.family != "general"
+    engine = {dtype: Engine(lm, dtype) for dtype in dtypes if own}
     timings = []
     for batch in _BATCHES:
         rows = vectors.expand(batch, -1, -1)
@@ -205,6 +216,8 @@ def _time_all(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: i
         for dtype, baseline in generate.items():
             for cache in CACHES:
                 ways[f"generate, {cache} cache", dtype] = baseline.call(length, batch, cache)
+        for dtype, decoder in engine.items():
+            ways[_ENGINE, dtype] = decoder.call(length, batch)
         seconds: dict[tuple[str, torch.dtype], list[float]] = {way: [] for way in ways}
         for turn in range(4):
             for way, call in ways.items():
@@ -212,11 +225,17 @@ def _time_all(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: i
                 if turn:  # the first warms up
                     seconds[way].append(spent)
         # A way that takes milliseconds needs more readings than one that takes seconds.
-        seconds[_ONE, lm.dtype] += machine.timed(ways[_ONE, lm.dtype], lm.device, 0.1)
+        for way in [(_ONE, lm.dtype)] + [(_ENGINE, dtype) for dtype in engine]:
+            seconds[way] += machine.timed(ways[way], lm.device, 0.1)
         for (method, dtype), readings in seconds.items():
             low, middle, high = statistics.quantiles(readings, n=4)
+            share = None
+            if method == _ENGINE:
+                share = engine[dtype].bytes_read(length, batch) / middle / bytes_per_second
             timings.append(
-                Timing(method, _name(dtype), batch, middle, (low, high), batch * length / middle)
+                Timing(
+                    method, _name(dtype), batch, middle, (low, high), batch * length / middle, share
+                )
             )
     return timings
 
@@ -227,7 +246,7 @@ def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6)
     units = make_units(targets, [0], None, None)
     for _ in run(
-        lm, units, arrangement, recipe, len(targets), "auto", lambda finished: True,
+        lm, units, OneForward(arrangement), recipe, len(targets), "auto", lambda finished: True,
         lambda event: marks.append(time.perf_counter()),
     ):  # fmt: skip
         pass
@@ -299,8 +318,8 @@ def table(record: dict) -> str:
         f"transformers {m['transformers']}, {dtypes}",
         "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
         "ratio: batch 1, against the strongest autoregressive way here. vs dynamic: against",
-        "generate with its default cache, the paper's comparison. best batch: each way at its best",
-        "of " + ", ".join(map(str, _BATCHES)) + ".",
+        "generate with its default cache, the paper's comparison. engine static-KV: prototok's own",
+        "decoder. best batch: each way at its best of " + ", ".join(map(str, _BATCHES)) + ".",
         "ceiling: the most two efficient implementations can differ at batch 1 on this machine,",
         "from its matrix and copy rates. break-even: decodes after which the fit has paid off.",
     ]  # fmt: skip

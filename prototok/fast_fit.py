@@ -14,9 +14,11 @@ import transformers
 from torch import Tensor
 
 import prototok
+from prototok.arguments import is_count, seed_list
 from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
 from prototok.decode import decode_vectors, require_length
+from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import Finished, FitEvent, run
@@ -81,12 +83,12 @@ def fast_fit(
         raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
     if share == "m" and not layout.has_m:
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement!r} has none")
-    if group_size is not None and (share is None or not _is_count(group_size)):
+    if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     resolved = resolve_backend(backend, lm.device)
-    if batch_size != "auto" and not _is_count(batch_size):
+    if batch_size != "auto" and not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
-    chosen = _seed_list(seeds)
+    chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
     for i, ids in enumerate(targets):
         try:
@@ -118,7 +120,8 @@ def fast_fit(
     collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
     try:
         with Progress(total, "fit", progress) as bar:
-            fits = run(lm, units, layout, settings, batch_size, backend, confirm, observe)
+            inputs = OneForward(layout)
+            fits = run(lm, units, inputs, settings, batch_size, backend, confirm, observe)
             for finished in fits:
                 done.append(finished)
                 checks = verified[finished.unit.group]
@@ -254,23 +257,6 @@ class _Collector:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _seed_list(seeds: int | Sequence[int]) -> list[int]:
-    if _is_count(seeds):
-        assert isinstance(seeds, int)
-        return list(range(seeds))
-    listed = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else []
-    whole = all(isinstance(s, int) and not isinstance(s, bool) for s in listed)
-    if not listed or not whole or len(set(listed)) != len(listed):
-        raise ValueError(
-            f"seeds: {seeds!r} is not a positive integer or a list of different integers"
-        )
-    return listed
 
 
 make_callable(fast_fit)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prototok import Recipe, bench
-from prototok.baselines import Generate
+from prototok.baselines import Engine, Generate
 from prototok.frozen_lm import FrozenLM
 from prototok.report.svg import Bar, log_bars
 
@@ -41,6 +41,9 @@ def test_record_and_table(record: dict, tmp_path: Path) -> None:
     for t in case["timings"]:
         assert t["tokens_per_second"] == pytest.approx(t["batch"] * 3 / t["seconds"])
         assert t["quartiles"][0] <= t["seconds"] <= t["quartiles"][1]
+        own = t["method"] == "engine static-KV"
+        assert (t["bandwidth_share"] is not None and t["bandwidth_share"] > 0) == own
+    assert ("engine static-KV", "float32", 1) in rates
     lines = bench.table(record).splitlines()
     assert lines[0].split()[:3] == ["model", "N", "exact"]
     assert lines[1].split()[:3] == ["tiny-llama", "3", "2/2"]
@@ -59,6 +62,7 @@ def test_baseline_generates_what_it_is_asked_for(tiny_lm: FrozenLM) -> None:
     dynamic, static = (generate(5, 2, cache) for cache in ("dynamic", "static"))
     assert dynamic.shape == static.shape == (2, 5)
     assert torch.equal(dynamic, static)
+    assert torch.equal(Engine(tiny_lm, torch.float32)(5, 2), dynamic)
 
 
 def test_random_weights_are_measured_for_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ class Recipe:
         init_std: initial vectors are N(0, init_std²) in every coordinate.
         temperature: T of the loss CE(logits / T); predictions and margins are at T = 1.
         max_steps: most updates of one row.
+        patience: most updates in a row without a higher accuracy; None: any number.
         accuracy: share of right tokens that ends the fit (1.0: all of them).
         margin: smallest (target logit − best other logit) asked for as well before the fit ends.
     """
@@ -38,6 +39,7 @@ class Recipe:
     init_std: float = 1.0
     temperature: float = 1.0
     max_steps: int = 5000
+    patience: int | None = None
     accuracy: float = 1.0
     margin: float = 0.0
 
@@ -56,8 +58,10 @@ class Recipe:
             raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
-        for name, least in (("max_steps", 1), ("warmup", 0)):
+        for name, least in (("max_steps", 1), ("warmup", 0), ("patience", 1)):
             value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.allocator import keep_freed_memory
-from prototok.arrangement import Arrangement
+from prototok.engine.inputs import Inputs
 from prototok.engine.recipe import Recipe
 from prototok.engine.rows import Unit
 from prototok.engine.slots import Slots
@@ -51,7 +51,7 @@ class FitEvent:
 def run(
     lm: FrozenLM,
     units: list[Unit],
-    arrangement: Arrangement,
+    inputs: Inputs,
     recipe: Recipe,
     batch_size: int | str,
     backend: str,
@@ -61,14 +61,14 @@ def run(
     """Fit all units and yield each as it ends.
 
     A unit that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
-    on with a higher margin to clear, until `max_steps`. Units are taken longest first so that rows
-    of similar length share a batch.
+    on with a higher margin to clear, until its updates are spent. Units are taken longest first so
+    that rows of similar length share a batch.
     """
     if lm.device.type == "cpu":
         keep_freed_memory()
     queue = deque(sorted(units, key=lambda unit: -unit.length))
-    slots = Slots(arrangement, recipe, lm.hidden_size, lm.device, lm.dtype, backend)
-    longest = arrangement.input_length(max(unit.length for unit in units))
+    slots = Slots(inputs, recipe, lm.hidden_size, lm.device, lm.dtype, backend)
+    longest = inputs.input_length(max(unit.length for unit in units))
     rows_per_forward = _rows_that_fit(lm, longest) if batch_size == "auto" else int(batch_size)
     # On CUDA each look at the flags costs a synchronisation; on the CPU it is free.
     poll_every = 1 if lm.device.type == "cpu" else 10
@@ -86,14 +86,14 @@ def run(
             before = slots.step.clone()
             score, rows_per_forward = _step_within_memory(lm, slots, rows_per_forward)
         observe(_event(slots, before, score))
-        ended = (slots.done | (slots.step >= recipe.max_steps)).tolist()
+        spent = slots.spent().tolist()
         share = (time.perf_counter() - clock) / slots.rows
         for unit in slots.units:
             seconds[unit.group] = seconds.get(unit.group, 0.0) + share
         leaving = []
-        for u in (u for u, over in enumerate(ended) if over):
+        for u in (slots.done | slots.spent()).nonzero()[:, 0].tolist():
             finished = _take(slots, u, seconds)
-            if confirm(finished) or finished.steps >= recipe.max_steps:
+            if confirm(finished) or spent[u]:
                 leaving.append(u)
                 yield finished
             else:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok.arrangement import Arrangement
+from prototok.engine.inputs import Inputs
 from prototok.engine.recipe import Recipe
 from prototok.engine.rows import Unit, initial_vectors
 from prototok_kernels.adamw_rows import AdamWState
@@ -55,10 +55,10 @@ class Slots:
     """The rows in flight; `admit` and `release` are the only ways in and out."""
 
     def __init__(
-        self, arrangement: Arrangement, recipe: Recipe, width: int, device: torch.device,
+        self, inputs: Inputs, recipe: Recipe, width: int, device: torch.device,
         dtype: torch.dtype, backend: str,
     ) -> None:  # fmt: skip
-        self.arrangement, self.recipe, self.device, self.dtype = arrangement, recipe, device, dtype
+        self.inputs, self.recipe, self.device, self.dtype = inputs, recipe, device, dtype
         self.backend = backend
         self.units: list[Unit] = []
 
@@ -70,10 +70,11 @@ class Slots:
             adam = AdamWState.zeros(values.flatten(1))
             return Bank(values, values.clone(), adam, empty(0), empty(0))
 
-        self.banks = [bank(arrangement.leading)] + ([bank(1)] if arrangement.has_m else [])
+        self.banks = [bank(inputs.leading)] + ([bank(1)] if inputs.has_m else [])
         # by unit
         self.step = empty(0)  # updates made
         self.best_correct = empty(0)
+        self.improved_at = empty(0)  # step of the best correct
         self.best_margin = empty(0, dtype=torch.float32)
         self.margin_bound = empty(0, dtype=torch.float32)
         self.done = empty(0, dtype=torch.bool)
@@ -91,13 +92,14 @@ class Slots:
         for unit in units:
             number, rows = len(self.units), len(unit.rows)
             vectors = initial_vectors(
-                unit, self.arrangement.leading, self.banks[0].values.shape[-1], self.recipe.init_std
+                unit, self.inputs.leading, self.banks[0].values.shape[-1], self.recipe.init_std
             )
             for bank, values in zip(self.banks, vectors, strict=False):
                 bank.add(values.view(len(values), -1, values.shape[-1]), number, rows)
             self.units.append(unit)
             self.step = F.pad(self.step, (0, 1), value=0)
             self.best_correct = F.pad(self.best_correct, (0, 1), value=-1)
+            self.improved_at = F.pad(self.improved_at, (0, 1), value=0)
             self.best_margin = F.pad(self.best_margin, (0, 1), value=float("-inf"))
             self.margin_bound = F.pad(self.margin_bound, (0, 1), value=self.recipe.margin)
             self.done = F.pad(self.done, (0, 1), value=False)
@@ -115,11 +117,20 @@ class Slots:
         kept_rows = kept[self.unit_of_row]
         for bank in self.banks:
             bank.keep(kept[bank.unit], kept_rows, place)
-        for name in ("step", "best_correct", "best_margin", "margin_bound", "done"):
+        for name in (
+            "step", "best_correct", "improved_at", "best_margin", "margin_bound", "done",
+        ):  # fmt: skip
             setattr(self, name, getattr(self, name)[kept])
         self.unit_of_row = place[self.unit_of_row[kept_rows]]
         self.row_correct = self.row_correct[kept_rows]
         self._lay_out()
+
+    def spent(self) -> Tensor:
+        """(U,) bool: units that have made all the updates their recipe grants them."""
+        over = self.step >= self.recipe.max_steps
+        if self.recipe.patience is not None:
+            over |= self.step - self.improved_at >= self.recipe.patience
+        return over
 
     def _lay_out(self) -> None:
         """Targets, scored positions and layout of all rows, padded to the longest."""
@@ -130,16 +141,11 @@ class Slots:
             self.device
         )
         self.targets = torch.zeros(len(targets), length, dtype=torch.int64)
-        total = self.arrangement.input_length(length)
-        self.layout = torch.zeros(len(targets), total, self.arrangement.slots, dtype=self.dtype)
-        layouts = {n: self.arrangement.layout(n) for n in {len(ids) for ids in targets}}
         for r, ids in enumerate(targets):
             self.targets[r, : len(ids)] = ids
-            index = layouts[len(ids)]
-            # Causality: what stands behind a row's own end changes nothing before it.
-            index = torch.cat([index, index[-1:].expand(total - len(index))])
-            self.layout[r] = F.one_hot(index, self.arrangement.slots)
         self.targets = self.targets.to(self.device)
-        self.layout = self.layout.to(self.device)
-        self.scored = torch.arange(length, device=self.device) < self.lengths[:, None]  # (R, N)
-        self.wanted = torch.ceil(self.recipe.accuracy * self.lengths - 1e-9).long()  # (R,)
+        self.layout = self.inputs.lay_out(self.targets, [len(ids) for ids in targets], self.dtype)
+        position = torch.arange(length, device=self.device)
+        # (R, N)
+        self.scored = (position >= self.inputs.given) & (position < self.lengths[:, None])
+        self.wanted = torch.ceil(self.recipe.accuracy * self.scored.sum(1) - 1e-9).long()  # (R,)

@@ -62,7 +62,7 @@ def _forward_backward(
     lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice
 ) -> tuple[StepScore, tuple[Tensor, ...]]:
     """Scores of some rows, and the gradient of the sum of their losses."""
-    offset = slots.arrangement.offset
+    offset = slots.inputs.offset
     hidden = _hidden(lm, slots, leaves, part)[:, offset : offset + slots.length].flatten(0, 1)
     targets, scored = slots.targets[part], slots.scored[part]
     head = linear_cross_entropy(
@@ -78,11 +78,11 @@ def _forward_backward(
 
 def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice) -> Tensor:
     """(R, L, d) hidden states of some rows, from the vectors they use."""
-    body, length = lm.body, slots.layout.shape[1]
+    body, length = lm.body, slots.inputs.input_length(slots.length)
     used = [bank.row[part] for bank in slots.banks]
     # [e, m, m, …, m] needs its first block for two vectors a row only; every other input, and
     # every model that is run by transformers, is laid out position by position.
-    if slots.arrangement.is_pair and isinstance(body, DecoderBody) and body.collapses(length):
+    if slots.inputs.is_pair and isinstance(body, DecoderBody) and body.collapses(length):
         (e, m), (e_row, group) = leaves, used
         e, m, rows = e[:, 0].index_select(0, e_row), m[:, 0], len(e_row)
         if len(m) < rows:  # shared: what depends on m alone is made once a group
@@ -91,9 +91,7 @@ def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice) -> Te
     vectors = torch.cat(
         [leaf.index_select(0, rows) for leaf, rows in zip(leaves, used, strict=True)], dim=1
     )
-    # A product with one-hot rows places the vectors exactly, and its backward is a plain product,
-    # where that of indexing is a serial accumulation.
-    return lm.hidden(slots.layout[part] @ vectors.to(slots.dtype))
+    return lm.hidden(slots.inputs.embeds(vectors, slots.layout[part]))
 
 
 def _keep_best(slots: Slots, score: StepScore) -> Tensor:
@@ -111,6 +109,9 @@ def _keep_best(slots: Slots, score: StepScore) -> Tensor:
         (correct == slots.best_correct) & (margin > slots.best_margin)
     )
     improved &= moving
+    slots.improved_at = torch.where(
+        improved & (correct > slots.best_correct), slots.step, slots.improved_at
+    )
     slots.best_correct = torch.where(improved, correct, slots.best_correct)
     slots.best_margin = torch.where(improved, margin, slots.best_margin)
     slots.row_correct = torch.where(improved[owner], score.correct, slots.row_correct)
@@ -120,4 +121,4 @@ def _keep_best(slots: Slots, score: StepScore) -> Tensor:
     if slots.recipe.accuracy < 1.0:
         clears = torch.ones_like(clears)
     slots.done |= moving & (reached > 0) & clears
-    return ~slots.done & (slots.step < slots.recipe.max_steps)
+    return ~slots.done & ~slots.spent()

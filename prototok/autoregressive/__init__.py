@@ -1,0 +1,7 @@
+"""The autoregressive side: [mem] vectors in front of a text, and KV-cached greedy decoding."""
+
+from prototok.autoregressive.fit import fit, kuratov
+from prototok.autoregressive.generate import generate
+from prototok.autoregressive.result import MemFit
+
+__all__ = ["MemFit", "fit", "generate", "kuratov"]

@@ -1,0 +1,188 @@
+"""`autoregressive.fit`: [mem] vectors from which a frozen model generates a text token by token.
+
+Letters: T texts, S seeds, N targets of a text, K vectors in front, d hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+from torch import Tensor
+
+import prototok
+from prototok.arguments import is_count, seed_list
+from prototok.autoregressive.generate import generate, require_room
+from prototok.autoregressive.result import MemFit
+from prototok.engine.inputs import TeacherForced
+from prototok.engine.recipe import Recipe, recipe_of
+from prototok.engine.rows import make_units
+from prototok.engine.run import Finished, FitEvent, run
+from prototok.frozen_lm import FrozenLM
+from prototok.progress import Progress
+from prototok.targets import Texts, targets_of
+from prototok_kernels.backend import resolve_backend
+
+
+def fit(
+    lm: FrozenLM,
+    texts: Texts,
+    k: int = 1,
+    *,
+    length: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    recipe: str | Recipe = "fast",
+    first: str = "predicted",
+    backend: str = "auto",
+    batch_size: int | str = "auto",
+    progress: bool | None = None,
+    callback: Callable[[FitEvent], None] | None = None,
+) -> MemFit:
+    """Fit [mem_1 … mem_K] in front of each text, and verify by generating it from them alone.
+
+    Minimises −Σ_i log P(t_i | mem_1 … mem_K, t_1 … t_{i−1}) over the vectors, the paper's
+    autoregressive side (its §4, after Kuratov et al.), for all texts × seeds together. A row ends
+    when its vectors *generate* the text at batch 1, in the model's dtype and in float32; one that
+    is right only as long as the true text is fed goes on with a higher margin to clear.
+
+    Args:
+        lm: the frozen model, from `prototok.load`.
+        texts: strings, ragged lists of token ids, or a LongTensor (T, N). A BOS that the tokenizer
+            would put in front is dropped.
+        k: K, vectors a text.
+        length: cut every text to this many tokens.
+        seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
+        recipe: "fast", "paper", "kuratov" (their settings, see `kuratov`), or a `Recipe`.
+        first: "predicted" has mem_K predict t_1; "given" feeds t_1 and scores N − 1 tokens, as
+            Kuratov et al. do.
+        backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
+        batch_size: rows on the device at once.
+        progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
+        callback: called with a `FitEvent` after every look at the device (every step on the CPU).
+
+    Raises:
+        ValueError: an argument that cannot be met, named.
+    """
+    if not isinstance(lm, FrozenLM):
+        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    settings = kuratov(lm) if recipe == "kuratov" else recipe_of(recipe)
+    if not is_count(k):
+        raise ValueError(f"k: {k!r} is not a positive integer")
+    if first not in ("predicted", "given"):
+        raise ValueError(f"first: {first!r} is not 'predicted' or 'given'")
+    resolved = resolve_backend(backend, lm.device)
+    if batch_size != "auto" and not is_count(batch_size):
+        raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
+    chosen = seed_list(seeds)
+    given = int(first == "given")
+    targets = targets_of(lm, texts, length)
+    for i, ids in enumerate(targets):
+        if len(ids) <= given:
+            raise ValueError(f"texts: text {i} has one token, and first = 'given' scores none")
+        try:
+            require_room(lm, k, len(ids))
+        except ValueError as error:
+            raise ValueError(f"texts: text {i} is too long; {error}") from None
+
+    units = make_units(targets, chosen, None, None)
+    verified: dict[int, _Verified] = {}  # by row
+
+    def confirm(finished: Finished) -> bool:
+        (row,) = finished.unit.rows
+        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given)
+        return verified[row.index].accuracy >= settings.accuracy
+
+    shape = (len(targets), len(chosen))
+    mem = torch.zeros(*shape, k, lm.hidden_size)
+    steps, seconds = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    inputs = TeacherForced(lm.embedding, k, given)
+    done = exact = 0
+
+    def observe(event: FitEvent) -> None:
+        bar.update(done, f"{exact} exact, the oldest at step {int(event.steps.max())}")
+        if callback is not None:
+            callback(event)
+
+    with Progress(len(units), "fit [mem]", progress) as bar:
+        ended = run(lm, units, inputs, settings, batch_size, resolved, confirm, observe)
+        for done, finished in enumerate(ended, start=1):  # noqa: B007  (observe reads it)
+            (row,) = finished.unit.rows
+            at = divmod(row.index, len(chosen))
+            mem[at] = finished.vectors[0][0]
+            steps[at], seconds[at] = finished.steps, finished.seconds
+            exact += verified[row.index].accuracy == 1.0
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(verified[i], name) for i in range(len(units))]).view(shape)
+
+    return MemFit(
+        mem=mem, targets=targets, first=first, model=lm.identity,
+        accuracy=column("accuracy"), exact=column("accuracy") == 1.0, margin=column("margin"),
+        accuracy_teacher_forced=column("teacher_forced"), steps=steps, seconds=seconds,
+        provenance={
+            "recipe": json.dumps(dataclasses.asdict(settings)),
+            "seeds": json.dumps(chosen),
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": lm.device.type,
+            "backend": resolved,
+            "verified with": _cache(lm),
+            "prototok": prototok.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )  # fmt: skip
+
+
+def kuratov(lm: FrozenLM) -> Recipe:
+    """Kuratov et al.'s settings: the paper recipe, started at the scale of the embedding matrix.
+
+    AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01; randn × std(embedding matrix); at most 5000
+    steps, and no more than 2000 in a row without a higher accuracy.
+    """
+    return Recipe(name="kuratov", init_std=float(lm.embedding.float().std()), patience=2000)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verified:
+    """One row at batch 1, in the model's dtype and in float32; the worse of both."""
+
+    accuracy: float  # as generated
+    margin: float
+    teacher_forced: float
+
+
+def _verify(lm: FrozenLM, targets: Tensor, mem: Tensor, given: int) -> _Verified:
+    """Generate from one row's vectors (K, d) and compare with its targets (N,)."""
+    accuracy = teacher_forced = 1.0
+    margin = float("inf")
+    first = targets[:1] if given else None
+    for model in (lm, lm.cast(torch.float32)):
+        ids = generate(model, mem[None], len(targets), _cache(lm), first)[0]
+        right = (ids == targets)[given:]
+        margins = _margins(model, targets, mem)[given:]
+        accuracy = min(accuracy, float(right.double().mean()))
+        teacher_forced = min(teacher_forced, float((margins > 0).double().mean()))
+        # Up to its first wrong token the generation has read the text itself.
+        sound = int(right.long().cumprod(0).sum())
+        margin = min(margin, float(margins[: sound + 1].min()))
+        if sound < len(right):
+            margin = min(margin, 0.0)
+    return _Verified(accuracy, margin, teacher_forced)
+
+
+@torch.no_grad()
+def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor) -> Tensor:
+    """(N,) target logit minus the best other logit, with the text before each target given."""
+    vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
+    inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
+    logits = lm.logits(inputs_embeds)[0, len(mem) - 1 :].float()  # (N, V)
+    own = logits.gather(1, ids[:, None])
+    best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
+    return (own[:, 0] - best_other).cpu()
+
+
+def _cache(lm: FrozenLM) -> str:
+    return "dynamic" if lm.body.family == "general" else "engine"

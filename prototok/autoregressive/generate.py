@@ -1,0 +1,138 @@
+"""`generate`: token after token from [mem] vectors, with transformers' caches or our own decoder.
+
+Letters: R rows, K vectors in front, N tokens, d hidden size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from prototok.arguments import is_count
+from prototok.autoregressive.static_kv import StaticDecoder
+from prototok.families.general import GeneralBody
+from prototok.frozen_lm import FrozenLM
+
+CACHES = ("engine", "dynamic", "static")
+_POSITIONS = 64  # capacities are multiples of this, so that a decoder serves similar lengths
+
+
+def generate(
+    lm: FrozenLM,
+    mem: Tensor,  # (R, K, d); (texts, seeds, K, d) and (K, d) are taken as rows, too
+    length: int,
+    cache: str = "engine",
+    first: Tensor | None = None,  # (R,) int64
+) -> Tensor:
+    """Greedy ids (R, N) int64, on the CPU, generated behind [mem_1 … mem_K]; no stop at an EOS.
+
+    Args:
+        lm: the model that the vectors were fitted on.
+        mem: the vectors, rows batched as given; a batch of one is how exactness is verified.
+        length: N.
+        cache: "engine", our own decoder with a preallocated cache on the families' weights;
+            "dynamic" or "static", transformers' `generate`.
+        first: t_1 of each row where it is given (Kuratov et al.) rather than predicted; it is the
+            first of the N tokens.
+
+    Raises:
+        ValueError: an argument that cannot be met; "engine" for a model of the general family.
+    """
+    if not isinstance(lm, FrozenLM):
+        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    if cache not in CACHES:
+        raise ValueError(f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}")
+    if not isinstance(mem, Tensor) or mem.ndim < 2 or mem.shape[-1] != lm.hidden_size:
+        seen = tuple(mem.shape) if isinstance(mem, Tensor) else type(mem).__name__
+        raise ValueError(f"mem: {seen} is not (rows, K, {lm.hidden_size})")
+    mem = mem.reshape(-1, *mem.shape[-2:])
+    rows, leading = mem.shape[:2]
+    if rows == 0 or leading == 0:
+        raise ValueError(f"mem: {tuple(mem.shape)} holds no vectors")
+    require_room(lm, leading, length)
+    if first is not None and (first.shape != (rows,) or first.dtype != torch.int64):
+        raise ValueError(f"first: {first.dtype} {tuple(first.shape)} is not int64 ({rows},)")
+    if first is not None and not 0 <= int(first.min()) <= int(first.max()) < lm.vocab_size:
+        worst = int(first.min()) if int(first.min()) < 0 else int(first.max())
+        raise ValueError(f"first: {worst} is not a token id below {lm.vocab_size}")
+    if cache == "engine":
+        return decoder_for(lm, rows, leading + length).generate(mem, length, first)
+    prompt = mem.to(lm.device, lm.dtype)
+    if first is not None:
+        prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
+        length -= 1
+    ids = first.new_empty(rows, 0) if first is not None else torch.empty(rows, 0).long()
+    if length:
+        made = greedy(_twin(lm), length, cache, inputs_embeds=prompt)
+        ids = made.cpu()
+    return ids if first is None else torch.cat([first[:, None].cpu(), ids], dim=1)
+
+
+def require_room(lm: FrozenLM, leading: int, length: object) -> None:
+    """ValueError unless `length` is a number of tokens that the context has room for behind K."""
+    if not is_count(length):
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    assert isinstance(length, int)
+    positions = leading + length - 1
+    if lm.context is not None and positions > lm.context:
+        raise ValueError(
+            f"length: {length} tokens behind {leading} vectors need {positions} positions, "
+            f"{lm.identity.name} has {lm.context}"
+        )
+
+
+def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) -> Tensor:
+    """Exactly `length` ids from transformers' `generate`, an EOS among them or not.
+
+    `prompt` is input_ids (R, P), which the ids (R, P + N) then start with, or inputs_embeds
+    (R, P, d). `model` must be one of `twin_of`'s: its generation config names no EOS.
+    """
+    (given,) = prompt.values()
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=length, pad_token_id=0,
+        cache_implementation="static" if cache == "static" else None,
+    )  # fmt: skip
+    mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            made: Any = model
+            ids: Tensor = made.generate(**prompt, attention_mask=mask, generation_config=settings)
+    finally:
+        logging.set_verbosity(level)
+    return ids
+
+
+def twin_of(lm: FrozenLM, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen twin of the model whose `generate` stops at no token."""
+    model = GeneralBody.from_model(lm.source, lm.device, dtype).model
+    model.generation_config = GenerationConfig()
+    return model
+
+
+# What the last call with a model used; the next one, a fit's verification above all, is alike.
+_twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
+_decoders: WeakKeyDictionary[FrozenLM, StaticDecoder] = WeakKeyDictionary()
+
+
+def _twin(lm: FrozenLM) -> PreTrainedModel:
+    if lm not in _twins:
+        _twins[lm] = twin_of(lm, lm.dtype)
+    return _twins[lm]
+
+
+def decoder_for(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
+    """A decoder with room for so many positions: that of the last call where it fits."""
+    capacity = -(-positions // _POSITIONS) * _POSITIONS
+    found = _decoders.get(lm)
+    if found is None or (found.rows, found.capacity) != (rows, capacity):
+        found = _decoders[lm] = StaticDecoder(lm, rows, capacity)
+    return found
