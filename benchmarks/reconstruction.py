@@ -104,7 +104,8 @@ def main() -> None:
         fit = prototok.fast_fit(lm, texts, recipe=recipe, progress=True)
         seconds = (time.perf_counter() - clock) / len(texts)
         steps = fit.steps[fit.exact].double()
-        quartiles = torch.quantile(steps, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+        points = torch.tensor([0.25, 0.5, 0.75]).double()
+        quartiles = torch.quantile(steps, points).tolist() if len(steps) else []
         row = {
             **dataclasses.asdict(case),
             "model": case.model.rsplit("/", 1)[-1],
@@ -115,7 +116,7 @@ def main() -> None:
             "accuracy": float(fit.accuracy.mean()),
             "steps_quartiles": quartiles,
             "steps": fit.steps[:, 0].tolist(),
-            "margin_smallest": float(fit.margin[fit.exact].min()),
+            "margin_smallest": float(fit.margin[fit.exact].min()) if len(steps) else None,
             "seconds_per_text": seconds,
         }
         rows.append(row)
