@@ -50,7 +50,7 @@ class BenchSettings:
     models: tuple[str, ...] = BUILT_IN
     shape: str | None = None
     lengths: tuple[int, ...] | None = None
-    texts: int = 16
+    texts: int = 8
     text: Path | None = None
     recipe: str | Recipe = "fast"
     device: str = "auto"

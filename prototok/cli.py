@@ -129,7 +129,7 @@ def bench(
     model: Annotated[list[str] | None, typer.Option(help=_BENCH_MODEL)] = None,
     shape: Annotated[str | None, typer.Option(help=_SHAPE)] = None,
     lengths: Annotated[str | None, typer.Option(help="Such as 32,64,128.")] = None,
-    texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 16,
+    texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 8,
     text: Annotated[Path | None, typer.Option(help=_TEXT)] = None,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
     out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
