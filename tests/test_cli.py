@@ -100,12 +100,19 @@ def test_interrupted_fit_keeps_what_had_ended(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(HELD_OUT.read_text())
     command = [sys.executable, "-m", "prototok", "fit", "book.txt", "--length", "2", "-o", "tokens"]
     command += ["--batch-size", "4", "--limit", "2000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    process.stderr.readline()  # the model is loaded and the fit is about to start
-    time.sleep(15)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        # What runs in a shell's background ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        process.stderr.readline()  # the model is loaded and the fit is about to start
+        time.sleep(15)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     fit = FitResult.load(tmp_path / "tokens")
     assert f"interrupted; {fit.tokens.texts} of " in said
