@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from prototok.arguments import is_count
 from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
 from prototok.frozen_lm import FrozenLM
@@ -116,9 +117,9 @@ def decode(
     return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]
 
 
-def require_length(length: object, lm: FrozenLM, arrangement: Arrangement) -> None:
+def require_length(length: int, lm: FrozenLM, arrangement: Arrangement) -> None:
     """ValueError unless `length` is a number of targets that the model's context has room for."""
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+    if not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     positions = arrangement.input_length(length)
     if lm.context is not None and positions > lm.context:

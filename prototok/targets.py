@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prototok.arguments import is_count
 from prototok.frozen_lm import FrozenLM
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
@@ -23,9 +24,7 @@ def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Te
     Raises:
         ValueError: nothing to fit, ids outside the vocabulary, or a text too short or too long.
     """
-    if length is not None and (
-        not isinstance(length, int) or isinstance(length, bool) or length < 1
-    ):
+    if length is not None and not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     if isinstance(texts, str):
         raise ValueError("texts: one string was passed; pass a list of strings")

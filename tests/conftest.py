@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +26,3 @@ def small_lm() -> FrozenLM:
 def tiny_lm() -> FrozenLM:
     """The built-in Llama, as a user gets it, on the CPU."""
     return prototok.load("tiny-llama", device="cpu")
-
-
-@pytest.fixture(scope="session")
-def tiny_texts() -> list[str]:
-    from prototok.data import read_text
-
-    folder = Path(prototok.__file__).parent / "models" / "tiny-llama"
-    return [p for p in read_text(folder / "held_out.txt").split("\n\n") if len(p) > 120]
