@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from prototok.callable_module import make_callable
 from prototok.decode import decode_vectors, require_length
 from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
-from prototok.engine.rows import make_units
+from prototok.engine.rows import Unit, make_units
 from prototok.engine.run import Finished, FitEvent, run
 from prototok.fit_result import FitInterrupted, FitResult
 from prototok.frozen_lm import FrozenLM
@@ -98,16 +98,7 @@ def fast_fit(
 
     units = make_units(targets, chosen, share, group_size)
     total = sum(len(unit.rows) for unit in units)
-    verified: dict[int, list[_Verified]] = {}  # by unit
-
-    def confirm(finished: Finished) -> bool:
-        checked = [
-            _verify(lm, layout, row.targets, vectors)
-            for row, vectors in zip(finished.unit.rows, _by_row(finished), strict=True)
-        ]
-        verified[finished.unit.group] = checked
-        return all(c.accuracy >= settings.accuracy for c in checked)
-
+    verified: dict[int, list[Verified]] = {}  # by unit
     done: list[Finished] = []
     rows = exact = 0
 
@@ -120,11 +111,10 @@ def fast_fit(
     collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
     try:
         with Progress(total, "fit", progress) as bar:
-            inputs = OneForward(layout)
-            fits = run(lm, units, inputs, settings, batch_size, backend, confirm, observe)
-            for finished in fits:
+            fits = fit_units(lm, units, layout, settings, batch_size, backend, observe)
+            for finished, checks in fits:
                 done.append(finished)
-                checks = verified[finished.unit.group]
+                verified[finished.unit.group] = checks
                 rows += len(checks)
                 exact += sum(c.exact for c in checks)
     except KeyboardInterrupt:
@@ -133,8 +123,33 @@ def fast_fit(
     return collected.result(list(range(len(targets))), done, verified)
 
 
+def fit_units(
+    lm: FrozenLM,
+    units: list[Unit],
+    arrangement: Arrangement,
+    recipe: Recipe,
+    batch_size: int | str,
+    backend: str,
+    observe: Callable[[FitEvent], None],
+) -> Iterator[tuple[Finished, list[Verified]]]:
+    """Fit units and yield each as it ends, every row of it decoded alone."""
+    verified: dict[int, list[Verified]] = {}
+
+    def confirm(finished: Finished) -> bool:
+        checked = [
+            _verify(lm, arrangement, row.targets, vectors)
+            for row, vectors in zip(finished.unit.rows, vectors_by_row(finished), strict=True)
+        ]
+        verified[finished.unit.group] = checked
+        return all(c.accuracy >= recipe.accuracy for c in checked)
+
+    inputs = OneForward(arrangement)
+    for finished in run(lm, units, inputs, recipe, batch_size, backend, confirm, observe):
+        yield finished, verified.pop(finished.unit.group)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Verified:
+class Verified:
     """One row decoded alone, in the model's dtype and in float32; the worse of both."""
 
     accuracy: float
@@ -147,7 +162,7 @@ class _Verified:
         return self.accuracy == 1.0
 
 
-def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor) -> _Verified:
+def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor) -> Verified:
     """Decode one row's vectors (slots, d) at batch 1 and compare with its targets (N,)."""
     correct, margin, loss = len(targets), float("inf"), 0.0
     for model in dict.fromkeys((lm, lm.cast(torch.float32))):
@@ -155,10 +170,10 @@ def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Te
         correct = min(correct, int((decoded.ids[0] == targets).sum()))
         margin = min(margin, float(decoded.margin.min()))
         loss = float(decoded.loss.mean())
-    return _Verified(correct / len(targets), correct, margin, loss)
+    return Verified(correct / len(targets), correct, margin, loss)
 
 
-def _by_row(finished: Finished) -> list[Tensor]:
+def vectors_by_row(finished: Finished) -> list[Tensor]:
     """(slots, d) for each row of a unit."""
     rows = len(finished.unit.rows)
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
@@ -178,7 +193,7 @@ class _Collector:
     backend: str
 
     def partial(
-        self, done: list[Finished], verified: dict[int, list[_Verified]]
+        self, done: list[Finished], verified: dict[int, list[Verified]]
     ) -> tuple[FitResult | None, list[int]]:
         """The texts all of whose seeds have ended."""
         ended = [row.text for finished in done for row in finished.unit.rows]
@@ -186,7 +201,7 @@ class _Collector:
         return (self.result(whole, done, verified) if whole else None), whole
 
     def result(
-        self, texts: list[int], done: list[Finished], verified: dict[int, list[_Verified]]
+        self, texts: list[int], done: list[Finished], verified: dict[int, list[Verified]]
     ) -> FitResult:
         seeds, width = len(self.seeds), self.lm.hidden_size
         place = {
@@ -195,7 +210,7 @@ class _Collector:
         shape = (len(texts), seeds)
         measured = {
             f.name: torch.zeros(shape, dtype=torch.int64 if f.name == "correct" else torch.float32)
-            for f in dataclasses.fields(_Verified)
+            for f in dataclasses.fields(Verified)
         }
         steps = torch.zeros(shape, dtype=torch.int64)
         seconds, in_batch = torch.zeros(shape), torch.zeros(shape)
