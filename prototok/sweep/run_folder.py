@@ -1,0 +1,387 @@
+"""The run folder: everything a sweep knows, written so that a kill at any moment loses nothing.
+
+Every file is written whole under `tmp/`, flushed to the disk, renamed to its place, and the folder
+it went to is flushed. A unit's tensors are in place before its shard, and the shard is the record
+that the unit is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from prototok.sweep import schema
+from prototok.sweep.unit import Unit
+
+if TYPE_CHECKING:
+    from prototok.autoregressive.result import MemFit
+    from prototok.proto_tokens import ProtoTokens
+
+_FORMAT = "prototok.sweep"
+_FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run; many processes on many hosts may have it open."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """The run at `path`, made if it is not there; ValueError where something else is."""
+        path = Path(path)
+        if (path / "run.json").exists():
+            return cls.open(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"run: {path} exists and is not a run folder")
+        for name in _FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run._write_json({"format": _FORMAT, "version": schema.VERSION, "experiments": {}})
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """A run that was planned before; ValueError for anything else."""
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            raise ValueError(f"run: {path} is not a run folder (it has no run.json)")
+        run = cls(path)
+        found = run._json()
+        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
+            raise ValueError(
+                f"run: {path / 'run.json'} is not of a sweep of format version {schema.VERSION}"
+            )
+        return run
+
+    # What was planned.
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of each planned experiment, in the order they were planned."""
+        found: dict[str, dict[str, Any]] = self._json()["experiments"]
+        return found
+
+    def plan(self) -> pa.Table:
+        """`schema.PLAN`: one row an (experiment, unit)."""
+        return self._table("plan.parquet", schema.PLAN)
+
+    def texts(self) -> pa.Table:
+        """`schema.TEXTS`."""
+        return self._table("texts.parquet", schema.TEXTS)
+
+    def units(self) -> dict[str, Unit]:
+        """Every planned unit once, by key, in the order they were planned."""
+        plan = self.plan()
+        pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
+        return {key: Unit.parse(spec) for key, spec in pairs}
+
+    def add(
+        self, experiment: str, settings: dict[str, Any], units: Iterable[Unit], texts: pa.Table
+    ) -> int:
+        """Plan an experiment, replacing what was planned under its name; returns its units.
+
+        Units that are done stay done, whichever experiment asked for them first.
+        """
+        rows = [
+            {
+                "experiment": experiment, "key": unit.key, "mode": unit.mode, "model": unit.model,
+                "source": unit.source, "length": unit.length, "share": unit.share,
+                "group_size": unit.group_size, "arrangement": unit.arrangement,
+                "vectors": unit.vectors, "recipe": unit.recipe, "rows": len(unit.texts),
+                "spec": unit.spec(),
+            }
+            for unit in units
+        ]  # fmt: skip
+        with self._locked():
+            old = self.plan()
+            plan = pa.concat_tables(
+                [
+                    old.filter(pc.not_equal(old["experiment"], experiment)),
+                    pa.Table.from_pylist(rows, schema=schema.PLAN),
+                ]
+            )
+            both = pa.concat_tables([self.texts(), texts])
+            first: dict[str, int] = {}
+            for i, text in enumerate(both["text_id"].to_pylist()):
+                # The longest cut of a text serves all.
+                if text not in first or len(both["ids"][i]) > len(both["ids"][first[text]]):
+                    first[text] = i
+            # Texts before the plan that names them, the list of experiments last.
+            self._replace("texts.parquet", _writer(both.take(list(first.values()))))
+            self._replace("plan.parquet", _writer(plan))
+            found = self._json()
+            found["experiments"][experiment] = settings
+            self._write_json(found)
+        return len(rows)
+
+    # What is done.
+
+    def done(self) -> set[str]:
+        """Keys of the units that are done."""
+        # In this order: compaction moves units from the one to the other.
+        shards = {e.name[: -len(".parquet")] for e in os.scandir(self.path / "fits")}
+        return shards | self._compacted_keys()
+
+    def is_done(self, key: str) -> bool:
+        return (self.path / "fits" / f"{key}.parquet").exists() or key in self._compacted_keys()
+
+    def fits(self, experiment: str | None = None) -> pa.Table:
+        """`schema.FITS`: the rows of every unit that is done.
+
+        With `experiment`, those of the units it planned, and the column says its name.
+        """
+        plan = self.plan()
+        if experiment is not None:
+            plan = plan.filter(pc.equal(plan["experiment"], experiment))
+        wanted = dict.fromkeys(plan["key"].to_pylist())
+        tables = [schema.FITS.empty_table()]
+        seen: set[str] = set()
+        # Shards first: what compaction takes from here meanwhile is found there.
+        for key in wanted:
+            with contextlib.suppress(FileNotFoundError):
+                tables.append(pq.ParquetFile(self.path / "fits" / f"{key}.parquet").read())
+                seen.add(key)
+        for path in sorted((self.path / "compacted").glob("*.parquet")):
+            table = pq.ParquetFile(path).read()
+            keys = table["key"].to_pylist()
+            own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
+            tables.append(table.take(pa.array(own, pa.int64())))
+            seen.update(keys[i] for i in own)
+        found = pa.concat_tables(tables)
+        if experiment is not None:
+            name = pa.array([experiment] * len(found), pa.string())
+            at = found.schema.get_field_index("experiment")
+            found = found.set_column(at, "experiment", name)
+        return found
+
+    def tensors_path(self, key: str) -> Path:
+        return self.path / "tensors" / f"{key}.safetensors"
+
+    def tensors(self, key: str) -> ProtoTokens | MemFit:
+        """The vectors of a unit, as its mode stores them."""
+        from prototok.autoregressive.result import MemFit
+        from prototok.proto_tokens import ProtoTokens
+
+        mode = self.units()[key].mode if key in self.units() else None
+        if mode is None:
+            raise ValueError(f"key: {key!r} is not planned in {self.path}")
+        kind = MemFit if mode == "autoregressive" else ProtoTokens
+        return kind.load(self.tensors_path(key))
+
+    def commit(self, key: str, rows: list[dict[str, Any]], save: Callable[[Path], None]) -> bool:
+        """Record a unit as done; False where another process was first.
+
+        Args:
+            rows: `schema.FITS` without key, row and tensors_sha256.
+            save: writes the unit's tensors to the path it is given.
+        """
+        tensors = self._temporary(key + ".safetensors")
+        save(tensors)
+        _flush(tensors)
+        sha256 = sha256_of(tensors)
+        filled = [
+            row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
+        ]
+        shard = self._temporary(key + ".parquet")
+        _writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
+        _flush(shard)
+        # Alone, because the shard's hash must be that of the tensors beside it.
+        with self._locked():
+            if self.is_done(key):
+                tensors.unlink()
+                shard.unlink()
+                return False
+            os.replace(tensors, self.tensors_path(key))
+            _flush(self.path / "tensors")
+            os.replace(shard, self.path / "fits" / f"{key}.parquet")
+            _flush(self.path / "fits")
+        (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
+        return True
+
+    # What failed.
+
+    def fail(self, key: str, reason: str, attempts: int, traceback: str | None = None) -> None:
+        """Record why a unit could not be done."""
+        record = {
+            "key": key, "reason": reason, "attempts": attempts, "traceback": traceback,
+            "time": now().isoformat(),
+        }  # fmt: skip
+        self._replace(f"failed/{key}.json", lambda path: _dump(record, path))
+
+    def failures(self) -> pa.Table:
+        """`schema.FAILED`: planned units that failed and were not done since."""
+        done, planned = self.done(), set(self.plan()["key"].to_pylist())
+        records = []
+        for path in sorted((self.path / "failed").glob("*.json")):
+            if path.stem in planned - done:
+                record = json.loads(path.read_text())
+                record["time"] = datetime.datetime.fromisoformat(record["time"])
+                records.append(record)
+        return pa.Table.from_pylist(records, schema=schema.FAILED)
+
+    def forget_failures(self) -> None:
+        """Let units that failed be tried again."""
+        for path in (self.path / "failed").glob("*.json"):
+            path.unlink(missing_ok=True)
+
+    # Upkeep.
+
+    def sweep_up(self) -> int:
+        """Remove what processes of this host that no longer live left in tmp/; how many files."""
+        host, removed = _host(), 0
+        for path in (self.path / "tmp").glob("*~*"):
+            name, _, pid = path.name.partition("~")[2].rpartition(".")
+            if name == host and pid.isdigit() and not _alive(int(pid)):
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def compact(self) -> dict[str, int]:
+        """Merge shards into one file an experiment; rows by experiment.
+
+        The merged file is in place and read back before the first shard it replaces is removed, and
+        its rows then are the record that their units are done.
+        """
+        merged = {}
+        first: dict[str, str] = {}
+        plan = self.plan()
+        for name, key in zip(plan["experiment"].to_pylist(), plan["key"].to_pylist(), strict=True):
+            first.setdefault(key, name)
+        with self._locked():
+            for experiment in dict.fromkeys(first.values()):
+                path = self.path / "compacted" / f"{experiment}.parquet"
+                tables = [pq.ParquetFile(path).read()] if path.exists() else []
+                known = set(tables[0]["key"].to_pylist()) if tables else set()
+                shards = {
+                    key: self.path / "fits" / f"{key}.parquet"
+                    for key, name in first.items()
+                    if name == experiment
+                }
+                shards = {key: shard for key, shard in shards.items() if shard.exists()}
+                tables += [
+                    pq.ParquetFile(shard).read()
+                    for key, shard in shards.items()
+                    if key not in known
+                ]
+                if not tables:
+                    continue
+                table = pa.concat_tables(tables)
+                if shards:
+                    self._replace(f"compacted/{experiment}.parquet", _writer(table))
+                    back = pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist()
+                    if not set(shards) <= set(back):
+                        raise RuntimeError(f"run: {path} lacks units that were just written to it")
+                    for shard in shards.values():
+                        shard.unlink()
+                    _flush(self.path / "fits")
+                merged[experiment] = len(table)
+        return merged
+
+    # Files.
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time; the lock goes with the process that holds it."""
+        with open(self.path / "tmp" / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _compacted_keys(self) -> set[str]:
+        keys: set[str] = set()
+        for path in (self.path / "compacted").glob("*.parquet"):
+            stat = path.stat()
+            keys |= _keys_of(path, stat.st_ino, stat.st_mtime_ns)
+        return keys
+
+    def _temporary(self, name: str) -> Path:
+        """A path in tmp/ that no other process uses."""
+        return self.path / "tmp" / f"{name}~{_host()}.{os.getpid()}"
+
+    def _replace(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file of this folder so that it is there whole or not at all."""
+        target = self.path / name
+        temporary = self._temporary(target.name)
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+
+    def _json(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / "run.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"run: {self.path / 'run.json'} is damaged ({error})") from None
+        return found if isinstance(found, dict) else {}
+
+    def _write_json(self, value: dict[str, Any]) -> None:
+        self._replace("run.json", lambda path: _dump(value, path))
+
+    def _table(self, name: str, empty: pa.Schema) -> pa.Table:
+        path = self.path / name
+        return pq.ParquetFile(path).read() if path.exists() else empty.empty_table()
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_cache: dict[tuple[Path, int, int], set[str]] = {}
+
+
+def _keys_of(path: Path, inode: int, modified: int) -> set[str]:
+    """Keys in a compacted file, read once for each time it was written."""
+    at = (path, inode, modified)
+    if at not in _cache:
+        _cache[at] = set(pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist())
+    return _cache[at]
+
+
+def _writer(table: pa.Table) -> Callable[[Path], None]:
+    return lambda path: pq.write_table(table, path, compression="zstd")
+
+
+def _dump(value: object, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _host() -> str:
+    """A short name of this host that does not give it away."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
