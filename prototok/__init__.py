@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from prototok.fit_result import FitResult as FitResult
     from prototok.frozen_lm import FrozenLM as FrozenLM
     from prototok.frozen_lm import load as load
+    from prototok.geometry.paths import connect as connect
+    from prototok.geometry.paths import interpolate as interpolate
     from prototok.metrics import information as information
     from prototok.proto_tokens import ProtoTokens as ProtoTokens
 
@@ -30,9 +32,11 @@ _HOME = {
     "ProtoTokens": "prototok.proto_tokens",
     "Recipe": "prototok.engine.recipe",
     "autoregressive": "prototok.autoregressive",
+    "connect": "prototok.geometry.paths",
     "decode": "prototok.decode",
     "fast_fit": "prototok.fast_fit",
     "information": "prototok.metrics",
+    "interpolate": "prototok.geometry.paths",
     "load": "prototok.frozen_lm",
 }
 __all__ = sorted(_HOME)

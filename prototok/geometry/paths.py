@@ -1,0 +1,282 @@
+"""Paths between two solutions of one text: the straight segment and a fitted Bezier curve.
+
+Letters: P pairs, S points along a path, B rows of a batch, N targets (of the longest row), L input
+positions, K leading vectors, d hidden size. A row's slots are its e₁ … e_K and, where the
+arrangement has one, m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from prototok.arguments import is_count
+from prototok.arrangement import Arrangement
+from prototok.engine.inputs import OneForward
+from prototok.fit_result import FitResult
+from prototok.frozen_lm import FrozenLM
+from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
+from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """P paths, each between two rows of a fit, at S values of t from 0 to 1.
+
+    pairs     (P, 2) int64, rows of the fit (text × seeds + seed)
+    t         (S,) fp64
+    accuracy  (P, S) fp32, token accuracy at each point, in the model's dtype and in a batch
+    length    (P,) fp64, of the polyline through the S points, over the vectors that move
+    straight  (P,) fp64, distance of the two ends
+    control   (P, slots, d) fp32 control points; None for straight segments
+    steps     (P,) int64 updates of the control point; 0 for straight segments
+    """
+
+    pairs: Tensor
+    t: Tensor
+    accuracy: Tensor
+    length: Tensor
+    straight: Tensor
+    control: Tensor | None
+    steps: Tensor
+
+    @property
+    def length_ratio(self) -> Tensor:
+        """(P,) length of the path over that of the straight segment; the paper's is at most 1.2."""
+        return self.length / self.straight
+
+
+@dataclass(frozen=True)
+class BezierSettings:
+    """How a control point is fitted.
+
+    Attributes:
+        lr, betas: AdamW's, without weight decay.
+        max_steps: most updates.
+        samples: values of t drawn anew for each update.
+        check_every: updates between looks at the whole curve; a curve that is right at every point
+            is done, and of a curve that never is the best one seen is kept.
+        seed: of the draws.
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_steps: int = 5000
+    samples: int = 8
+    check_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "samples", "check_every"):
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr!r} is not a positive number")
+
+
+def interpolate(
+    lm: FrozenLM,
+    fit: FitResult,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    points: int = 101,
+    batch_size: int = 64,
+) -> Paths:
+    """Token accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (Figure 6 of the paper).
+
+    Args:
+        lm: the model that `fit` was made on.
+        fit: solutions; a vector shared by both ends stays where it is.
+        pairs: rows of the fit (text × seeds + seed), two of one text each. None: every two exact
+            seeds of every text.
+        points: values of t, evenly spaced, both ends among them.
+        batch_size: rows a forward.
+
+    Raises:
+        ValueError: another model, pairs that are none, or fewer than two points.
+    """
+    ends = _Ends.of(lm, fit, pairs)
+    t = _grid(points)
+    still = torch.zeros(len(ends.pairs), dtype=torch.int64)
+    accuracy = ends.accuracy(None, t, batch_size)
+    straight = ends.straight()
+    return Paths(ends.pairs, t, accuracy, straight.clone(), straight, None, still)
+
+
+def connect(
+    lm: FrozenLM,
+    fit: FitResult,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    points: int = 101,
+    settings: BezierSettings | None = None,
+    batch_size: int = 64,
+) -> Paths:
+    """Fit φ(t) = (1 − t)² p₁ + 2 t (1 − t) π + t² p₂ so that every point reconstructs the text.
+
+    Minimises the fit loss at φ(t), t uniform in [0, 1], over the one control point π, which starts
+    half-way (the paper's quadratic Bezier curves, Figure 6). Arguments as in `interpolate`.
+    """
+    settings = settings or BezierSettings()
+    ends = _Ends.of(lm, fit, pairs)
+    t = _grid(points)
+    at_once = max(1, batch_size // settings.samples)
+    parts = [
+        _fit_curves(ends.part(list(range(start, min(start + at_once, len(ends.pairs))))), t,
+                    settings, batch_size)
+        for start in range(0, len(ends.pairs), at_once)
+    ]  # fmt: skip
+    control, accuracy, steps = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Paths(ends.pairs, t, accuracy, ends.length(control, t), ends.straight(), control, steps)
+
+
+def bezier(ends: Tensor, control: Tensor, t: Tensor) -> Tensor:
+    """φ(t) of curves with ends (P, 2, slots, d) and control (P, slots, d) at t (P, S) or (S,).
+
+    Returns (P, S, slots, d).
+    """
+    t = t.expand(len(ends), -1)[..., None, None].to(ends.dtype)
+    first, last, control = ends[:, :1], ends[:, 1:], control[:, None]
+    return (1 - t) ** 2 * first + 2 * t * (1 - t) * control + t**2 * last
+
+
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """The two ends of each path and the text they both stand for."""
+
+    lm: FrozenLM
+    inputs: OneForward
+    pairs: Tensor  # (P, 2)
+    ends: Tensor  # (P, 2, slots, d) fp32 on the model's device
+    free: Tensor  # (slots,) bool: not shared, so that it moves along the path
+    targets: list[Tensor]  # P of (N,)
+
+    @classmethod
+    def of(
+        cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None
+    ) -> _Ends:  # fmt: skip
+        tokens = fit.tokens
+        tokens.require_model(lm)
+        seeds = tokens.seeds
+        chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
+        if not chosen:
+            raise ValueError("pairs: there are no two exact solutions of one text to connect")
+        for pair in chosen:
+            inside = len(pair) == 2 and all(0 <= row < len(tokens) for row in pair)
+            if not inside or pair[0] == pair[1] or pair[0] // seeds != pair[1] // seeds:
+                raise ValueError(f"pairs: {pair!r} is not two solutions of one text")
+        arrangement = Arrangement.parse(tokens.arrangement)
+        free = torch.ones(arrangement.slots, dtype=torch.bool)
+        if tokens.share == "m":
+            free[arrangement.leading :] = False
+        if tokens.share == "e":
+            free[: arrangement.leading] = False
+        if not free.any():
+            raise ValueError(f"fit: arrangement {arrangement.name!r} shares the only vector it has")
+        ends = torch.stack([torch.stack([tokens.vectors(row) for row in p]) for p in chosen])
+        targets = [fit.targets[first // seeds] for first, _ in chosen]
+        return cls(
+            lm, OneForward(arrangement), torch.tensor(chosen), ends.to(lm.device),
+            free.to(lm.device), targets,
+        )  # fmt: skip
+
+    def part(self, at: list[int]) -> _Ends:
+        """Some of the paths."""
+        targets = [self.targets[i] for i in at]
+        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], self.free, targets)
+
+    def straight(self) -> Tensor:
+        return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
+
+    def length(self, control: Tensor, t: Tensor) -> Tensor:
+        """(P,) length of the polyline through the curve's points at t."""
+        points = bezier(self.ends.double(), control.double().to(self.ends.device), t.to(control))
+        return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
+
+    def head(self, vectors: Tensor, path: Tensor, need_grad: bool) -> tuple[Tensor, HeadOutput]:
+        """Hidden states (B · N, d) of rows `vectors` (B, slots, d) of the paths `path` (B,)."""
+        rows = [self.targets[i] for i in path.tolist()]
+        lengths = [len(ids) for ids in rows]
+        targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)
+        layout = self.inputs.lay_out(targets, lengths, self.lm.dtype)
+        hidden = self.lm.hidden(self.inputs.embeds(vectors, layout))
+        offset = self.inputs.offset
+        hidden = hidden[:, offset : offset + targets.shape[1]].flatten(0, 1)
+        position = torch.arange(targets.shape[1], device=targets.device)
+        scored = position < torch.tensor(lengths, device=targets.device)[:, None]
+        output = linear_cross_entropy(
+            hidden.detach(), self.lm.body.head, targets.flatten(), scored.flatten().float(),
+            need_grad=need_grad,
+        )  # fmt: skip
+        return hidden, output
+
+    @torch.no_grad()
+    def accuracy(self, control: Tensor | None, t: Tensor, batch_size: int) -> Tensor:
+        """(P, S) token accuracy at t (S,) of the curves; without control, of the segments."""
+        if control is None:
+            control = self.ends.mean(1)  # a control point half-way makes the curve the segment
+        found = []
+        for path, targets in enumerate(self.targets):
+            rows = bezier(self.ends[path : path + 1], control[path : path + 1], t.to(control))[0]
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                at = torch.full((len(part),), path)
+                predicted = self.head(part, at, need_grad=False)[1].predicted
+                right = predicted.view(len(part), -1).cpu() == targets
+                found.append(right.float().mean(1))
+        return torch.cat(found).view(len(self.targets), len(t))
+
+
+def _fit_curves(
+    ends: _Ends, t: Tensor, settings: BezierSettings, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Control points (P, slots, d), accuracy along them (P, S) and updates made (P,)."""
+    control = ends.ends.mean(1)
+    adam = AdamWState.zeros(control.flatten(1))
+    constants = AdamWSettings(settings.betas, weight_decay=0.0)
+    rate = torch.full((len(control),), settings.lr, device=control.device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    best, best_accuracy = control.clone(), ends.accuracy(control, t, batch_size)
+    active = best_accuracy.amin(1) < 1.0
+    for step in range(1, settings.max_steps + 1):
+        alive = active.nonzero()[:, 0]
+        if not len(alive):
+            break
+        drawn = torch.rand(len(control), settings.samples, generator=generator)[alive]
+        grad = torch.zeros_like(control)
+        grad[alive] = _gradient(ends, control[alive], alive, drawn)
+        adamw_rows_(
+            control.flatten(1), grad.flatten(1), adam, rate, active.to(control.device), constants
+        )
+        if step % settings.check_every == 0 or step == settings.max_steps:
+            seen = ends.part(alive.tolist()).accuracy(control[alive], t, batch_size)
+            better = seen.mean(1) > best_accuracy[alive].mean(1)
+            best[alive[better]], best_accuracy[alive[better]] = control[alive[better]], seen[better]
+            active[alive[seen.amin(1) == 1.0]] = False
+    return best.cpu(), best_accuracy, adam.step.cpu()
+
+
+def _gradient(ends: _Ends, control: Tensor, path: Tensor, t: Tensor) -> Tensor:
+    """(A, slots, d) gradient in the control points of the loss summed over t (A, samples)."""
+    leaf = control.detach().requires_grad_()
+    rows = bezier(ends.ends[path], leaf, t.to(control)).flatten(0, 1)
+    hidden, output = ends.head(rows, path.repeat_interleave(t.shape[1]), need_grad=True)
+    (grad,) = torch.autograd.grad(hidden, leaf, output.grad_hidden)
+    return grad * ends.free[:, None]
+
+
+def _exact_pairs(fit: FitResult) -> list[tuple[int, int]]:
+    seeds = fit.tokens.seeds
+    found = []
+    for text, exact in enumerate(fit.exact):
+        rows = [text * seeds + s for s in exact.nonzero()[:, 0].tolist()]
+        found += list(combinations(rows, 2))
+    return found
+
+
+def _grid(points: int) -> Tensor:
+    if not is_count(points) or points < 2:
+        raise ValueError(f"points: {points!r} is not an integer of at least 2")
+    return torch.linspace(0, 1, points, dtype=torch.float64)
