@@ -31,6 +31,7 @@ from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import run
+from prototok.engine.runner import burst_of
 from prototok.fast_fit import fast_fit
 from prototok.frozen_lm import BUILT_IN, FrozenLM, load
 from prototok.report.svg import Bar, log_bars
@@ -243,15 +244,15 @@ def _time_all(
 def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement) -> float:
     """Median seconds of a fit step of all texts together."""
     marks: list[float] = []
-    recipe = dataclasses.replace(recipe_of("paper"), max_steps=6)
+    burst = burst_of(lm.device)
+    recipe = dataclasses.replace(recipe_of("paper"), max_steps=6 * burst)
     units = make_units(targets, [0], None, None)
     for _ in run(
         lm, units, OneForward(arrangement), recipe, len(targets), "auto", lambda finished: True,
         lambda event: marks.append(time.perf_counter()),
     ):  # fmt: skip
         pass
-    looks = 1 if lm.device.type == "cpu" else 10
-    return statistics.median(b - a for a, b in itertools.pairwise(marks)) / looks
+    return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
 
 
 def _ceiling(length: int, dtype: torch.dtype, peak: dict[str, float]) -> float:

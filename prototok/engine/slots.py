@@ -1,8 +1,10 @@
-"""The rows in flight, on the device: vectors, optimiser state, targets, best vectors so far.
+"""The rows in flight: vectors, optimiser state, targets, best vectors so far, in static buffers.
 
-Units enter and leave while others go on (continuous batching), so every tensor is indexed by one of
-four things, and the index tensors tie them together. Letters: R rows, U units, n vectors of one
-kind, K leading vectors, d hidden size, N targets (of the longest row), L input positions.
+Units enter and leave while others go on (continuous batching), yet no buffer ever moves: rows in
+flight stand at the front, a unit that leaves is closed up from behind, one that enters is written
+after the last. So a step captured as a CUDA graph reads and writes the right memory for as long as
+its `Window` stays the same. Letters: R rows, U units, n vectors of one kind, K leading vectors, d
+hidden size, N targets (of the longest row), L input positions; buffers have room for more.
 """
 
 from __future__ import annotations
@@ -10,142 +12,224 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prototok.engine.inputs import Inputs
 from prototok.engine.recipe import Recipe
 from prototok.engine.rows import Unit, initial_vectors
+from prototok.frozen_lm import FrozenLM
 from prototok_kernels.adamw_rows import AdamWState
 
 
-@dataclass
-class Bank:
-    """All vectors of one kind, e or m, with what AdamW knows of them."""
+@dataclass(frozen=True)
+class Capacity:
+    """How much fits into the buffers."""
 
+    rows: int
+    units: int
+    length: int  # targets of a row
+
+
+@dataclass(frozen=True)
+class Window:
+    """The front of the buffers that a step computes; the free places inside it change nothing."""
+
+    rows: int
+    units: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Bank:
+    """All vectors of one kind, e or m, with what AdamW knows of them.
+
+    There is one to each unit where the kind is shared, else one to each row, in their order.
+    """
+
+    shared: bool
     values: Tensor  # (n, k, d) fp32; k = K for e, 1 for m
     best: Tensor  # (n, k, d) the vectors that scored best
+    grad: Tensor  # (n, k, d) of the last step
     adam: AdamWState  # over (n, k · d)
-    unit: Tensor  # (n,) the unit each belongs to
-    row: Tensor  # (R,) the vector each row uses
 
-    def keep(self, kept: Tensor, kept_rows: Tensor, unit_place: Tensor) -> None:
-        """Drop the vectors not in `kept` (n,) and renumber."""
-        place = kept.cumsum(0) - 1
-        index = kept.nonzero()[:, 0]
-        self.values, self.best = self.values[index], self.best[index]
-        self.adam = self.adam.rows(index)
-        self.unit = unit_place[self.unit[index]]
-        self.row = place[self.row[kept_rows]]
-
-    def add(self, values: Tensor, unit: int, rows: int) -> None:
-        """Append one unit's vectors: one for each of its rows, or one for all."""
-        device = self.values.device
-        values = values.to(device)
-        start, count = len(self.values), len(values)
-        own = torch.arange(count, device=device) if count == rows else torch.zeros(rows).long()
-        self.values = torch.cat([self.values, values])
-        self.best = torch.cat([self.best, values])
-        self.adam = self.adam.extended(AdamWState.zeros(values.flatten(1)))
-        self.unit = torch.cat([self.unit, torch.full((count,), unit, device=device)])
-        self.row = torch.cat([self.row, own.to(device) + start])
+    def buffers(self) -> list[Tensor]:
+        """Everything that stays with a vector as it moves."""
+        return [self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step]
 
 
 class Slots:
-    """The rows in flight; `admit` and `release` are the only ways in and out."""
+    """The rows in flight; `admit` and `release` are the only ways in and out.
+
+    Their writes, like those of a step, are queued on the device's current stream.
+    """
 
     def __init__(
-        self, inputs: Inputs, recipe: Recipe, width: int, device: torch.device,
-        dtype: torch.dtype, backend: str,
+        self, lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, capacity: Capacity,
+        share: str | None = None,
     ) -> None:  # fmt: skip
-        self.inputs, self.recipe, self.device, self.dtype = inputs, recipe, device, dtype
-        self.backend = backend
+        self.inputs, self.recipe, self.backend, self.capacity = inputs, recipe, backend, capacity
+        self.device, self.width = lm.device, lm.hidden_size
         self.units: list[Unit] = []
+        rows, units, length = capacity.rows, capacity.units, capacity.length
 
-        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=lm.device)
 
-        def bank(vectors: int) -> Bank:
-            values = empty(0, vectors, width, dtype=torch.float32)
-            adam = AdamWState.zeros(values.flatten(1))
-            return Bank(values, values.clone(), adam, empty(0), empty(0))
+        def bank(name: str, vectors: int) -> Bank:
+            shape = units if share == name else rows, vectors, self.width
+            values, best, grad = (full(*shape, dtype=torch.float32) for _ in range(3))
+            return Bank(share == name, values, best, grad, AdamWState.zeros(values.flatten(1)))
 
-        self.banks = [bank(inputs.leading)] + ([bank(1)] if inputs.has_m else [])
+        self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by unit
-        self.step = empty(0)  # updates made
-        self.best_correct = empty(0)
-        self.improved_at = empty(0)  # step of the best correct
-        self.best_margin = empty(0, dtype=torch.float32)
-        self.margin_bound = empty(0, dtype=torch.float32)
-        self.done = empty(0, dtype=torch.bool)
+        self.step = full(units)  # updates made
+        self.best_correct = full(units, value=-1)
+        self.improved_at = full(units)  # step of the best correct
+        self.best_margin = full(units, value=float("-inf"), dtype=torch.float32)
+        self.margin_bound = full(units, dtype=torch.float32)
+        self.done = full(units, value=True, dtype=torch.bool)  # free places are
         # by row
-        self.unit_of_row = empty(0)
-        self.row_correct = empty(0)  # of the best vectors
-        self._lay_out()
+        self.unit_of_row = full(rows)
+        self.targets = full(rows, length)  # padded with 0
+        self.scored = full(rows, length, dtype=torch.bool)
+        self.wanted = full(rows)  # right targets asked for
+        example = inputs.lay_out(self.targets[:1], [length], lm.dtype)
+        self.layout = full(rows, *example.shape[1:], dtype=lm.dtype)
+        # by row, what the vectors that went into the last step scored, and when that was
+        self.scored_at = full(rows)  # updates made before
+        self.loss = full(rows, dtype=torch.float32)  # nats, summed over the row's targets
+        self.correct = full(rows)
+        self.margin = full(rows, dtype=torch.float32)  # smallest over the row's targets
+        self.row_correct = full(rows)  # of the best vectors
 
     @property
     def rows(self) -> int:
-        return len(self.unit_of_row)
+        """Rows in flight."""
+        return sum(len(unit.rows) for unit in self.units)
+
+    @property
+    def window(self) -> Window:
+        """What the next step computes.
+
+        On the CPU just what is in flight. On CUDA, where each window is a graph to capture, all
+        that the buffers hold, halved as often as what is in flight still fits.
+        """
+        if self.device.type == "cpu":
+            longest = max((unit.length for unit in self.units), default=0)
+            return Window(self.rows, len(self.units), longest)
+        return Window(
+            _halved(self.capacity.rows, self.rows),
+            _halved(self.capacity.units, len(self.units)),
+            self.capacity.length,
+        )
+
+    def layout_of(self, part: slice, length: int) -> Tensor:
+        """The layout of some rows for inputs of `length` targets."""
+        beyond = self.capacity.length - length
+        return self.layout[part, : self.layout.shape[1] - beyond]
 
     def admit(self, units: list[Unit]) -> None:
-        """Put units in, with fresh vectors and optimiser state."""
-        for unit in units:
-            number, rows = len(self.units), len(unit.rows)
-            vectors = initial_vectors(
-                unit, self.inputs.leading, self.banks[0].values.shape[-1], self.recipe.init_std
-            )
-            for bank, values in zip(self.banks, vectors, strict=False):
-                bank.add(values.view(len(values), -1, values.shape[-1]), number, rows)
-            self.units.append(unit)
-            self.step = F.pad(self.step, (0, 1), value=0)
-            self.best_correct = F.pad(self.best_correct, (0, 1), value=-1)
-            self.improved_at = F.pad(self.improved_at, (0, 1), value=0)
-            self.best_margin = F.pad(self.best_margin, (0, 1), value=float("-inf"))
-            self.margin_bound = F.pad(self.margin_bound, (0, 1), value=self.recipe.margin)
-            self.done = F.pad(self.done, (0, 1), value=False)
-            self.unit_of_row = F.pad(self.unit_of_row, (0, rows), value=number)
-            self.row_correct = F.pad(self.row_correct, (0, rows), value=0)
-        self._lay_out()
+        """Put units in behind the others, with fresh vectors and optimiser state."""
+        drawn = [
+            initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
+            for unit in units
+        ]
+        rows = [row.targets for unit in units for row in unit.rows]
+        old_rows, old_units = self.rows, len(self.units)
+        owners = [old_units + u for u, unit in enumerate(units) for _ in unit.rows]
+        self.units = self.units + units
+        here, there = slice(old_rows, self.rows), slice(old_units, len(self.units))
+        for b, bank in enumerate(self.banks):
+            place = there if bank.shared else here
+            values = self._sent(torch.cat([vectors[b] for vectors in drawn]))
+            bank.values[place] = bank.best[place] = values.view_as(bank.values[place])
+            for zeroed in bank.buffers()[2:]:
+                zeroed[place] = 0
+        self._reset_units(there, done=False)
+        self.unit_of_row[here] = self._sent(torch.tensor(owners))
+        lengths = [len(ids) for ids in rows]
+        targets = torch.zeros(len(rows), self.capacity.length, dtype=torch.int64)
+        for r, ids in enumerate(rows):
+            targets[r, : len(ids)] = ids
+        position = torch.arange(self.capacity.length)
+        end = torch.tensor(lengths)[:, None]
+        scored = (position >= self.inputs.given) & (position < end)
+        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1) - 1e-9).long()
+        self.targets[here] = self._sent(targets)
+        self.scored[here] = self._sent(scored)
+        self.wanted[here] = self._sent(wanted)
+        self.layout[here] = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
+        self.row_correct[here] = 0
 
     def release(self, leaving: list[int]) -> None:
-        """Take units out, by their position."""
+        """Take units out, by their position; those behind them move up, in their order."""
         gone = set(leaving)
-        self.units = [unit for u, unit in enumerate(self.units) if u not in gone]
-        kept = torch.ones_like(self.done)
-        kept[leaving] = False
-        place = kept.cumsum(0) - 1
-        kept_rows = kept[self.unit_of_row]
+        kept_units = [u for u in range(len(self.units)) if u not in gone]
+        owners = [u for u, unit in enumerate(self.units) for _ in unit.rows]
+        kept_rows = [r for r, u in enumerate(owners) if u not in gone]
+        self.units = [self.units[u] for u in kept_units]
+        by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
+        by_unit = [
+            self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
+            self.done,
+        ]  # fmt: skip
         for bank in self.banks:
-            bank.keep(kept[bank.unit], kept_rows, place)
-        for name in (
-            "step", "best_correct", "improved_at", "best_margin", "margin_bound", "done",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name)[kept])
-        self.unit_of_row = place[self.unit_of_row[kept_rows]]
-        self.row_correct = self.row_correct[kept_rows]
-        self._lay_out()
+            (by_unit if bank.shared else by_row).extend(bank.buffers())
+        rows, units = len(owners), slice(len(kept_units), len(kept_units) + len(gone))
+        for buffers, kept in ((by_row, kept_rows), (by_unit, kept_units)):
+            index = self._sent(torch.tensor(kept, dtype=torch.int64))
+            for buffer in buffers:
+                buffer[: len(kept)] = buffer.index_select(0, index)
+        # A free place has nothing to score and vectors of zero, so that it adds zeros to whatever
+        # it is summed with.
+        for buffer in by_row:
+            buffer[len(kept_rows) : rows] = 0
+        for bank in self.banks:
+            if bank.shared:
+                bank.values[units] = 0
+        self._reset_units(units, done=True)
+        place = {u: i for i, u in enumerate(kept_units)}
+        moved = [place[owners[r]] for r in kept_rows]
+        self.unit_of_row[: len(moved)] = self._sent(torch.tensor(moved, dtype=torch.int64))
+        self.unit_of_row[len(moved) : rows] = 0
+
+    def reopen(self, unit: int, margin: float) -> None:
+        """Let a unit that was done go on, now with `margin` to clear."""
+        self.done[unit] = False
+        self.margin_bound[unit] = margin
 
     def spent(self) -> Tensor:
-        """(U,) bool: units that have made all the updates their recipe grants them."""
+        """(capacity,) bool: units that have made all the updates their recipe grants them."""
         over = self.step >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience
         return over
 
-    def _lay_out(self) -> None:
-        """Targets, scored positions and layout of all rows, padded to the longest."""
-        targets = [row.targets for unit in self.units for row in unit.rows]
-        length = max((len(ids) for ids in targets), default=0)
-        self.length = length
-        self.lengths = torch.tensor([len(ids) for ids in targets], dtype=torch.int64).to(
-            self.device
-        )
-        self.targets = torch.zeros(len(targets), length, dtype=torch.int64)
-        for r, ids in enumerate(targets):
-            self.targets[r, : len(ids)] = ids
-        self.targets = self.targets.to(self.device)
-        self.layout = self.inputs.lay_out(self.targets, [len(ids) for ids in targets], self.dtype)
-        position = torch.arange(length, device=self.device)
-        # (R, N)
-        self.scored = (position >= self.inputs.given) & (position < self.lengths[:, None])
-        self.wanted = torch.ceil(self.recipe.accuracy * self.scored.sum(1) - 1e-9).long()  # (R,)
+    def best_of(self, unit: int) -> list[Tensor]:
+        """e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a unit at their best."""
+        start = sum(len(other.rows) for other in self.units[:unit])
+        rows = slice(start, start + len(self.units[unit].rows))
+        return [
+            bank.best[unit : unit + 1] if bank.shared else bank.best[rows] for bank in self.banks
+        ]
+
+    def _reset_units(self, units: slice, done: bool) -> None:
+        self.step[units] = 0
+        self.best_correct[units] = -1
+        self.improved_at[units] = 0
+        self.best_margin[units] = float("-inf")
+        self.margin_bound[units] = self.recipe.margin
+        self.done[units] = done
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for what the device is doing."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _halved(whole: int, needed: int) -> int:
+    """`whole`, halved as often as it stays at least `needed`."""
+    while whole > 1 and (whole + 1) // 2 >= needed:
+        whole = (whole + 1) // 2
+    return whole

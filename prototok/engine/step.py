@@ -1,124 +1,139 @@
 """One step for all rows in flight: forward, head, backward, score, keep the best, update.
 
-Letters: R rows, U units, N targets, L input positions, d hidden size.
+It reads and writes the buffers of `Slots` and nothing else, rebinds none of them and reads nothing
+back to the host, so that it can be captured as a CUDA graph. Letters: R rows, U units, N targets, L
+input positions, d hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from prototok.engine.slots import Slots
+from prototok.engine.slots import Slots, Window
 from prototok.families import DecoderBody
 from prototok.frozen_lm import FrozenLM
-from prototok_kernels.adamw_rows import adamw_rows_
+from prototok.spans import span
+from prototok_kernels.adamw_rows import AdamWState, adamw_rows_
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
 
-@dataclass(frozen=True)
-class StepScore:
-    """What the vectors that went into the step scored, row by row."""
-
-    loss: Tensor  # (R,) fp32, nats, summed over the row's targets
-    correct: Tensor  # (R,) int64
-    margin: Tensor  # (R,) fp32, the smallest over the row's targets
-
-
-def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepScore:
+def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
     """Score the current vectors, keep them where they are the best so far, then update them.
 
-    Rows beyond `rows_per_forward` take turns; their gradients add up before the one update. Nothing
-    is written to `slots` before all forwards and backwards are through, so a step that runs out of
-    memory can be run again with fewer rows at a time.
+    Rows beyond `rows_per_forward` take turns; their gradients add up before the one update. What a
+    later step reads is not written before all forwards and backwards are through, so a step that
+    runs out of memory can be run again with fewer rows at a time.
     """
-    leaves = [bank.values.detach().requires_grad_() for bank in slots.banks]
-    grads = [torch.zeros_like(leaf) for leaf in leaves]
-    scores = []
-    for start in range(0, slots.rows, rows_per_forward):
-        part = slice(start, start + rows_per_forward)
-        score, part_grads = _forward_backward(lm, slots, leaves, part)
-        scores.append(score)
+    window = slots.window
+    counts = [window.units if bank.shared else window.rows for bank in slots.banks]
+    leaves = [
+        bank.values[:n].detach().requires_grad_()
+        for bank, n in zip(slots.banks, counts, strict=True)
+    ]
+    grads = [bank.grad[:n].zero_() for bank, n in zip(slots.banks, counts, strict=True)]
+    for start in range(0, window.rows, rows_per_forward):
+        part = slice(start, min(start + rows_per_forward, window.rows))
+        part_grads = forward_backward(lm, slots, leaves, part)
         for total, grad in zip(grads, part_grads, strict=True):
             total += grad
-    score = StepScore(
-        torch.cat([s.loss for s in scores]),
-        torch.cat([s.correct for s in scores]),
-        torch.cat([s.margin for s in scores]),
-    )
-    active = _keep_best(slots, score)
-    rate = slots.recipe.lr_at(slots.step)
-    for bank, grad in zip(slots.banks, grads, strict=True):
-        adamw_rows_(
-            bank.values.flatten(1), grad.flatten(1), bank.adam, rate[bank.unit],
-            active[bank.unit], slots.recipe.adamw, backend=slots.backend,
-        )  # fmt: skip
-    slots.step += active
-    return score
+    with span("update", lm.device):
+        active = _keep_best(slots, window)
+        _update(slots, window, counts, active)
 
 
-def _forward_backward(
+def forward_backward(
     lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice
-) -> tuple[StepScore, tuple[Tensor, ...]]:
-    """Scores of some rows, and the gradient of the sum of their losses."""
-    offset = slots.inputs.offset
-    hidden = _hidden(lm, slots, leaves, part)[:, offset : offset + slots.length].flatten(0, 1)
-    targets, scored = slots.targets[part], slots.scored[part]
-    head = linear_cross_entropy(
-        hidden.detach(), lm.body.head, targets.flatten(), scored.flatten().float(),
-        temperature=slots.recipe.temperature, backend=slots.backend,
-    )  # fmt: skip
-    grads = torch.autograd.grad(hidden, leaves, head.grad_hidden)
+) -> tuple[Tensor, ...]:
+    """Scores of some rows, written, and the gradient of the sum of their losses."""
+    length, offset = slots.window.length, slots.inputs.offset
+    targets, scored = slots.targets[part, :length], slots.scored[part, :length]
+    with span("forward", lm.device):
+        hidden = _hidden(lm, slots, leaves, part)[:, offset : offset + length].flatten(0, 1)
+    with span("head", lm.device):
+        head = linear_cross_entropy(
+            hidden.detach(), lm.body.head, targets.flatten(), scored.flatten().float(),
+            temperature=slots.recipe.temperature, backend=slots.backend,
+        )  # fmt: skip
+    with span("backward", lm.device):
+        grads = torch.autograd.grad(hidden, leaves, head.grad_hidden)
     right = (head.predicted.view_as(targets) == targets) & scored
     margin = head.margin.view(targets.shape).masked_fill(~scored, float("inf"))
     loss = head.loss.view(targets.shape).masked_fill(~scored, 0.0)
-    return StepScore(loss.sum(1), right.sum(1), margin.amin(1)), grads
+    slots.loss[part] = loss.sum(1)
+    slots.correct[part] = right.sum(1)
+    slots.margin[part] = margin.amin(1)
+    return grads
 
 
 def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice) -> Tensor:
     """(R, L, d) hidden states of some rows, from the vectors they use."""
-    body, length = lm.body, slots.inputs.input_length(slots.length)
-    used = [bank.row[part] for bank in slots.banks]
+    body, length = lm.body, slots.window.length
+    positions = slots.inputs.input_length(length)
+    owner = slots.unit_of_row[part]
     # [e, m, m, …, m] needs its first block for two vectors a row only; every other input, and
     # every model that is run by transformers, is laid out position by position.
-    if slots.inputs.is_pair and isinstance(body, DecoderBody) and body.collapses(length):
-        (e, m), (e_row, group) = leaves, used
-        e, m, rows = e[:, 0].index_select(0, e_row), m[:, 0], len(e_row)
-        if len(m) < rows:  # shared: what depends on m alone is made once a group
-            return body.hidden_of_pair(e, m, group, length, slots.backend)
-        return body.hidden_of_pair(e, m.index_select(0, group), None, length, slots.backend)
-    vectors = torch.cat(
-        [leaf.index_select(0, rows) for leaf, rows in zip(leaves, used, strict=True)], dim=1
-    )
-    return lm.hidden(slots.inputs.embeds(vectors, slots.layout[part]))
+    if slots.inputs.is_pair and isinstance(body, DecoderBody) and body.collapses(positions):
+        (e, m), (e_bank, m_bank) = leaves, slots.banks
+        e, m = e[:, 0], m[:, 0]
+        e = e.index_select(0, owner) if e_bank.shared else e[part]
+        if m_bank.shared:  # what depends on m alone is made once a group
+            return body.hidden_of_pair(e, m, owner, positions, slots.backend)
+        return body.hidden_of_pair(e, m[part], None, positions, slots.backend)
+    vectors = [
+        leaf.index_select(0, owner) if bank.shared else leaf[part]
+        for leaf, bank in zip(leaves, slots.banks, strict=True)
+    ]
+    layout = slots.layout_of(part, length)
+    return lm.hidden(slots.inputs.embeds(torch.cat(vectors, dim=1), layout))
 
 
-def _keep_best(slots: Slots, score: StepScore) -> Tensor:
+def _keep_best(slots: Slots, window: Window) -> Tensor:
     """Snapshot units that scored better than ever, flag those that are done; (U,) still active."""
-    units = len(slots.units)
-    owner = slots.unit_of_row
-    correct = torch.zeros_like(slots.best_correct).index_add_(0, owner, score.correct)
-    margin = torch.full_like(slots.best_margin, float("inf"))
-    margin.scatter_reduce_(0, owner, score.margin, "amin")
-    reached = torch.ones(units, dtype=torch.int64, device=owner.device)
-    reached.scatter_reduce_(0, owner, (score.correct >= slots.wanted).long(), "amin")
+    rows, units = slice(window.rows), slice(window.units)
+    owner, correct_of_row = slots.unit_of_row[rows], slots.correct[rows]
+    step, done = slots.step[units], slots.done[units]
+    best_correct, best_margin = slots.best_correct[units], slots.best_margin[units]
+    slots.scored_at[rows] = step[owner]
 
-    moving = ~slots.done & (slots.step <= slots.recipe.max_steps)
-    improved = (correct > slots.best_correct) | (
-        (correct == slots.best_correct) & (margin > slots.best_margin)
-    )
-    improved &= moving
-    slots.improved_at = torch.where(
-        improved & (correct > slots.best_correct), slots.step, slots.improved_at
-    )
-    slots.best_correct = torch.where(improved, correct, slots.best_correct)
-    slots.best_margin = torch.where(improved, margin, slots.best_margin)
-    slots.row_correct = torch.where(improved[owner], score.correct, slots.row_correct)
+    correct = torch.zeros_like(best_correct).index_add_(0, owner, correct_of_row)
+    margin = torch.full_like(best_margin, float("inf"))
+    margin.scatter_reduce_(0, owner, slots.margin[rows], "amin")
+    reached = torch.ones_like(step)
+    reached.scatter_reduce_(0, owner, (correct_of_row >= slots.wanted[rows]).long(), "amin")
+
+    moving = ~done & (step <= slots.recipe.max_steps)
+    more = correct > best_correct
+    improved = (more | ((correct == best_correct) & (margin > best_margin))) & moving
+    _put(slots.improved_at[units], improved & more, step)
+    _put(best_correct, improved, correct)
+    _put(best_margin, improved, margin)
+    _put(slots.row_correct[rows], improved[owner], correct_of_row)
     for bank in slots.banks:
-        bank.best = torch.where(improved[bank.unit][:, None, None], bank.values, bank.best)
-    clears = margin >= slots.margin_bound
-    if slots.recipe.accuracy < 1.0:
-        clears = torch.ones_like(clears)
-    slots.done |= moving & (reached > 0) & clears
-    return ~slots.done & ~slots.spent()
+        of_vector = improved if bank.shared else improved[owner]
+        n = len(of_vector)
+        _put(bank.best[:n], of_vector[:, None, None], bank.values[:n])
+    goal = moving & (reached > 0)
+    if slots.recipe.accuracy == 1.0:
+        goal &= margin >= slots.margin_bound[units]
+    done |= goal
+    return ~done & ~slots.spent()[units]
+
+
+def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> None:
+    """AdamW for the vectors of active units; each unit is at a step of its own."""
+    step, owner = slots.step[: window.units], slots.unit_of_row[: window.rows]
+    rate = slots.recipe.lr_at(step)
+    for bank, n in zip(slots.banks, counts, strict=True):
+        adam = AdamWState(bank.adam.exp_avg[:n], bank.adam.exp_avg_sq[:n], bank.adam.step[:n])
+        of_vector = slice(None) if bank.shared else owner
+        adamw_rows_(
+            bank.values[:n].flatten(1), bank.grad[:n].flatten(1), adam, rate[of_vector],
+            active[of_vector], slots.recipe.adamw, backend=slots.backend,
+        )  # fmt: skip
+    step += active
+
+
+def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
+    """`into[where] = values[where]`, in place and without counting what is true."""
+    torch.where(where, values, into, out=into)

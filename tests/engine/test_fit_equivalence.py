@@ -144,7 +144,7 @@ def test_running_out_of_memory_halves_the_rows_and_loses_none(
 ) -> None:
     from prototok.engine import step as step_module
 
-    forward, refused = step_module._forward_backward, []
+    forward, refused = step_module.forward_backward, []
 
     def limited(lm: FrozenLM, slots: object, leaves: list, part: slice) -> object:
         if part.stop - part.start > 2:
@@ -154,7 +154,7 @@ def test_running_out_of_memory_halves_the_rows_and_loses_none(
 
     texts = targets(7, 2, small_lm.vocab_size)
     expected = prototok.fast_fit(small_lm, texts, recipe=QUICK, batch_size=7)
-    monkeypatch.setattr(step_module, "_forward_backward", limited)
+    monkeypatch.setattr(step_module, "forward_backward", limited)
     found = prototok.fast_fit(small_lm, texts, recipe=QUICK, batch_size=7)
     assert refused
     assert torch.equal(found.accuracy, expected.accuracy)
