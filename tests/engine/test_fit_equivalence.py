@@ -171,7 +171,7 @@ def test_a_claim_that_does_not_hold_alone_goes_on(
         found = verify(*args)
         if len(refusals) < 2:
             refusals.append(found.margin)
-            return module._Verified(0.5, 1, -1.0, 1.0)
+            return module.Verified(0.5, 1, -1.0, 1.0)
         return found
 
     ids = targets(1, 2, small_lm.vocab_size)
