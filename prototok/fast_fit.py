@@ -143,6 +143,7 @@ def fit_units(
         verified[finished.unit.group] = checked
         return all(c.accuracy >= recipe.accuracy for c in checked)
 
+    lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     inputs = OneForward(arrangement)
     for finished in run(lm, units, inputs, recipe, batch_size, backend, confirm, observe):
         yield finished, verified.pop(finished.unit.group)
