@@ -32,10 +32,11 @@ from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import run
 from prototok.engine.runner import burst_of
-from prototok.fast_fit import fast_fit
+from prototok.fast_fit import FitEvent, fast_fit
 from prototok.frozen_lm import BUILT_IN, FrozenLM, load
+from prototok.profile import Capture, ProfiledSteps
 from prototok.report.svg import Bar, log_bars
-from prototok.shapes import random_model
+from prototok.shapes import load_shape
 
 BUILT_IN_LENGTHS = (8, 16)  # what the built-in models hold
 OTHER_LENGTHS = (32, 64, 128)
@@ -56,6 +57,7 @@ class BenchSettings:
     recipe: str | Recipe = "fast"
     device: str = "auto"
     dtype: str = "auto"
+    profile: tuple[int, int] | None = None  # steps a … b−1 of the first fit
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,11 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
             require_length(length, lm, Arrangement.parse("e m*"))
         for length in lengths:
             say(f"{name}, N = {length}: fitting")
-            cases.append(_measure(lm, name, length, settings, peaks[dtype], say))
+            profiled = _profiled(lm, settings) if not cases else None
+            cases.append(_measure(lm, name, length, settings, peaks[dtype], say, profiled))
+            if profiled is not None:
+                profiled.close()
+                say(profiled.capture.report())
     return {
         "command": "python -m prototok.bench",
         "date": datetime.date.today().isoformat(),
@@ -130,14 +136,13 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
 def _models(settings: BenchSettings) -> list[tuple[str, FrozenLM]]:
     if settings.shape is None:
         return [(name, load(name, settings.device, settings.dtype)) for name in settings.models]
-    probe = load("tiny-llama", settings.device, settings.dtype)  # resolves device and dtype
-    model = random_model(settings.shape, probe.device, probe.dtype)
-    return [(f"{settings.shape} (random weights)", load(model, probe.device, probe.dtype))]
+    lm = load_shape(settings.shape, settings.device, settings.dtype)
+    return [(f"{settings.shape} (random weights)", lm)]
 
 
 def _measure(
     lm: FrozenLM, name: str, length: int, settings: BenchSettings, peak: dict[str, float],
-    say: Callable[[str], None],
+    say: Callable[[str], None], look: Callable[[FitEvent], None] | None = None,
 ) -> Case:  # fmt: skip
     arrangement = Arrangement.parse("e m*")
     exact = accuracy = per_text = steps = step_seconds = None
@@ -145,11 +150,11 @@ def _measure(
         generator = torch.Generator().manual_seed(0)
         targets = list(torch.randint(lm.vocab_size, (settings.texts, length), generator=generator))
         vectors = torch.randn(1, 2, lm.hidden_size, generator=generator)
-        step_seconds = _step_seconds(lm, targets, arrangement)
+        step_seconds = _step_seconds(lm, targets, arrangement, look)
     else:
         pieces = _texts(lm, settings, length)
         clock = time.perf_counter()
-        fit = fast_fit(lm, pieces, recipe=settings.recipe, progress=None)
+        fit = fast_fit(lm, pieces, recipe=settings.recipe, progress=None, callback=look)
         per_text = (time.perf_counter() - clock) / len(pieces)
         exact, accuracy = int(fit.exact.sum()), float(fit.accuracy.mean())
         solved = fit.steps[fit.exact]
@@ -241,16 +246,38 @@ def _time_all(
     return timings
 
 
-def _step_seconds(lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement) -> float:
+def _profiled(lm: FrozenLM, settings: BenchSettings) -> ProfiledSteps | None:
+    """What profiles the steps that the settings name, if they do."""
+    if settings.profile is None:
+        return None
+    return ProfiledSteps(Capture(lm.device, None), settings.profile, burst_of(lm.device))
+
+
+def _step_seconds(
+    lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement,
+    look: Callable[[FitEvent], None] | None,
+) -> float:  # fmt: skip
     """Median seconds of a fit step of all texts together."""
     marks: list[float] = []
+
+    def mark(event: FitEvent) -> None:
+        marks.append(time.perf_counter())
+        if look is not None:
+            look(event)
+
     burst = burst_of(lm.device)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6 * burst)
     units = make_units(targets, [0], None, None)
     for _ in run(
-        lm, units, OneForward(arrangement), recipe, len(targets), "auto", lambda finished: True,
-        lambda event: marks.append(time.perf_counter()),
-    ):  # fmt: skip
+        lm,
+        units,
+        OneForward(arrangement),
+        recipe,
+        len(targets),
+        "auto",
+        lambda finished: True,
+        mark,
+    ):
         pass
     return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
 

@@ -32,6 +32,9 @@ _SHAPE = (
     "A published shape with random weights, for speed alone: pythia-160m, pythia-410m, "
     "pythia-1.4b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b."
 )
+_PROFILE = "Profile steps a … b−1 of the first fit, as a:b; docs/profiling.md says how to read it."
+_TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
+_EAGER = "On CUDA, steps without a graph: only those show their spans."
 _TEXT = "Where the texts come from. Default: a held-out book in the package."
 _OUT = "The record; the figure goes beside it."
 _SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
@@ -132,6 +135,7 @@ def bench(
     texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 8,
     text: Annotated[Path | None, typer.Option(help=_TEXT)] = None,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    profile: Annotated[str | None, typer.Option(help=_PROFILE)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -139,6 +143,7 @@ def bench(
     """Fit, verify, and time one forward pass against KV-cached decoding."""
     from prototok.bench import BenchSettings, run_bench, table, write
     from prototok.frozen_lm import BUILT_IN
+    from prototok.profile import step_range
 
     if shape is not None and model:
         raise ValueError("shape: give a model or a shape, not both")
@@ -146,7 +151,7 @@ def bench(
         raise ValueError(f"texts: {texts} is not a positive integer")
     settings = BenchSettings(
         tuple(model) if model else BUILT_IN, shape, _lengths(lengths), texts, text, recipe,
-        device, dtype,
+        device, dtype, None if profile is None else step_range(profile),
     )  # fmt: skip
     record = run_bench(settings, say=_say)
     write(record, out)
@@ -162,6 +167,38 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"lengths: {text!r} is not a list such as 32,64,128") from None
+
+
+@app.command()
+def profile(
+    what: Annotated[str, typer.Argument(help="fit or decode.")] = "fit",
+    model: Model = "tiny-llama",
+    shape: Annotated[str | None, typer.Option(help=_SHAPE)] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 32,
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 16,
+    steps: Annotated[str, typer.Option(help="a:b, after a to warm up.")] = "20:30",
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or cpu.")] = "auto",
+    eager: Annotated[bool, typer.Option("--eager", help=_EAGER)] = False,
+    trace: Annotated[Path | None, typer.Option(help=_TRACE)] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Run steps of a fit, or decodings, under a profiler."""
+    from prototok.frozen_lm import load
+    from prototok.profile import Work, step_range
+    from prototok.profile import profile as run_profile
+    from prototok.shapes import load_shape
+
+    if batch < 1:
+        raise ValueError(f"batch: {batch} is not a positive integer")
+    which = step_range(steps)
+    lm = load(model, device, dtype) if shape is None else load_shape(shape, device, dtype)
+    if trace is None and lm.device.type != "cuda":
+        trace = Path("profile.json")
+    seconds, table = run_profile(lm, Work(what, length, batch, backend, eager), which, trace)
+    if table:
+        print(table)
+    _say(f"{1e3 * seconds:.3f} ms a step" + (f"; trace in {trace}" if trace else ""))
 
 
 @app.command()

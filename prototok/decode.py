@@ -16,6 +16,7 @@ from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
 from prototok.frozen_lm import FrozenLM
 from prototok.proto_tokens import ProtoTokens
+from prototok.spans import span
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,17 @@ def decode_vectors(
     targets: Tensor | None = None,  # (R, N) int64
 ) -> Decoded:
     """One forward for rows of one length; the results are on the CPU."""
-    layout = arrangement.layout(length).to(lm.device)
-    inputs_embeds = vectors.to(lm.device, lm.dtype)[:, layout]  # (R, L, d)
-    offset = arrangement.offset
-    logits = lm.logits(inputs_embeds)[:, offset : offset + length].float()
-    ids = logits.argmax(dim=-1)
-    chosen = (ids if targets is None else targets.to(lm.device))[..., None]
-    own = logits.gather(-1, chosen)[..., 0]
-    margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
-    loss = logits.logsumexp(dim=-1) - own
-    return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
+    with span("decode", lm.device):
+        layout = arrangement.layout(length).to(lm.device)
+        inputs_embeds = vectors.to(lm.device, lm.dtype)[:, layout]  # (R, L, d)
+        offset = arrangement.offset
+        logits = lm.logits(inputs_embeds)[:, offset : offset + length].float()
+        ids = logits.argmax(dim=-1)
+        chosen = (ids if targets is None else targets.to(lm.device))[..., None]
+        own = logits.gather(-1, chosen)[..., 0]
+        margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
+        loss = logits.logsumexp(dim=-1) - own
+        return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
 
 
 @overload

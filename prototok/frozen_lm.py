@@ -150,8 +150,8 @@ def load(
     Raises:
         ValueError: missing, gated, not causal, quantised, pickle-only, or weights not finite.
     """
-    device = _device_of(device)
-    dtype = _dtype_of(dtype, device)
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     if isinstance(model, PreTrainedModel):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
@@ -209,7 +209,8 @@ def _embedding(source: PreTrainedModel) -> Tensor:
     return weight.detach()
 
 
-def _device_of(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -221,7 +222,8 @@ def _device_of(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is the faster of bfloat16 and float32 on the device."""
     if dtype == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from prototok.frozen_lm import FrozenLM, device_of, dtype_of, load
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -73,3 +75,12 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
         torch.set_default_dtype(previous)
     model.config.name_or_path = f"{shape} (random weights)"
     return model.eval()
+
+
+def load_shape(
+    shape: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> FrozenLM:
+    """`random_model`, frozen; device and dtype as in `prototok.load`."""
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
+    return load(random_model(shape, device, dtype), device, dtype)
