@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prototok.sweep.cli import app as sweep_app
+
 if TYPE_CHECKING:
     from prototok.fit_result import FitResult
 
@@ -22,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(sweep_app, name="sweep")
 
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]

@@ -161,7 +161,7 @@ def load(
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
         name = str(model)
-        path = str(Path(__file__).parent / "models" / name) if name in BUILT_IN else name
+        path = path_of(name)
         source, resolved = _read(path, revision)
         tokenizer = _tokenizer_of(path, resolved)
     config = source.config
@@ -174,9 +174,22 @@ def load(
         hidden_size=embedding.shape[1],
         vocab_size=config.vocab_size,
         fingerprint=_fingerprint(source),
-        tokenizer_hash=_tokenizer_hash(tokenizer),
+        tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
     return _freeze(source, identity, tokenizer, device, dtype)
+
+
+def path_of(model: str) -> str:
+    """Where a model is read from: the package's folder for a built-in one, else its own name."""
+    return str(Path(__file__).parent / "models" / model) if model in BUILT_IN else model
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` would take, without the weights; ValueError where there is none."""
+    found = _tokenizer_of(path_of(model), revision)
+    if found is None:
+        raise ValueError(f"model: {model!r} has no tokenizer here or on the hub")
+    return found
 
 
 def _freeze(
@@ -347,7 +360,7 @@ def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
         raise ValueError(f"model: the tokenizer of {path} could not be loaded ({error})") from error
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -44,10 +45,9 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """The run at `path`, made if it is not there; ValueError where something else is."""
         path = Path(path)
+        require_place(path)
         if (path / "run.json").exists():
             return cls.open(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"run: {path} exists and is not a run folder")
         for name in _FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
         run = cls(path)
@@ -91,8 +91,8 @@ class RunFolder:
 
     def add(
         self, experiment: str, settings: dict[str, Any], units: Iterable[Unit], texts: pa.Table
-    ) -> int:
-        """Plan an experiment, replacing what was planned under its name; returns its units.
+    ) -> None:
+        """Plan an experiment, replacing what was planned under its name.
 
         Units that are done stay done, whichever experiment asked for them first.
         """
@@ -115,18 +115,13 @@ class RunFolder:
                 ]
             )
             both = pa.concat_tables([self.texts(), texts])
-            first: dict[str, int] = {}
-            for i, text in enumerate(both["text_id"].to_pylist()):
-                # The longest cut of a text serves all.
-                if text not in first or len(both["ids"][i]) > len(both["ids"][first[text]]):
-                    first[text] = i
+            first = {text: i for i, text in reversed(list(enumerate(both["text_id"].to_pylist())))}
             # Texts before the plan that names them, the list of experiments last.
-            self._replace("texts.parquet", _writer(both.take(list(first.values()))))
+            self._replace("texts.parquet", _writer(both.take(sorted(first.values()))))
             self._replace("plan.parquet", _writer(plan))
             found = self._json()
             found["experiments"][experiment] = settings
             self._write_json(found)
-        return len(rows)
 
     # What is done.
 
@@ -167,6 +162,41 @@ class RunFolder:
             at = found.schema.get_field_index("experiment")
             found = found.set_column(at, "experiment", name)
         return found
+
+    def shards(self) -> Iterator[tuple[str, Callable[[], pa.Table]]]:
+        """(key, what reads its rows) of every planned unit that is done."""
+        planned = set(self.plan()["key"].to_pylist())
+        seen = set()
+        for path in sorted((self.path / "fits").glob("*.parquet")):
+            if path.stem in planned:
+                seen.add(path.stem)
+                yield path.stem, pq.ParquetFile(path).read
+        for path in sorted((self.path / "compacted").glob("*.parquet")):
+            table = pq.ParquetFile(path).read()
+            places: dict[str, list[int]] = {}
+            for i, key in enumerate(table["key"].to_pylist()):
+                places.setdefault(key, []).append(i)
+            for key, own in places.items():
+                if key in planned - seen:
+                    seen.add(key)
+                    yield key, functools.partial(table.take, own)
+
+    def status(self) -> str:
+        """A table for people: each experiment's units, what is done and what failed."""
+        done, failed = self.done(), set(self.failures()["key"].to_pylist())
+        plan = self.plan()
+        found: dict[str, set[str]] = {name: set() for name in self.settings()}
+        names, keys = plan["experiment"].to_pylist(), plan["key"].to_pylist()
+        for name, key in zip(names, keys, strict=True):
+            found[name].add(key)
+        lines: list[tuple[str, ...]] = [("experiment", "units", "done", "failed", "to do")]
+        for name, mine in [*found.items(), ("all", set(keys))]:
+            counts = len(mine), len(mine & done), len(mine & failed), len(mine - done - failed)
+            lines.append((name, *map(str, counts)))
+        width = max(len(line[0]) for line in lines)
+        return "\n".join(
+            line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in lines
+        )
 
     def tensors_path(self, key: str) -> Path:
         return self.path / "tensors" / f"{key}.safetensors"
@@ -233,10 +263,10 @@ class RunFolder:
                 records.append(record)
         return pa.Table.from_pylist(records, schema=schema.FAILED)
 
-    def forget_failures(self) -> None:
+    def forget_failures(self, keys: Iterable[str]) -> None:
         """Let units that failed be tried again."""
-        for path in (self.path / "failed").glob("*.json"):
-            path.unlink(missing_ok=True)
+        for key in keys:
+            (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
 
     # Upkeep.
 
@@ -333,6 +363,13 @@ class RunFolder:
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
         return pq.ParquetFile(path).read() if path.exists() else empty.empty_table()
+
+
+def require_place(path: Path) -> None:
+    """ValueError unless a run may be planned there: a run, an empty folder or nothing."""
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and not (path / "run.json").is_file():
+        raise ValueError(f"run: {path} exists and is not a run folder")
 
 
 def now() -> datetime.datetime:

@@ -49,8 +49,9 @@ FITS = _schema(
     h_lm=_REAL, h_lm_tokens=_INT,
     target_ids=_IDS, decoded_ids=_IDS, target_text=_STRING, decoded_text=_STRING,
     margins=_SINGLES,  # (N,) target logit − best other logit; autoregressive: null
-    # Median seconds of decoding this row alone, where the unit is timed and the row is exact.
-    decode_seconds=_REAL, tokens_per_second=_REAL,
+    # Median seconds of decoding this row alone, where the unit is timed and the row is exact, and
+    # by which decoder.
+    decode_seconds=_REAL, tokens_per_second=_REAL, decoder=_STRING,
     # Where the vectors are: text `row` of tensors/<key>.safetensors, whose SHA-256 this is.
     row=_INT, tensors_sha256=_STRING,
     worker=_STRING, finished=pa.timestamp("ms", tz="UTC"),

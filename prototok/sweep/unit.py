@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,3 +78,8 @@ class Unit:
     def positions(self) -> int:
         """Rows × N: what one step of this unit computes."""
         return len(self.texts) * self.length
+
+
+def text_id(ids: Sequence[int]) -> str:
+    """16 hexadecimal digits of the token ids: what units call a text."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -19,8 +19,8 @@ def a_unit(text: str = "t0", length: int = 4) -> Unit:
     return Unit("one-forward", "tiny-llama", "held-out", (text,), (0,), length)
 
 
-def a_text(text: str = "t0", ids: tuple[int, ...] = (1, 2, 3, 4)) -> pa.Table:
-    row = {"text_id": text, "source": "held-out", "number": 0, "ids": list(ids), "text": text}
+def a_text(text: str = "t0") -> pa.Table:
+    row = {"text_id": text, "source": "held-out", "number": 0, "ids": [1, 2, 3, 4], "text": text}
     return pa.Table.from_pylist([row], schema=schema.TEXTS)
 
 
@@ -140,11 +140,11 @@ def test_experiments_share_units(tmp_path: Path) -> None:
     assert run.fits()["experiment"].to_pylist() == ["table3"]
 
 
-def test_planning_again_replaces_and_keeps_the_longer_text(tmp_path: Path) -> None:
+def test_planning_again_replaces_the_units_and_keeps_one_of_each_text(tmp_path: Path) -> None:
     run = a_run(tmp_path, [a_unit()])
-    run.add("table3", {"texts": 9}, [a_unit(length=3)], a_text(ids=(1, 2, 3)))
+    run.add("table3", {"texts": 9}, [a_unit(length=3)], pa.concat_tables([a_text(), a_text("t1")]))
     assert run.plan()["length"].to_pylist() == [3]
-    assert run.texts()["ids"].to_pylist() == [[1, 2, 3, 4]]
+    assert run.texts()["text_id"].to_pylist() == ["t0", "t1"]
 
 
 def test_failures_are_forgotten_when_the_unit_is_done(tmp_path: Path) -> None:

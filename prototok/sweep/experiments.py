@@ -1,0 +1,246 @@
+"""The paper's experiments by name: its settings as defaults, and their expansion to units.
+
+Where the paper is silent (texts a cell, N of figures 4 to 6, texts of Table 4), the default here is
+a choice of this project; docs/scaling.md names them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prototok.frozen_lm import BUILT_IN
+from prototok.sources import Source, TargetText, continuations, target_texts
+from prototok.sweep import schema
+from prototok.sweep.models import load_model, tokenizer_of
+from prototok.sweep.run_folder import RunFolder, require_place
+from prototok.sweep.settings import Settings, read_config
+from prototok.sweep.unit import Unit, text_id
+
+SIX = (
+    "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b",
+    "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B",
+)  # fmt: skip
+LLAMA_1B = (SIX[3],)
+PREFIXES = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024, 1448)
+ARRANGEMENTS = ("e*", "e* m*", "(e m)*", "e m*+1", "e m*")
+
+HELD_OUT, RANDOM, GENERATED = (
+    Source.parse(text) for text in ("held-out", "random", "generated:held-out")
+)
+_COMMON = (
+    "models", "sources", "texts", "lengths", "seeds", "recipe", "changes", "dtype", "text_seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure: what it shows, which settings it has, its defaults by preset."""
+
+    title: str
+    keys: tuple[str, ...]
+    paper: dict[str, Any]
+    small: dict[str, Any]
+
+
+# The small presets run on the models and texts in the package.
+_QUICK: dict[str, Any] = {
+    "models": BUILT_IN, "sources": (HELD_OUT,), "recipe": "fast", "changes": {"max_steps": 1000},
+}  # fmt: skip
+_MODEL_AND_SOURCE = {"sources": (HELD_OUT, RANDOM, GENERATED), "texts": 4}
+
+_FIGURE_2 = Experiment(
+    "Figure 2: information held, autoregressive against one forward",
+    (*_COMMON, "share", "vectors"),
+    {"models": SIX, "lengths": PREFIXES, "share": (None, "m"), "vectors": (1, 2)},
+    {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 8, 16, 32), "share": (None, "m"),
+     "vectors": (1, 2)},
+)  # fmt: skip
+_FIGURE_4 = Experiment(
+    "Figure 4: distances between vectors of the same text, context, or neither",
+    (*_COMMON, "share", "contexts", "continuations"),
+    {"models": LLAMA_1B, "lengths": (64,), "share": ("m",), "contexts": 50, "continuations": 10,
+     "seeds": 10, "seeds_share": True},
+    {**_QUICK, "sources": (GENERATED,), "lengths": (8,), "share": ("m",), "contexts": 4,
+     "continuations": 4, "seeds": 4, "seeds_share": True, "changes": {"max_steps": 600}},
+)  # fmt: skip
+
+EXPERIMENTS = {
+    "table1": Experiment(
+        "Table 1: where e and m stand",
+        (*_COMMON, "arrangements"),
+        {"models": LLAMA_1B, "lengths": tuple(2**i for i in range(11)),
+         "arrangements": ARRANGEMENTS},
+        {**_QUICK, "texts": 4, "lengths": (1, 2, 4, 8, 16), "arrangements": ARRANGEMENTS,
+         "changes": {"max_steps": 600}},
+    ),
+    "table2": Experiment(
+        "Table 2: vectors shared by groups of texts",
+        (*_COMMON, "share", "group_sizes"),
+        {"models": LLAMA_1B, "texts": 256, "lengths": (256,), "share": ("e", "m"),
+         "group_sizes": (1, 4, 16, 64, 256), "seeds": 10},
+        {**_QUICK, "texts": 8, "lengths": (8,), "share": ("e", "m"), "group_sizes": (1, 4, 8),
+         "seeds": 2, "changes": {"max_steps": 600}},
+    ),
+    "table3": Experiment(
+        "Table 3: capacity in tokens and in nats",
+        (*_COMMON, "share", "group_sizes"),
+        {"models": SIX, "lengths": PREFIXES, "share": (None, "m")},
+        {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 5, 8, 11, 16, 22, 32),
+         "share": (None, "m")},
+    ),
+    "table4": Experiment(
+        "Table 4: seconds to fit one text",
+        (*_COMMON, "share"),
+        {"models": SIX, "lengths": (32, 64, 128, 256, 512), "texts": 10, "alone": True},
+        {**_QUICK, "lengths": (4, 8, 16), "texts": 3, "alone": True},
+    ),
+    "figure2": _FIGURE_2,
+    "figure3": Experiment(
+        "Figure 3: throughput at the longest text that comes back",
+        (*_COMMON, "share", "vectors"),
+        {"models": SIX, "lengths": PREFIXES, "vectors": (1,), "timed": True},
+        {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 8, 16, 32), "vectors": (1,),
+         "timed": True},
+    ),
+    "figure4": _FIGURE_4,
+    "figure5": dataclasses.replace(
+        _FIGURE_4, title="Figure 5: distance of vectors against distance of texts"
+    ),
+    "figure6": Experiment(
+        "Figure 6: paths between solutions of one text",
+        (*_COMMON, "share"),
+        {"models": LLAMA_1B, "lengths": (64,), "texts": 5, "seeds": 10, "share": ("m",),
+         "seeds_share": True},
+        {**_QUICK, "lengths": (8,), "texts": 3, "seeds": 4, "share": ("m",),
+         "seeds_share": True, "changes": {"max_steps": 600}},
+    ),
+}  # fmt: skip
+PRESETS = ("paper", "small")
+
+
+def settings_of(
+    name: str, preset: str = "paper", config: Path | None = None, **given: Any
+) -> Settings:
+    """The settings of an experiment: its preset, overridden by a YAML file, then by `given`.
+
+    Raises:
+        ValueError: an unknown experiment, preset or key, or a value that cannot be.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment: {name!r} is not one of {', '.join(EXPERIMENTS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    experiment = EXPERIMENTS[name]
+    found = dict(getattr(experiment, preset))
+    if config is not None:
+        found |= read_config(config, experiment.keys)
+    found |= {key: value for key, value in given.items() if value}
+    return Settings(**found)
+
+
+def plan(out: Path, name: str, settings: Settings, device: str = "auto") -> tuple[int, int]:
+    """Expand an experiment into the run folder `out`; how many units and texts it has.
+
+    Texts are tokenised here, and continuations generated (which loads the models that make them),
+    so that workers need nothing but the run folder and the models.
+    """
+    require_place(out)  # before models are loaded and texts generated
+    units: dict[str, Unit] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for model in settings.models:
+        tokenizer = tokenizer_of(model)
+        for source in settings.sources:
+            texts = _texts(model, source, settings, device)
+            ids = [text_id(text.ids) for text in texts]
+            for key, text in zip(ids, texts, strict=True):
+                rows[key] = {
+                    "text_id": key, "source": source.name, "number": text.number,
+                    "context": text.context, "origin": text.origin, "ids": text.ids,
+                    "text": tokenizer.decode(text.ids, clean_up_tokenization_spaces=False),
+                }  # fmt: skip
+            units |= {unit.key: unit for unit in expand(model, source.name, ids, settings)}
+    table = pa.Table.from_pylist(list(rows.values()), schema=schema.TEXTS)
+    RunFolder.create(out).add(name, settings.to_json(), units.values(), table)
+    return len(units), len(rows)
+
+
+def _texts(model: str, source: Source, settings: Settings, device: str) -> list[TargetText]:
+    longest = max(settings.lengths)
+    if source.kind == "generated":
+        contexts, each = settings.contexts or settings.texts, settings.continuations or 1
+        lm = _loaded(model, device, settings.dtype)
+        return continuations(source, lm, contexts, each, longest, settings.text_seed)
+    if settings.contexts:
+        raise ValueError(
+            f"source: {source.name} has no contexts to continue; use generated:{source.kind}…"
+        )
+    tokenizer = tokenizer_of(model)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return target_texts(source, encode, settings.texts, longest, settings.text_seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: str, device: str, dtype: str) -> Any:
+    return load_model(model, device, dtype)
+
+
+def expand(model: str, source: str, texts: list[str], s: Settings) -> Iterator[Unit]:
+    """All units of one model and source, over texts by their ids."""
+    common: dict[str, Any] = {
+        "model": model, "source": source, "recipe": s.recipe, "changes": s.changes,
+        "dtype": s.dtype, "alone": s.alone, "timed": s.timed,
+    }  # fmt: skip
+    for arrangement in s.arrangements:
+        for share in s.share:
+            for size in s.group_sizes if share else (None,):
+                for length in s.lengths:
+                    for rows in _sharing(_rows(texts, s), share, size, s.seeds_share):
+                        yield Unit(
+                            mode="one-forward", texts=tuple(text for text, _ in rows),
+                            seeds=tuple(seed for _, seed in rows), length=length, share=share,
+                            group_size=size, arrangement=arrangement, **common,
+                        )  # fmt: skip
+    for k in s.vectors:
+        for length in s.lengths:
+            for text, seed in _rows(texts, s):
+                yield Unit(
+                    mode="autoregressive", texts=(text,), seeds=(seed,), length=length, vectors=k,
+                    **common,
+                )  # fmt: skip
+
+
+def _rows(texts: list[str], s: Settings) -> list[tuple[str, int]]:
+    """(text, seed) of every row; of a context's continuations only the last has several seeds."""
+    if not s.continuations:
+        return [(text, seed) for text in texts for seed in range(s.seeds)]
+    return [
+        (text, seed)
+        for i, text in enumerate(texts)
+        for seed in range(s.seeds if (i + 1) % s.continuations == 0 else 1)
+    ]
+
+
+def _sharing(
+    rows: list[tuple[str, int]], share: str | None, size: int | None, seeds_share: bool
+) -> list[list[tuple[str, int]]]:
+    """Rows cut to what has a vector in common."""
+    if share is None:
+        return [[row] for row in rows]
+    texts = list(dict.fromkeys(text for text, _ in rows))
+    size = size or len(texts)
+    group = {text: i // size for i, text in enumerate(texts)}
+    found: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for text, seed in rows:
+        found.setdefault((group[text], 0 if seeds_share else seed), []).append((text, seed))
+    return list(found.values())
