@@ -1,9 +1,15 @@
 // The only file that knows of Python. Tensors arrive as addresses: building needs no torch, and
 // the callers in kernels/prototok_kernels have checked dtype, shape and contiguity.
+#include "decoder.h"
 #include "ops.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <stdexcept>
+#include <utility>
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -54,19 +60,50 @@ void adamw(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Add
   prototok::adamw(adamw, prototok::kernels_for(instruction_set), threads);
 }
 
-void matvec(Address weight, Address inputs, Address bias, Address out, std::int64_t rows,
-            std::int64_t input_size, std::int64_t outputs, std::int64_t input_stride,
-            std::int64_t stride, bool add, bool is_bf16, int threads,
-            const std::string& instruction_set) {
-  prototok::Matvec matvec;
-  matvec.weight = at<const void>(weight);
-  matvec.inputs = at<const void>(inputs);
-  matvec.bias = at<const void>(bias);
-  matvec.out = at<void>(out);
-  matvec.input_stride = input_stride;
-  matvec.shape = {rows, input_size, outputs, stride, add};
-  matvec.element = is_bf16 ? prototok::Element::bf16 : prototok::Element::f32;
-  prototok::matvec(matvec, prototok::kernels_for(instruction_set), threads);
+prototok::Activation activation_of(const std::string& name) {
+  if (name == "silu") return prototok::Activation::silu;
+  if (name == "gelu") return prototok::Activation::gelu;
+  if (name == "gelu_tanh") return prototok::Activation::gelu_tanh;
+  if (name == "relu") return prototok::Activation::relu;
+  throw std::invalid_argument("activation: '" + name + "' is unknown");
+}
+
+// `blocks`: the addresses of a DecoderBlock in its order, then the window.
+std::unique_ptr<prototok::Decoder> decoder(
+    const std::vector<std::array<Address, 15>>& blocks, Address norm, Address norm_bias,
+    Address head, Address embedding, Address cos, Address sin, std::int64_t hidden,
+    std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size, std::int64_t rotated,
+    std::int64_t inner, std::int64_t vocabulary, float scaling, float eps,
+    const std::string& activation, bool gated, bool parallel, bool is_bf16, std::int64_t rows,
+    std::int64_t positions, std::int64_t longest_pass, const std::string& instruction_set) {
+  prototok::DecoderModel model;
+  for (const auto& b : blocks) {
+    const auto address = [&](int i) { return at<const void>(b[std::size_t(i)]); };
+    model.blocks.push_back({address(0), address(1), address(2), address(3), address(4), address(5),
+                            address(6), address(7), address(8), address(9), address(10),
+                            address(11), address(12), address(13), std::int64_t(b[14])});
+  }
+  model.norm = at<const void>(norm);
+  model.norm_bias = at<const void>(norm_bias);
+  model.head = at<const void>(head);
+  model.embedding = at<const void>(embedding);
+  model.cos = at<const float>(cos);
+  model.sin = at<const float>(sin);
+  model.hidden = hidden;
+  model.heads = heads;
+  model.kv_heads = kv_heads;
+  model.head_size = head_size;
+  model.rotated = rotated;
+  model.inner = inner;
+  model.vocabulary = vocabulary;
+  model.scaling = scaling;
+  model.eps = eps;
+  model.activation = activation_of(activation);
+  model.gated = gated;
+  model.parallel = parallel;
+  model.is_bf16 = is_bf16;
+  return std::make_unique<prototok::Decoder>(std::move(model), rows, positions, longest_pass,
+                                             instruction_set);
 }
 
 }  // namespace
@@ -82,7 +119,25 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw, py::kw_only(), "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a,
         "lr"_a, "active"_a, "rows"_a, "coordinates"_a, "betas"_a, "eps"_a, "weight_decay"_a,
         "threads"_a, "instruction_set"_a = "", py::call_guard<py::gil_scoped_release>());
-  m.def("matvec", &matvec, "weight"_a, "inputs"_a, "bias"_a, "out"_a, "rows"_a, "input_size"_a,
-        "outputs"_a, "input_stride"_a, "stride"_a, "add"_a, "is_bf16"_a, "threads"_a,
-        "instruction_set"_a = "");
+  m.def("decoder_instruction_sets", &prototok::decoder_instruction_sets);
+  using prototok::Decoder;
+  py::class_<Decoder>(m, "Decoder")
+      .def(py::init(&decoder), py::kw_only(), "blocks"_a, "norm"_a, "norm_bias"_a, "head"_a,
+           "embedding"_a, "cos"_a, "sin"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
+           "rotated"_a, "inner"_a, "vocabulary"_a, "scaling"_a, "eps"_a, "activation"_a, "gated"_a,
+           "parallel"_a, "is_bf16"_a, "rows"_a, "positions"_a, "longest_pass"_a,
+           "instruction_set"_a = "")
+      .def("pass_", [](Decoder& self, Address inputs, std::int64_t length, std::int64_t start,
+                       int threads) { self.pass(at<const float>(inputs), length, start, threads); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("logits", [](Decoder& self, Address out, int threads) {
+             self.logits(at<float>(out), threads); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("predict", [](Decoder& self, Address ids, bool every, int threads) {
+             self.predict(at<std::int64_t>(ids), every, threads); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("generate", [](Decoder& self, Address ids, std::int64_t begin, std::int64_t end,
+                          std::int64_t start, int threads) {
+             self.generate(at<std::int64_t>(ids), begin, end, start, threads); },
+           py::call_guard<py::gil_scoped_release>());
 }

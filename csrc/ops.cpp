@@ -73,39 +73,6 @@ void head(const Head& head, const RowKernels& kernels, int threads) {
   });
 }
 
-void matvec(const Matvec& matvec, const RowKernels& kernels, int threads) {
-  const MatvecShape& shape = matvec.shape;
-  // The inputs as contiguous fp32, converted once; the buffer outlives the call.
-  static thread_local std::vector<float> inputs;
-  inputs.resize(std::size_t(shape.rows * shape.inputs));
-  for (std::int64_t row = 0; row < shape.rows; ++row) {
-    float* to = inputs.data() + row * shape.inputs;
-    if (matvec.element == Element::f32) {
-      const float* from = static_cast<const float*>(matvec.inputs) + row * matvec.input_stride;
-      std::memcpy(to, from, std::size_t(shape.inputs) * sizeof(float));
-      continue;
-    }
-    const bf16* from = static_cast<const bf16*>(matvec.inputs) + row * matvec.input_stride;
-    for (std::int64_t i = 0; i < shape.inputs; ++i) {
-      const std::uint32_t word = std::uint32_t{from[i].bits} << 16;
-      std::memcpy(to + i, &word, sizeof word);
-    }
-  }
-  const float* x = inputs.data();
-  // Whole tiles of outputs to each range.
-  const std::int64_t grain = (grain_for(shape.inputs * shape.rows) + 7) / 8 * 8;
-  parallel_rows(shape.outputs, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-    if (matvec.element == Element::f32)
-      kernels.matvec_f32(static_cast<const float*>(matvec.weight), x,
-                         static_cast<const float*>(matvec.bias), static_cast<float*>(matvec.out),
-                         shape, begin, end);
-    else
-      kernels.matvec_bf16(static_cast<const bf16*>(matvec.weight), x,
-                          static_cast<const bf16*>(matvec.bias), static_cast<bf16*>(matvec.out),
-                          shape, begin, end);
-  });
-}
-
 void adamw(const AdamW& adamw, const RowKernels& kernels, int threads) {
   parallel_rows(adamw.rows, grain_for(adamw.coordinates), threads,
                 [&](std::int64_t begin, std::int64_t end) {

@@ -48,16 +48,4 @@ struct AdamW {
 
 void adamw(const AdamW& adamw, const RowKernels& kernels, int threads);
 
-struct Matvec {
-  const void* weight;  // (O, I)
-  const void* inputs;  // (R, I), rows `input_stride` elements apart
-  const void* bias;    // (O,); null = none
-  void* out;           // (R, O), rows `shape.stride` elements apart
-  std::int64_t input_stride;
-  MatvecShape shape;
-  Element element;  // of all four
-};
-
-void matvec(const Matvec& matvec, const RowKernels& kernels, int threads);
-
 }  // namespace prototok

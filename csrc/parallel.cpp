@@ -15,7 +15,8 @@ namespace {
 struct Work {
   std::atomic<std::int64_t> next{0};
   std::int64_t rows, grain;
-  const std::function<void(std::int64_t, std::int64_t)>* body;
+  const void* body;
+  void (*call)(const void*, std::int64_t, std::int64_t);
 };
 
 void take_ranges(void* pointer) {
@@ -23,7 +24,7 @@ void take_ranges(void* pointer) {
   for (;;) {
     const std::int64_t begin = work.next.fetch_add(work.grain);
     if (begin >= work.rows) return;
-    (*work.body)(begin, std::min(begin + work.grain, work.rows));
+    work.call(work.body, begin, std::min(begin + work.grain, work.rows));
   }
 }
 
@@ -45,12 +46,13 @@ GompParallel loaded_openmp() {
 
 }  // namespace
 
-void parallel_rows(std::int64_t rows, std::int64_t grain, int threads,
-                   const std::function<void(std::int64_t, std::int64_t)>& body) {
+void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const void* body,
+                     void (*call)(const void* body, std::int64_t begin, std::int64_t end)) {
   Work work;
   work.rows = rows;
   work.grain = std::max<std::int64_t>(1, grain);
-  work.body = &body;
+  work.body = body;
+  work.call = call;
   const std::int64_t ranges = (rows + work.grain - 1) / work.grain;
   const int used = int(std::min<std::int64_t>(threads, ranges));
   if (used <= 1) {

@@ -1,6 +1,5 @@
-// The memory-bound passes on the CPU: over a row of logits, over a row of AdamW, and over a weight
-// matrix that few rows are multiplied with.
-// Letters: V vocabulary, D coordinates a row, R rows, I inputs, O outputs.
+// The memory-bound passes on the CPU, over a row of logits and over a row of AdamW.
+// Letters: V vocabulary, D coordinates a row.
 #pragma once
 
 #include <cstdint>
@@ -27,11 +26,6 @@ struct AdamWCoefficients {
   float inverse_root_bias;  // 1 / sqrt(1 - beta2^step)
 };
 
-struct MatvecShape {
-  std::int64_t rows, inputs, outputs, stride;
-  bool add;
-};
-
 // One set per instruction set. `gradient` may be null (not wanted) or equal `logits` (in place).
 struct RowKernels {
   HeadResult (*head_f32)(const float* logits, float* gradient, std::int64_t vocabulary,
@@ -40,12 +34,6 @@ struct RowKernels {
                           std::int64_t target, float token_weight, float temperature);
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
                 std::int64_t count, const AdamWCoefficients& coefficients);
-  // out[r, o] = inputs[r] . weight[o] for o in [begin, end), each with its bias and, with `add`,
-  // what out held; `out` has `stride` elements a row. Sums are fp32.
-  void (*matvec_f32)(const float* weight, const float* inputs, const float* bias, float* out,
-                     const MatvecShape& shape, std::int64_t begin, std::int64_t end);
-  void (*matvec_bf16)(const bf16* weight, const float* inputs, const bf16* bias, bf16* out,
-                      const MatvecShape& shape, std::int64_t begin, std::int64_t end);
 };
 
 const RowKernels& baseline_kernels();

@@ -1,9 +1,12 @@
 // Compiled for AVX2 whatever the build's flags; called only where the processor has it.
+#include "decoder_kernels.h"
 #include "row_kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 
@@ -19,9 +22,11 @@ namespace prototok {
 namespace {
 constexpr int kLanes = 8;
 #include "row_kernels.inl"
+#include "decoder_kernels.inl"
 }  // namespace
 
 const RowKernels& avx2_kernels() { return kKernels; }
+const DecoderKernelSets& avx2_decoder_kernels() { return kDecoderKernels; }
 
 }  // namespace prototok
 

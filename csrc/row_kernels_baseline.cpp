@@ -1,16 +1,21 @@
 // What every processor of the architecture can run.
+#include "decoder_kernels.h"
 #include "row_kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace prototok {
 namespace {
 constexpr int kLanes = 4;
 #include "row_kernels.inl"
+#include "decoder_kernels.inl"
 }  // namespace
 
 const RowKernels& baseline_kernels() { return kKernels; }
+const DecoderKernelSets& baseline_decoder_kernels() { return kDecoderKernels; }
 
 }  // namespace prototok

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prototok.autoregressive.generate import decoder_for, greedy, twin_of
+from prototok.autoregressive.generate import bytes_read, engine, greedy, twin_of
 from prototok.frozen_lm import FrozenLM
 
 CACHES = ("dynamic", "static")
@@ -42,8 +42,7 @@ class Engine:
 
     def __call__(self, length: int, batch: int) -> Tensor:
         """(batch, length) int64 generated ids."""
-        prompt = self.lm.embed(self.first).expand(batch, -1, -1)
-        return decoder_for(self.lm, batch, length + 1).generate(prompt, length)
+        return engine(self.lm, self.lm.embed(self.first).expand(batch, -1, -1), length)
 
     def call(self, length: int, batch: int) -> Callable[[], Tensor]:
         """The same, ready to be timed."""
@@ -51,4 +50,4 @@ class Engine:
 
     def bytes_read(self, length: int, batch: int) -> int:
         """Bytes of weights and cache that a call must read."""
-        return decoder_for(self.lm, batch, length + 1).bytes_read(length)
+        return bytes_read(self.lm, batch, length)

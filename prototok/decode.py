@@ -14,9 +14,11 @@ from torch import Tensor
 from prototok.arguments import is_count
 from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
+from prototok.cpu_decoder import FEW, cpu_decoder
 from prototok.frozen_lm import FrozenLM
 from prototok.proto_tokens import ProtoTokens
 from prototok.spans import span
+from prototok_kernels.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,46 @@ def decode_vectors(
 ) -> Decoded:
     """One forward for rows of one length; the results are on the CPU."""
     with span("decode", lm.device):
-        layout = arrangement.layout(length).to(lm.device)
-        inputs_embeds = vectors.to(lm.device, lm.dtype)[:, layout]  # (R, L, d)
-        offset = arrangement.offset
-        logits = lm.logits(inputs_embeds)[:, offset : offset + length].float()
+        inputs_embeds = _inputs(lm, vectors, arrangement, length)
+        decoder = _passed(lm, inputs_embeds)
+        logits = lm.logits(inputs_embeds).float() if decoder is None else decoder.logits()
+        logits = logits[:, arrangement.offset :][:, :length]
         ids = logits.argmax(dim=-1)
         chosen = (ids if targets is None else targets.to(lm.device))[..., None]
         own = logits.gather(-1, chosen)[..., 0]
         margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
         loss = logits.logsumexp(dim=-1) - own
         return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
+
+
+@torch.no_grad()
+def decode_ids(
+    lm: FrozenLM,
+    vectors: Tensor,  # (R, slots, d)
+    arrangement: Arrangement,
+    length: int,
+) -> Tensor:
+    """The ids (R, N) of the same forward and nothing else, on the CPU."""
+    with span("decode", lm.device):
+        inputs_embeds = _inputs(lm, vectors, arrangement, length)
+        decoder = _passed(lm, inputs_embeds)
+        ids = lm.logits(inputs_embeds).argmax(dim=-1) if decoder is None else decoder.ids()
+        return ids[:, arrangement.offset :][:, :length].cpu()
+
+
+def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Tensor:
+    """(R, L, d)"""
+    layout = arrangement.layout(length).to(lm.device)
+    return vectors.to(lm.device, lm.dtype)[:, layout]
+
+
+def _passed(lm: FrozenLM, inputs_embeds: Tensor) -> Decoder | None:
+    """The C++ decoder behind its pass over the inputs, where they are few and there is one."""
+    rows, length, _ = inputs_embeds.shape
+    decoder = cpu_decoder(lm, rows, length, length) if rows * length <= FEW else None
+    if decoder is not None:
+        decoder.pass_(inputs_embeds, 0)
+    return decoder
 
 
 @overload
@@ -113,7 +145,7 @@ def decode(
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             vectors = torch.stack([tokens.vectors(r) for r in part])
-            ids[part, :size] = decode_vectors(lm, vectors, arrangement, size).ids
+            ids[part, :size] = decode_ids(lm, vectors, arrangement, size)
     if not text:
         return ids
     return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]

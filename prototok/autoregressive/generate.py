@@ -16,11 +16,14 @@ from transformers.utils import logging
 
 from prototok.arguments import is_count
 from prototok.autoregressive.static_kv import StaticDecoder
+from prototok.cpu_decoder import FEW, cpu_decoder
+from prototok.families.body import DecoderBody
 from prototok.families.general import GeneralBody
 from prototok.frozen_lm import FrozenLM
+from prototok_kernels.decoder import POSITIONS
+from prototok_kernels.layers import inner_projection
 
 CACHES = ("engine", "dynamic", "static")
-_POSITIONS = 64  # capacities are multiples of this, so that a decoder serves similar lengths
 
 
 def generate(
@@ -62,7 +65,7 @@ def generate(
         worst = int(first.min()) if int(first.min()) < 0 else int(first.max())
         raise ValueError(f"first: {worst} is not a token id below {lm.vocab_size}")
     if cache == "engine":
-        return decoder_for(lm, rows, leading + length).generate(mem, length, first)
+        return engine(lm, mem, length, first)
     prompt = mem.to(lm.device, lm.dtype)
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
@@ -118,6 +121,48 @@ def twin_of(lm: FrozenLM, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:
+    """Ids (R, N) from our own decoder behind mem (R, K, d) and, where given, t_1 (R,).
+
+    On the CPU that is the C++ one, a call for the prompt and one for all tokens, where it has the
+    model's dtype; on CUDA, and for what C++ does not cover, `StaticDecoder`.
+    """
+    rows, leading, _ = mem.shape
+    if rows <= FEW:
+        decoder = cpu_decoder(lm, rows, leading + length, leading)
+        if decoder is not None:
+            ids = torch.empty(length, rows, dtype=torch.int64)
+            begin = 0
+            if first is not None:
+                ids[0], begin = first, 1
+            decoder.pass_(mem.to(lm.dtype), 0)
+            decoder.greedy(ids, begin, leading)
+            return ids.T.contiguous()
+    return _static_decoder(lm, rows, leading + length).generate(mem, length, first)
+
+
+def bytes_read(lm: FrozenLM, rows: int, positions: int) -> int:
+    """Bytes of weights and cache that decoding so many positions, one by one, must read."""
+    body = _body(lm)
+    assert body.head is not None
+    matrices = [body.head]
+    cached = 0
+    for layer in body.layers:
+        matrices += [layer.qkv, layer.o, inner_projection(layer)[0], layer.down]
+        seen = sum(min(p + 1, layer.window or p + 1) for p in range(positions))
+        cached += 2 * rows * layer.kv_heads * layer.head_size * lm.dtype.itemsize * seen
+    return positions * sum(t.nbytes for t in matrices) + cached
+
+
+def _body(lm: FrozenLM) -> DecoderBody:
+    if not isinstance(lm.body, DecoderBody):
+        raise ValueError(
+            f"cache: 'engine' decodes the llama and gpt_neox families, and {lm.identity.name} is "
+            f"{lm.identity.family}; use 'dynamic' or 'static'"
+        )
+    return lm.body
+
+
 # What the last call with a model used; the next one, a fit's verification above all, is alike.
 _twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
 _decoders: WeakKeyDictionary[FrozenLM, StaticDecoder] = WeakKeyDictionary()
@@ -129,10 +174,10 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
     return _twins[lm]
 
 
-def decoder_for(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
+def _static_decoder(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
     """A decoder with room for so many positions: that of the last call where it fits."""
-    capacity = -(-positions // _POSITIONS) * _POSITIONS
+    capacity = -(-positions // POSITIONS) * POSITIONS
     found = _decoders.get(lm)
-    if found is None or (found.rows, found.capacity) != (rows, capacity):
-        found = _decoders[lm] = StaticDecoder(lm, rows, capacity)
+    if found is None or found.rows != rows or found.capacity != capacity:
+        found = _decoders[lm] = StaticDecoder(_body(lm), lm, rows, capacity)
     return found

@@ -11,80 +11,17 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 import prototok
 from support import shared, small_llama
+from zoo import OWN, made
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-}  # fmt: skip
-
-
-def neox(**changes: object) -> PreTrainedModel:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**(SIZES | {"rope_parameters": rope} | changes)))
-
-
-OWN = {
-    "llama, grouped, tied": lambda: small_llama(),
-    "llama, one kv head each, untied": lambda: small_llama(
-        num_key_value_heads=4, tie_word_embeddings=False
-    ),
-    "llama, biases, wide heads": lambda: small_llama(
-        attention_bias=True, mlp_bias=True, head_dim=16
-    ),
-    "llama, llama3 rope": lambda: small_llama(rope_parameters=LLAMA3),
-    "llama, linear rope": lambda: small_llama(
-        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    ),
-    "llama, yarn rope": lambda: small_llama(
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }
-    ),
-    "mistral, window shorter than the text": lambda: MistralForCausalLM(
-        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5)
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
-    "qwen2, window in the upper layers": lambda: Qwen2ForCausalLM(
-        Qwen2Config(
-            **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=5,
-            max_window_layers=1,
-        )
-    ),
-    "qwen3, tied": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)
-    ),
-    "gpt-neox, parallel": lambda: neox(),
-    "gpt-neox, sequential": lambda: neox(use_parallel_residual=False),
-    "gpt-neox, full rotary, tied, no attention bias": lambda: neox(
-        attention_bias=False, tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
-        },
-    ),
-    "gpt-neox, tanh gelu": lambda: neox(hidden_act="gelu_new"),
-}  # fmt: skip
 GENERAL = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)),
     "opt": lambda: OPTForCausalLM(
@@ -100,16 +37,6 @@ GENERAL = {
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     ),
 }  # fmt: skip
-
-
-def made(build: dict, name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = build[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases at their trivial values would hide mistakes
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 def embeds_for(model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
@@ -142,7 +69,7 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
 def test_own_family_equals_transformers_in_fp32(name: str) -> None:
-    model = made(OWN, name)
+    model = made(OWN[name])
     lm = prototok.load(model, device="cpu", dtype="float32")
     assert lm.body.family in ("llama", "gpt_neox")
     embeds = embeds_for(model, torch.float32)
@@ -152,7 +79,7 @@ def test_own_family_equals_transformers_in_fp32(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
 def test_own_family_equals_transformers_in_fp64(name: str, double_norms: None) -> None:
-    model = made(OWN, name).double()
+    model = made(OWN[name]).double()
     lm = prototok.load(model, device="cpu", dtype="float64")
     embeds = embeds_for(model, torch.float64)
     assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < 1e-9
@@ -161,7 +88,7 @@ def test_own_family_equals_transformers_in_fp64(name: str, double_norms: None) -
 @torch.no_grad()
 @pytest.mark.parametrize("name", GENERAL)
 def test_other_models_go_the_general_way(name: str) -> None:
-    model = made(GENERAL, name)
+    model = made(GENERAL[name])
     lm = prototok.load(model, device="cpu", dtype="float32")
     assert lm.body.family == "general"
     embeds = embeds_for(model, torch.float32)
@@ -191,7 +118,7 @@ def test_real_models_equal_transformers(name: str, double_norms: None) -> None:
 
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
 def test_gradient_of_the_embeddings_equals_transformers(name: str, double_norms: None) -> None:
-    model = made(OWN, name).double()
+    model = made(OWN[name]).double()
     lm = prototok.load(model, device="cpu", dtype="float64")
     grads = []
     for forward in (lm.logits, lambda x: model(inputs_embeds=x).logits):

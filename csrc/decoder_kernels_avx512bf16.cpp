@@ -1,0 +1,42 @@
+// The decoder's passes once more for AVX-512 with dot products of bfloat16 pairs, whatever the
+// build's flags; called only where the processor has it.
+#include "decoder_kernels.h"
+#include "row_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+// After the standard headers, whose inline functions must stay fit for every processor.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#endif
+
+namespace prototok {
+namespace {
+constexpr int kLanes = 16;
+#define PROTOTOK_DOT_BF16
+#include "row_kernels.inl"
+#include "decoder_kernels.inl"
+}  // namespace
+
+const DecoderKernelSets& avx512bf16_decoder_kernels() { return kDecoderKernels; }
+
+}  // namespace prototok
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
