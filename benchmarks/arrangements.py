@@ -60,7 +60,7 @@ def main() -> None:
             )
             row += f"{mean:.2f}±{std:.2f}".rjust(14)
         print(row, flush=True)
-    record = provenance("python benchmarks/arrangements.py") | {
+    record = provenance() | {
         "model": lm.identity.name.rsplit("/", 1)[-1],
         "dtype": str(lm.dtype).removeprefix("torch."),
         "texts": len(texts),

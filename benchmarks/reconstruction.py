@@ -126,7 +126,7 @@ def main() -> None:
             f"{row['exact']:>2}/{len(texts)}  {row['confirmed']:>9}  {middle:>25}  {seconds:.2f}",
             flush=True,
         )
-    write(provenance("python benchmarks/reconstruction.py") | {"cases": rows}, a.out)
+    write(provenance() | {"cases": rows}, a.out)
     print(json.dumps([{k: r[k] for k in ("model", "length", "recipe", "exact")} for r in rows]))
 
 

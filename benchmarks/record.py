@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from prototok.machine import describe
@@ -12,8 +14,8 @@ from prototok.machine import describe
 RESULTS = Path(__file__).parent / "results"
 
 
-def provenance(command: str) -> dict:
-    """Command, date, commit (with + where the tree was changed), machine and versions."""
+def provenance() -> dict:
+    """Command line, date, commit (with + where the tree was changed), machine and versions."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(
@@ -24,11 +26,18 @@ def provenance(command: str) -> dict:
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
     return {
-        "command": command,
+        "command": command_line(),
         "date": datetime.date.today().isoformat(),
         "commit": commit + ("+" if changed else ""),
         "machine": describe(),
     }
+
+
+def command_line() -> str:
+    """What was run, with its arguments; of a path outside the project only the last part is kept."""
+    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", str(script), *words])
 
 
 def write(record: dict, path: Path) -> None:
