@@ -34,7 +34,7 @@ def provenance() -> dict:
 
 
 def command_line() -> str:
-    """What was run, with its arguments; of a path outside the project only the last part is kept."""
+    """What was run, with its arguments; of an absolute path only the last part."""
     script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1])
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["python", str(script), *words])
