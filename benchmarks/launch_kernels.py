@@ -1,0 +1,136 @@
+"""Launch each Triton kernel once, for tools that watch launches: compute-sanitizer and ncu.
+
+    compute-sanitizer --tool racecheck python benchmarks/launch_kernels.py
+    ncu --clock-control none --kernel-name regex:_head_kernel \\
+        python benchmarks/launch_kernels.py --size real
+
+"small" has sizes that are no multiple of any block, with every variant of a kernel; "real" is a
+layer and a head of Llama-3.2-1B. `--names` prints the kernels' names and launches nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
+from prototok_kernels.first_layer import first_layer
+from prototok_kernels.layers import LlamaLayer, NeoXLayer
+from prototok_kernels.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Size:
+    """Letters as in the kernels: B rows, N positions, d, H and K heads of c, I inner, V words."""
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    inner: int
+    vocabulary: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_size
+
+
+SIZES = {
+    "small": Size(3, 37, 4, 2, 24, 80, 5003),
+    "real": Size(16, 256, 32, 8, 64, 8192, 128256),
+}
+
+
+def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(shape, device=device) / shape[-1] ** 0.5).to(dtype)
+
+
+def head(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    rows = size.rows * size.length
+    hidden = torch.randn(rows, size.width, device=device).to(dtype)
+    weight = normal(size.vocabulary, size.width, device=device, dtype=dtype)
+    targets = torch.randint(size.vocabulary, (rows,), device=device)
+    some = (torch.arange(rows, device=device) % 3 > 0).float()
+    for token_weight, need_grad in ((some, True), (None, True), (None, False)):
+        linear_cross_entropy(
+            hidden, weight, targets, token_weight, temperature=0.5, need_grad=need_grad,
+            backend="triton",
+        )  # fmt: skip
+
+
+def optimiser(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    param, grad = (torch.randn(size.rows, size.width, device=device) for _ in range(2))
+    rate = torch.full((size.rows,), 0.1, device=device)
+    active = torch.arange(size.rows, device=device) % 2 == 0
+    adamw_rows_(
+        param, grad, AdamWState.zeros(param), rate, active, AdamWSettings(), backend="triton"
+    )
+
+
+def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    """A Llama block, the gated MLP of low rank, and a parallel GPT-NeoX block, without."""
+    n, d, inner = size.length, size.width, size.inner
+
+    def weight(*shape: int) -> Tensor:
+        return normal(*shape, device=device, dtype=dtype)
+
+    ones, zeros = torch.ones(d, device=device, dtype=dtype), weight(d) * 0
+    qkv_rows = (size.heads + 2 * size.kv_heads) * size.head_size
+    common: dict = {
+        "input_norm": ones, "qkv": weight(qkv_rows, d), "o": weight(d, d), "post_norm": ones,
+        "down": weight(d, inner), "heads": size.heads, "kv_heads": size.kv_heads,
+        "head_size": size.head_size, "scaling": size.head_size**-0.5, "eps": 1e-5,
+    }  # fmt: skip
+    layers = [
+        LlamaLayer(gate_up=weight(2 * inner, d), activation="silu", **common),
+        NeoXLayer(
+            up=weight(inner, d), input_norm_bias=zeros, post_norm_bias=zeros, parallel=True,
+            activation="gelu", **common,
+        ),
+    ]  # fmt: skip
+    angle = torch.outer(
+        torch.arange(n, device=device), torch.rand(size.head_size // 2, device=device)
+    ).repeat(1, 2)
+    for layer in layers:
+        e, m = (torch.randn(size.rows, d, device=device, requires_grad=True) for _ in range(2))
+        h = first_layer(e, m, None, n, layer, angle.cos(), angle.sin(), "triton")
+        torch.autograd.grad(h, (e, m), torch.randn_like(h))
+
+
+KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
+    "_head_kernel": head,
+    "_adamw_kernel": optimiser,
+    "affine_scan_forward_kernel": block,
+    "affine_backward_kernel": block,
+    "scan_backward_kernel": block,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--names", action="store_true")
+    a = parser.parse_args()
+    if a.names:
+        print(*KERNELS, sep="\n")
+        return
+    device = torch.device(a.device)
+    torch.manual_seed(0)
+    dtypes = [torch.bfloat16] if a.size == "real" else [torch.bfloat16, torch.float32]
+    for launch in dict.fromkeys(KERNELS.values()):
+        for dtype in dtypes:
+            launch(SIZES[a.size], device, dtype)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(json.dumps({"launched": list(KERNELS), "size": a.size, "device": a.device}))
+
+
+if __name__ == "__main__":
+    main()
