@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from prototok.geometry.paths import connect as connect
     from prototok.geometry.paths import interpolate as interpolate
     from prototok.metrics import information as information
+    from prototok.prior import Prior as Prior
     from prototok.proto_tokens import ProtoTokens as ProtoTokens
 
 _HOME = {
     "FitInterrupted": "prototok.fit_result",
     "FitResult": "prototok.fit_result",
     "FrozenLM": "prototok.frozen_lm",
+    "Prior": "prototok.prior",
     "ProtoTokens": "prototok.proto_tokens",
     "Recipe": "prototok.engine.recipe",
     "autoregressive": "prototok.autoregressive",

@@ -24,6 +24,7 @@ from prototok.engine.rows import Unit, make_units
 from prototok.engine.run import Finished, FitEvent, run
 from prototok.fit_result import FitInterrupted, FitResult
 from prototok.frozen_lm import FrozenLM
+from prototok.prior import Prior
 from prototok.progress import Progress
 from prototok.proto_tokens import ProtoTokens
 from prototok.targets import Texts, targets_of
@@ -42,6 +43,7 @@ def fast_fit(
     seeds: int | Sequence[int] = 1,
     arrangement: str = "e m*",
     recipe: str | Recipe = "fast",
+    init: Prior | None = None,
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -62,6 +64,7 @@ def fast_fit(
         seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
         arrangement: where e and m stand, see `prototok.arrangement.Arrangement`.
         recipe: "fast", "paper", or a `Recipe`.
+        init: where vectors start, from `prototok.learn_shared`; None leaves it to the recipe.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -85,6 +88,10 @@ def fast_fit(
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement!r} has none")
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
+    if init is not None:
+        if not isinstance(init, Prior):
+            raise ValueError(f"init: {type(init).__name__} is not a Prior; see learn_shared")
+        init.require_model(lm)
     resolved = resolve_backend(backend, lm.device)
     if batch_size != "auto" and not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
@@ -111,7 +118,7 @@ def fast_fit(
     collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
     try:
         with Progress(total, "fit", progress) as bar:
-            fits = fit_units(lm, units, layout, settings, batch_size, backend, observe)
+            fits = fit_units(lm, units, layout, settings, batch_size, backend, observe, init)
             for finished, checks in fits:
                 done.append(finished)
                 verified[finished.unit.group] = checks
@@ -131,6 +138,7 @@ def fit_units(
     batch_size: int | str,
     backend: str,
     observe: Callable[[FitEvent], None],
+    init: Prior | None = None,
 ) -> Iterator[tuple[Finished, list[Verified]]]:
     """Fit units and yield each as it ends, every row of it decoded alone."""
     verified: dict[int, list[Verified]] = {}
@@ -144,7 +152,7 @@ def fit_units(
         return all(c.accuracy >= recipe.accuracy for c in checked)
 
     lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
-    inputs = OneForward(arrangement)
+    inputs = OneForward(arrangement, prior=init)
     for finished in run(lm, units, inputs, recipe, batch_size, backend, confirm, observe):
         yield finished, verified.pop(finished.unit.group)
 

@@ -6,7 +6,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok.arrangement import Arrangement
+from prototok.prior import Prior
 
 
 class Inputs(Protocol):
@@ -40,6 +41,15 @@ class Inputs(Protocol):
         """Targets at the front that the input holds, so that they are not scored."""
         ...
 
+    @property
+    def prior(self) -> Prior | None:
+        """Where its vectors start and in which coordinates they move; None: the recipe says."""
+        ...
+
+    def starting(self, prior: Prior | None) -> Inputs:
+        """The same inputs with this prior."""
+        ...
+
     def input_length(self, length: int) -> int:
         """L for N targets."""
         ...
@@ -59,6 +69,10 @@ class OneForward:
 
     arrangement: Arrangement
     given: int = 0
+    prior: Prior | None = None
+
+    def starting(self, prior: Prior | None) -> OneForward:
+        return replace(self, prior=prior)
 
     @property
     def leading(self) -> int:
@@ -103,6 +117,10 @@ class TeacherForced:
     embedding: Tensor  # (V, d)
     leading: int
     given: int = 0  # 1: t_1 is part of the prompt, as in their code
+    prior: Prior | None = None
+
+    def starting(self, prior: Prior | None) -> TeacherForced:
+        return replace(self, prior=prior)
 
     @property
     def has_m(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,9 +20,12 @@ class Recipe:
         name: what results are labelled with.
         lr: peak learning rate of AdamW.
         betas, eps, weight_decay: AdamW's other constants.
-        schedule: "constant", or "cosine" from lr to zero over `max_steps`.
+        schedule: "constant", or "cosine" from lr to zero.
+        cycle: updates of the first cosine, each later one twice as long as the one before
+            (Loshchilov & Hutter's warm restarts); None: one cosine over `max_steps`.
         warmup: updates over which lr rises linearly from zero.
         init_std: initial vectors are N(0, init_std²) in every coordinate.
+        eigenbasis: AdamW runs in the eigenvectors of the model's gradients (`engine.basis`).
         temperature: T of the loss CE(logits / T); predictions and margins are at T = 1.
         max_steps: most updates of one row.
         patience: most updates in a row without a higher accuracy; None: any number.
@@ -35,8 +39,10 @@ class Recipe:
     eps: float = 1e-8
     weight_decay: float = 0.01
     schedule: str = "constant"
+    cycle: int | None = None
     warmup: int = 0
     init_std: float = 1.0
+    eigenbasis: bool = False
     temperature: float = 1.0
     max_steps: int = 5000
     patience: int | None = None
@@ -58,9 +64,11 @@ class Recipe:
             raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
-        for name, least in (("max_steps", 1), ("warmup", 0), ("patience", 1)):
+        if self.cycle is not None and self.schedule != "cosine":
+            raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
+        for name, least in (("max_steps", 1), ("warmup", 0), ("patience", 1), ("cycle", 1)):
             value = getattr(self, name)
-            if name == "patience" and value is None:
+            if name in ("patience", "cycle") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
@@ -73,10 +81,25 @@ class Recipe:
         """Learning rate of the update that follows `step` updates; on the device, row by row."""
         rate = torch.full_like(step, self.lr, dtype=torch.float32)
         if self.schedule == "cosine":
-            rate = rate * (1 + torch.cos(math.pi * step / self.max_steps)) / 2
+            rate = rate * (1 + torch.cos(math.pi * self._phase(step))) / 2
         if self.warmup:
             rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
         return rate
+
+    def _phase(self, step: Tensor) -> Tensor:
+        """How much of its cosine is behind a unit that has made `step` updates, in [0, 1]."""
+        if self.cycle is None:
+            return step / self.max_steps
+        # Cycle k begins at cycle · (2^k − 1). Its number comes from comparisons, for a logarithm
+        # may round the first step of a cycle into the one before.
+        starts = [0]
+        while starts[-1] <= self.max_steps:
+            starts.append(2 * starts[-1] + self.cycle)
+        phase = torch.zeros_like(step, dtype=torch.float32)
+        for start, end in itertools.pairwise(starts):
+            inside = (step >= start) & (step < end)
+            phase = torch.where(inside, (step - start) / (end - start), phase)
+        return phase
 
 
 # The paper's §4.1: AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01, N(0, 1), at most 5000 steps,

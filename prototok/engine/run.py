@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.allocator import keep_freed_memory
+from prototok.engine.basis import prior_of
 from prototok.engine.buckets import Bucket, make_buckets
 from prototok.engine.inputs import Inputs
 from prototok.engine.recipe import Recipe
@@ -64,6 +65,7 @@ def run(
     """
     if lm.device.type == "cpu":
         keep_freed_memory()
+    inputs = inputs.starting(prior_of(lm, recipe, inputs.prior, backend))
     most = None if batch_size == "auto" else int(batch_size)
     for bucket in make_buckets(lm, units, inputs, recipe, backend, most):
         yield from _run_bucket(lm, bucket, inputs, recipe, backend, confirm, observe)

@@ -50,7 +50,8 @@ class Bank:
     values: Tensor  # (n, k, d) fp32; k = K for e, 1 for m
     best: Tensor  # (n, k, d) the vectors that scored best
     grad: Tensor  # (n, k, d) of the last step
-    adam: AdamWState  # over (n, k · d)
+    adam: AdamWState  # over (n, k · d), in the coordinates of the basis
+    basis: Tensor | None  # (d, d), orthonormal columns
 
     def buffers(self) -> list[Tensor]:
         """Everything that stays with a vector as it moves."""
@@ -78,7 +79,11 @@ class Slots:
         def bank(name: str, vectors: int) -> Bank:
             shape = units if share == name else rows, vectors, self.width
             values, best, grad = (full(*shape, dtype=torch.float32) for _ in range(3))
-            return Bank(share == name, values, best, grad, AdamWState.zeros(values.flatten(1)))
+            basis = None
+            if inputs.prior is not None and inputs.prior.basis is not None:
+                basis = inputs.prior.basis["em".index(name)].to(lm.device)
+            adam = AdamWState.zeros(values.flatten(1))
+            return Bank(share == name, values, best, grad, adam, basis)
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by unit
@@ -130,10 +135,7 @@ class Slots:
 
     def admit(self, units: list[Unit]) -> None:
         """Put units in behind the others, with fresh vectors and optimiser state."""
-        drawn = [
-            initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
-            for unit in units
-        ]
+        drawn = [self._initial(unit) for unit in units]
         rows = [row.targets for unit in units for row in unit.rows]
         old_rows, old_units = self.rows, len(self.units)
         owners = [old_units + u for u, unit in enumerate(units) for _ in unit.rows]
@@ -160,6 +162,14 @@ class Slots:
         self.wanted[here] = self._sent(wanted)
         self.layout[here] = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
         self.row_correct[here] = 0
+
+    def _initial(self, unit: Unit) -> tuple[Tensor, Tensor]:
+        """e (n_e, K, d) and m (n_m, d) of a unit, fp32, on the CPU."""
+        prior = self.inputs.prior
+        if prior is None:
+            return initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
+        e, m = initial_vectors(unit, self.inputs.leading, self.width, 1.0)
+        return prior.mean[0] + prior.std[0] * e, prior.mean[1] + prior.std[1] * m
 
     def release(self, leaving: list[int]) -> None:
         """Take units out, by their position; those behind them move up, in their order."""

@@ -7,6 +7,8 @@ input positions, d hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -127,10 +129,23 @@ def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> 
     for bank, n in zip(slots.banks, counts, strict=True):
         adam = AdamWState(bank.adam.exp_avg[:n], bank.adam.exp_avg_sq[:n], bank.adam.step[:n])
         of_vector = slice(None) if bank.shared else owner
+        values, grad = bank.values[:n], bank.grad[:n]
+        settings, rates, moving = slots.recipe.adamw, rate[of_vector], active[of_vector]
+        if bank.basis is None:
+            adamw_rows_(
+                values.flatten(1), grad.flatten(1), adam, rates, moving, settings,
+                backend=slots.backend,
+            )  # fmt: skip
+            continue
+        # The decay is the same in any coordinates; so only the step is made in those of the basis,
+        # from zero, and turned back.
+        moved = torch.zeros_like(values)
         adamw_rows_(
-            bank.values[:n].flatten(1), bank.grad[:n].flatten(1), adam, rate[of_vector],
-            active[of_vector], slots.recipe.adamw, backend=slots.backend,
+            moved.flatten(1), (grad @ bank.basis).flatten(1), adam, rates, moving,
+            replace(settings, weight_decay=0.0), backend=slots.backend,
         )  # fmt: skip
+        decay = 1 - rates * settings.weight_decay * moving
+        values.mul_(decay[:, None, None]).add_(moved @ bank.basis.T)
     step += active
 
 

@@ -29,6 +29,15 @@ def test_cosine_with_warm_up() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-7)
 
 
+def test_cycles_double_and_start_anew() -> None:
+    recipe = Recipe(lr=0.2, schedule="cosine", cycle=10, max_steps=70)
+    rates = recipe.lr_at(torch.arange(71)).tolist()
+    for start, length in ((0, 10), (10, 20), (30, 40)):
+        cosine = [0.1 * (1 + math.cos(math.pi * i / length)) for i in range(length)]
+        assert rates[start : start + length] == pytest.approx(cosine, abs=1e-6)
+    assert rates[70] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -44,6 +53,8 @@ def test_cosine_with_warm_up() -> None:
         ({"max_steps": 0}, "max_steps"),
         ({"max_steps": 10.5}, "max_steps"),
         ({"warmup": -1}, "warmup"),
+        ({"schedule": "cosine", "cycle": 0}, "cycle"),
+        ({"cycle": 10}, "cycle"),
     ],
 )
 def test_bad_settings_are_named(changes: dict, named: str) -> None:

@@ -1,0 +1,267 @@
+"""Which recipe fits in how few steps, and how long a text it still fits: the study behind `fast`.
+
+    python benchmarks/recipes.py --shared ../shared dev     # choosing: development texts
+    python benchmarks/recipes.py --shared ../shared test    # what is reported: test texts
+    python benchmarks/recipes.py summary                    # tables and the figure from the results
+
+Every cell (part, model, length, recipe) is written to results/recipes.json as soon as it is done,
+and one that is there is not run again. The test texts are those of benchmarks/reconstruction.py;
+the development texts come from the other end of the same source. A text counts as solved when it
+comes back whole from a decoding at batch 1, in the model's dtype and in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from reconstruction import NOVEL, STORIES
+from record import RESULTS, provenance
+
+import prototok
+from prototok import FrozenLM, Recipe
+from prototok.data import read_text
+from prototok.engine.recipe import FAST, PAPER
+from prototok.fast_fit import FitEvent
+from prototok.frozen_lm import BUILT_IN
+from prototok.report.svg import Bar, log_bars
+
+# (model, source of text, mid-range length, lengths around the paper recipe's capacity)
+MODELS = {
+    "stories260k": (STORIES, 16, (8, 16, 22, 32)),
+    "stories3m": (STORIES, 16, (22, 32, 45, 64)),
+    "neox4m": (NOVEL, 8, (8, 11, 16, 22)),
+    "tiny-llama": ("held_out", 16, (8, 11, 16, 22)),
+    "tiny-neox": ("held_out", 8, (8, 11, 16, 22)),
+}
+BUDGET = 5000
+
+
+@dataclass(frozen=True)
+class Cell:
+    part: str  # dev or test
+    model: str
+    length: int
+    recipe: Recipe
+    texts: int
+
+    @property
+    def key(self) -> str:
+        name, steps = self.recipe.name, self.recipe.max_steps
+        return f"{self.part} {self.model} {self.length} {name} {steps} {self.texts}"
+
+
+def candidates() -> Iterator[Recipe]:
+    """One change at a time from a common point, and the combinations that looked best."""
+    base = Recipe(
+        name="base", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
+        init_std=0.3, temperature=0.5, max_steps=400,
+    )  # fmt: skip
+    yield base
+    for name, changes in {
+        "no temperature": {"temperature": 1.0},
+        "temperature 0.25": {"temperature": 0.25},
+        "constant rate": {"schedule": "constant"},
+        "cycles from 150": {"cycle": 150},
+        "lr 0.05": {"lr": 0.05},
+        "lr 0.2": {"lr": 0.2},
+        "betas 0.9 0.9": {"betas": (0.9, 0.9)},
+        "init 1": {"init_std": 1.0},
+        "init 0.1": {"init_std": 0.1},
+        "no decay": {"weight_decay": 0.0},
+        "eigenbasis": {"eigenbasis": True},
+        "eigenbasis, lr 0.2": {"eigenbasis": True, "lr": 0.2},
+        "eigenbasis, lr 0.05": {"eigenbasis": True, "lr": 0.05},
+        "eigenbasis, cycles from 150": {"eigenbasis": True, "cycle": 150},
+    }.items():
+        yield dataclasses.replace(base, name=name, **changes)
+
+
+def dev_cells() -> Iterator[Cell]:
+    for model, (_, middle, _) in MODELS.items():
+        for recipe in candidates():
+            yield Cell("dev", model, middle, recipe, 16)
+
+
+def test_cells() -> Iterator[Cell]:
+    """Both recipes in turn at each length, so that they share the machine's ups and downs."""
+    for model, (_, middle, _) in MODELS.items():
+        for recipe in (PAPER, FAST):
+            yield Cell("test", model, middle, dataclasses.replace(recipe, max_steps=BUDGET), 32)
+    for model, (_, _, lengths) in MODELS.items():
+        for length in lengths:
+            for recipe in (PAPER, FAST):
+                yield Cell("test", model, length, dataclasses.replace(recipe, max_steps=BUDGET), 6)
+
+
+def texts_of(lm: FrozenLM, path: Path, cell: Cell) -> list[list[int]]:
+    """Test: as benchmarks/reconstruction.py has them. Development: from the other end."""
+    text, n = read_text(path), cell.length
+    if path.name == Path(STORIES).name:
+        stories = text.split("\n\n")
+        found: list[list[int]] = []
+        for story in stories if cell.part == "test" else reversed(stories):
+            ids = lm.encode(story)
+            if len(ids) >= n:
+                found.append(ids[:n])
+            if len(found) == cell.texts:
+                break
+        return found
+    ids = lm.encode(text[len(text) // (20 if cell.part == "test" else 2) :])
+    return [ids[i : i + n] for i in range(0, cell.texts * n, n)]
+
+
+def run_cell(lm: FrozenLM, cell: Cell, path: Path) -> dict:
+    texts = texts_of(lm, path, cell)
+    first = [-1] * len(texts)  # the step at which all tokens were right in the batch
+
+    def note(event: FitEvent) -> None:
+        for row, step, right in zip(
+            event.rows.tolist(), event.steps.tolist(), event.correct.tolist(), strict=True
+        ):
+            if right == cell.length and first[row] < 0:
+                first[row] = step
+
+    fit = prototok.fast_fit(lm, texts, recipe=cell.recipe, progress=True, callback=note)
+    return {
+        "part": cell.part,
+        "model": cell.model,
+        "length": cell.length,
+        "recipe": dataclasses.asdict(cell.recipe),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "exact": fit.exact[:, 0].tolist(),
+        "accuracy": [round(a, 4) for a in fit.accuracy[:, 0].tolist()],
+        "steps": fit.steps[:, 0].tolist(),
+        "first_right": first,
+        "margin": [round(m, 3) for m in fit.margin[:, 0].tolist()],
+        "seconds": [round(s, 3) for s in fit.seconds[:, 0].tolist()],
+        "commit": provenance("")["commit"],
+    }
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson 1927)."""
+    z, p = 1.96, successes / trials
+    middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
+    return middle - half, middle + half
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Of values in which a censored one is inf."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def median_interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(quantile(generator.choices(values, k=len(values)), 0.5) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def summary_of(row: dict) -> dict:
+    """What is reported of a cell; steps of unsolved texts count as infinite (None)."""
+    censored = [s if e else math.inf for s, e in zip(row["steps"], row["exact"], strict=True)]
+    seconds = [s if e else math.inf for s, e in zip(row["seconds"], row["exact"], strict=True)]
+
+    def shown(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "part": row["part"],
+        "model": row["model"],
+        "length": row["length"],
+        "recipe": row["recipe"]["name"],
+        "max_steps": row["recipe"]["max_steps"],
+        "texts": len(censored),
+        "exact": sum(row["exact"]),
+        "exact_interval": [round(x, 3) for x in wilson(sum(row["exact"]), len(censored))],
+        "at_099": sum(a >= 0.99 for a in row["accuracy"]),
+        "accuracy": sum(row["accuracy"]) / len(censored),
+        "steps_quartiles": [shown(quantile(censored, q)) for q in (0.25, 0.5, 0.75)],
+        "steps_interval": [shown(x) for x in median_interval(censored)],
+        "seconds_median": shown(quantile(seconds, 0.5)),
+    }
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {"cells": {}}
+
+
+def save(record: dict, path: Path) -> None:
+    record |= provenance("python benchmarks/recipes.py --shared ../shared test")
+    record["summary"] = [summary_of(row) for row in record["cells"].values()]
+    temporary = path.with_suffix(".tmp")
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]
+    rest = json.dumps({k: v for k, v in record.items() if k != "cells"}, indent=1)
+    temporary.write_text(rest[:-2] + ',\n "cells": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    os.replace(temporary, path)
+
+
+def figure(record: dict) -> str:
+    bars = [
+        Bar(
+            f"{s['model']}, N = {s['length']}", s["recipe"], s["steps_quartiles"][1],
+            f"{s['steps_quartiles'][1]:,.0f} ({s['exact']}/{s['texts']} exact)",
+        )
+        for s in record["summary"]
+        if s["part"] == "test" and s["texts"] >= 16 and s["steps_quartiles"][1]
+    ]  # fmt: skip
+    return log_bars("Steps to exact", "median over test texts, updates", bars)
+
+
+def show(record: dict) -> None:
+    print(f"{'part':<5}{'model':<13}{'N':>3}  {'recipe':<30}{'exact':>7} {'≥0.99':>6}  steps")
+    for s in record["summary"]:
+        steps = "/".join("–" if q is None else f"{q:.0f}" for q in s["steps_quartiles"])
+        print(
+            f"{s['part']:<5}{s['model']:<13}{s['length']:>3}  {s['recipe']:<30}"
+            f"{s['exact']:>3}/{s['texts']:<3} {s['at_099']:>6}  {steps} of {s['max_steps']}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["dev", "test", "summary"])
+    parser.add_argument("--shared", type=Path, help="folder with models/ and corpora/")
+    parser.add_argument("--only", default="", help="cells whose key holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recipes.json")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    built_in = Path(prototok.__file__).parent / "models"
+    models: dict[str, FrozenLM] = {}
+    cells = [] if a.part == "summary" else dev_cells() if a.part == "dev" else test_cells()
+    for cell in cells:
+        record = load(a.out)
+        own = cell.model in BUILT_IN
+        if cell.key in record["cells"] or a.only not in cell.key or (a.shared is None and not own):
+            continue
+        folder = built_in / cell.model if own else a.shared / "models" / cell.model
+        if cell.model not in models:
+            models[cell.model] = prototok.load(cell.model if own else folder)
+        source = MODELS[cell.model][0]
+        path = folder / "held_out.txt" if own else a.shared / source
+        row = run_cell(models[cell.model], cell, path)
+        record = load(a.out)
+        record["cells"][cell.key] = row
+        save(record, a.out)
+        s = summary_of(row)
+        print(cell.key, f"{s['exact']}/{s['texts']}", s["steps_quartiles"], flush=True)
+    record = load(a.out)
+    if record["cells"]:
+        save(record, a.out)
+        a.out.with_suffix(".svg").write_text(figure(record), encoding="utf-8")
+        show(record)
+
+
+if __name__ == "__main__":
+    main()
