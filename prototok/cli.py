@@ -40,6 +40,10 @@ _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for
 _EAGER = "On CUDA, steps without a graph: only those show their spans."
 _TEXT = "Where the texts come from. Default: a held-out book in the package."
 _OUT = "The record; the figure goes beside it."
+_PAGE = "The page; its tables and charts go into a folder of that name beside it."
+_FILES = "CSV, LaTeX, SVG, PNG and PDF beside the page."
+_MEASURE = "Load the models for paths, robustness and neighbours, first; minutes. Kept in the run."
+_SEMANTIC = "Folder or hub id of all-MiniLM-L6-v2, for the semantic distances of Figure 5."
 _SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
 
 
@@ -202,6 +206,43 @@ def profile(
     if table:
         print(table)
     _say(f"{1e3 * seconds:.3f} ms a step" + (f"; trace in {trace}" if trace else ""))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder of `prototok sweep`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help=_PAGE)] = Path("report.html"),
+    files: Annotated[bool, typer.Option(help=_FILES)] = True,
+    measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
+    pairs: Annotated[int | None, typer.Option(help="With --measure: pairs a text.")] = None,
+    curve_steps: Annotated[int, typer.Option(help="With --measure: most updates a curve.")] = 5000,
+    semantic: Annotated[str | None, typer.Option(help=_SEMANTIC)] = None,
+    device: Device = "auto",
+) -> None:  # fmt: skip
+    """Write a run's tables and figures beside the paper's as one page that opens offline."""
+    for name, value in (("pairs", pairs), ("curve_steps", curve_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value} is not a positive integer")
+    if out.is_dir() or not out.suffix:
+        raise ValueError(f"out: {out} is no name of a page, such as report.html")
+    from prototok.report.build import build
+    from prototok.report.results import read
+
+    results = read(run)
+    if measure:
+        from prototok.geometry.paths import BezierSettings
+        from prototok.report.measure import measure as measure_all
+
+        measure_all(results, device, BezierSettings(max_steps=curve_steps), pairs, _say)
+    if semantic is not None:
+        from prototok.report.measure import measure_semantics
+
+        measure_semantics(results, semantic, device)
+    written = build(results, out, files)
+    for line in written.skipped:
+        _say(f"left out: {line}")
+    beside = f", {len(written.files)} files in {written.folder}" if written.folder else ""
+    _say(f"written to {written.page}{beside}")
 
 
 @app.command()

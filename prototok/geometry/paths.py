@@ -89,9 +89,9 @@ def interpolate(
 
     Args:
         lm: the model that `fit` was made on.
-        fit: solutions; a vector shared by both ends stays where it is.
-        pairs: rows of the fit (text × seeds + seed), two of one text each. None: every two exact
-            seeds of every text.
+        fit: solutions; a vector that both ends have in common stays where it is.
+        pairs: rows of the fit (text × seeds + seed), two with the same targets each. None: every
+            two exact seeds of every text.
         points: values of t, evenly spaced, both ends among them.
         batch_size: rows a forward.
 
@@ -150,7 +150,6 @@ class _Ends:
     inputs: OneForward
     pairs: Tensor  # (P, 2)
     ends: Tensor  # (P, 2, slots, d) fp32 on the model's device
-    free: Tensor  # (slots,) bool: not shared, so that it moves along the path
     targets: list[Tensor]  # P of (N,)
 
     @classmethod
@@ -165,27 +164,20 @@ class _Ends:
             raise ValueError("pairs: there are no two exact solutions of one text to connect")
         for pair in chosen:
             inside = len(pair) == 2 and all(0 <= row < len(tokens) for row in pair)
-            if not inside or pair[0] == pair[1] or pair[0] // seeds != pair[1] // seeds:
+            texts = [fit.targets[row // seeds] for row in pair] if inside else []
+            if not texts or pair[0] == pair[1] or not torch.equal(*texts):
                 raise ValueError(f"pairs: {pair!r} is not two solutions of one text")
         arrangement = Arrangement.parse(tokens.arrangement)
-        free = torch.ones(arrangement.slots, dtype=torch.bool)
-        if tokens.share == "m":
-            free[arrangement.leading :] = False
-        if tokens.share == "e":
-            free[: arrangement.leading] = False
-        if not free.any():
-            raise ValueError(f"fit: arrangement {arrangement.name!r} shares the only vector it has")
         ends = torch.stack([torch.stack([tokens.vectors(row) for row in p]) for p in chosen])
         targets = [fit.targets[first // seeds] for first, _ in chosen]
         return cls(
-            lm, OneForward(arrangement), torch.tensor(chosen), ends.to(lm.device),
-            free.to(lm.device), targets,
+            lm, OneForward(arrangement), torch.tensor(chosen), ends.to(lm.device), targets
         )  # fmt: skip
 
     def part(self, at: list[int]) -> _Ends:
         """Some of the paths."""
         targets = [self.targets[i] for i in at]
-        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], self.free, targets)
+        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets)
 
     def straight(self) -> Tensor:
         return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
@@ -264,7 +256,9 @@ def _gradient(ends: _Ends, control: Tensor, path: Tensor, t: Tensor) -> Tensor:
     rows = bezier(ends.ends[path], leaf, t.to(control)).flatten(0, 1)
     hidden, output = ends.head(rows, path.repeat_interleave(t.shape[1]), need_grad=True)
     (grad,) = torch.autograd.grad(hidden, leaf, output.grad_hidden)
-    return grad * ends.free[:, None]
+    both = ends.ends[path]
+    moves = (both[:, 0] != both[:, 1]).any(-1, keepdim=True)  # not so a vector they share
+    return grad * moves
 
 
 def _exact_pairs(fit: FitResult) -> list[tuple[int, int]]:

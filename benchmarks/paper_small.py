@@ -1,0 +1,75 @@
+"""Every experiment of the paper at a size that two CPU cores can do, as one run folder and report.
+
+    python benchmarks/paper_small.py --out run
+    python benchmarks/paper_small.py --out run-stories --model ../shared/models/stories3m \
+        --source TinyStories=dataset:../shared/corpora/tinystories.jsonl --source random
+
+plans all experiments with the settings below, does them on one worker, measures paths and
+robustness, and writes RUN/report.html. It can be stopped and started again. The paper's own
+sizes: `prototok sweep plan NAME -o RUN --model … --source …` for each experiment, then
+`prototok sweep run RUN`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from prototok.geometry.paths import BezierSettings
+from prototok.report.build import build
+from prototok.report.measure import measure
+from prototok.report.results import read
+from prototok.sources import Source
+from prototok.sweep.experiments import plan, settings_of
+from prototok.sweep.local import LocalSettings, run_local
+from prototok.sweep.lots import to_do
+from prototok.sweep.run_folder import RunFolder
+
+# In the order of what a reader would miss most; Figure 2 shares its one-forward fits with Table 3.
+_CAPACITY = {"lengths": (4, 8, 12, 16, 22), "texts": 4, "changes": {"max_steps": 600}}
+_QUICK = {"changes": {"max_steps": 400}}
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "table1": {**_QUICK, "lengths": (1, 2, 4, 8, 16), "texts": 4},
+    "figure4": {**_QUICK, "contexts": 5, "continuations": 4, "seeds": 4, "lengths": (8,)},
+    "figure5": {**_QUICK, "contexts": 5, "continuations": 4, "seeds": 4, "lengths": (8,)},
+    "figure6": {**_QUICK, "texts": 3, "seeds": 3, "lengths": (8,), "share": ("m", None)},
+    "table2": {**_QUICK, "lengths": (8,), "texts": 8, "seeds": 2, "group_sizes": (1, 4, 8)},
+    "table3": _CAPACITY,
+    "figure3": {**_QUICK, "lengths": (8, 16), "texts": 3},
+    "table4": {**_QUICK, "lengths": (4, 8, 16), "texts": 3},
+    "figure2": _CAPACITY,
+}
+_BOTH_SOURCES = ("table3", "figure2")  # the others take the first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--model", action="append", help="default: both built-in models")
+    parser.add_argument("--source", action="append", help="default: held-out and random")
+    parser.add_argument("--only", help="such as table1,table3")
+    parser.add_argument("--stop-after", choices=("plan", "run"), help="leave out what follows")
+    a = parser.parse_args()
+    sources = tuple(Source.parse(s) for s in a.source or ("held-out", "random"))
+    models = tuple(a.model or ("tiny-llama", "tiny-neox"))
+    for name in a.only.split(",") if a.only else EXPERIMENTS:
+        given: dict[str, Any] = {"models": models, **EXPERIMENTS[name]}
+        if name in ("figure4", "figure5"):
+            of = a.source[0] if a.source else "held-out"
+            given["sources"] = (Source.parse(f"generated:{of.rpartition('=')[2]}"),)
+        else:
+            given["sources"] = sources if name in _BOTH_SOURCES else sources[:1]
+        units, texts = plan(a.out, name, settings_of(name, "small", None, **given))
+        print(f"{name}: {units} units of {texts} texts")
+    run = RunFolder.open(a.out)
+    if a.stop_after != "plan":
+        run_local(run, to_do(run, None, False), LocalSettings("auto", 1, "auto", 3))
+    if a.stop_after is None:
+        measure(read(a.out), curves=BezierSettings(lr=0.1, max_steps=600), say=print)
+        written = build(read(a.out), a.out / "report.html")
+        print(f"written to {written.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""What a report needs beyond the fits themselves: paths, robustness, neighbours, text embeddings.
+
+It takes the models, and minutes; so it is done when asked for and kept in RUN/analysis/, one JSON
+file a subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prototok.fit_result import FitResult
+from prototok.frozen_lm import FrozenLM
+from prototok.geometry.paths import BezierSettings, Paths, connect, interpolate
+from prototok.geometry.robustness import decodings, perturbations
+from prototok.geometry.text import semantic_embeddings
+from prototok.geometry.vectors import nearest_tokens, norms, pca
+from prototok.proto_tokens import ProtoTokens
+from prototok.report.results import Experiment, Fit, Results
+from prototok.sweep.models import load_model
+
+POINTS = 101
+
+
+def measure(
+    results: Results,
+    device: str = "auto",
+    curves: BezierSettings | None = None,
+    most_pairs: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Measure paths (Figure 6), robustness and neighbours with the models; writes RUN/analysis/.
+
+    Args:
+        results: the run; vectors are read from its tensors.
+        device: where the models run.
+        curves: how control points are fitted.
+        most_pairs: pairs of solutions a text; None takes all.
+        say: is told what is being done.
+    """
+    curves = curves or BezierSettings()
+    paths = []
+    one = results.get("figure6")
+    for part in by_setting(one) if one else []:
+        fits = [f for f in part.fits() if f["exact"]]
+        pairs = _pairs(fits, most_pairs)
+        if not pairs:
+            continue
+        lm = _load(part, device)
+        fit = fit_of(results, fits, lm)
+        say(f"paths: {_title(part)}, {len(pairs)} pairs")
+        straight = interpolate(lm, fit, pairs, POINTS)
+        curve = connect(lm, fit, pairs, POINTS, curves)
+        paths.append(
+            _setting(part)
+            | {
+                "pairs": len(pairs),
+                "t": [round(t, 4) for t in straight.t.tolist()],
+                "settings": dataclasses.asdict(curves),
+                "straight": _path(straight),
+                "curve": _path(curve),
+            }
+        )
+    if paths:
+        _keep(results, "paths", {"groups": paths})
+    solutions = [
+        found for part in _one_a_model(results) if (found := _solutions(results, part, device, say))
+    ]
+    if solutions:
+        _keep(results, "solutions", {"groups": solutions})
+
+
+def measure_semantics(results: Results, model: str, device: str = "auto") -> None:
+    """Sentence embeddings of the texts of figures 4 and 5, for their semantic distances."""
+    one = results.get("figure4") or results.get("figure5")
+    texts = {f"{f['text_id']}-{f['length']}": f["target_text"] for f in one.fits()} if one else {}
+    if not texts:
+        raise ValueError("semantic: the run has no finished fits of figure4 or figure5")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = semantic_embeddings(list(texts.values()), model, device=device)
+    _keep(
+        results,
+        "semantic",
+        {
+            "model": model.rstrip("/").rsplit("/", 1)[-1],
+            "truncated": int((found.truncated > 0).sum()),
+            "vectors": {
+                key: [round(x, 6) for x in row.tolist()]
+                for key, row in zip(texts, found.vectors, strict=True)
+            },
+        },
+    )
+
+
+def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
+    """Rows of a run as one FitResult of as many texts, each with e and m of its own."""
+    opened: dict[str, ProtoTokens] = {}
+    for fit in fits:
+        if fit["key"] not in opened:
+            tokens = results.run.tensors(fit["key"])
+            if not isinstance(tokens, ProtoTokens):
+                raise ValueError(f"key: {fit['key']} holds no proto-tokens")
+            opened[fit["key"]] = tokens
+    first = opened[fits[0]["key"]]
+    rows = torch.stack([opened[f["key"]].vectors(f["row"]) for f in fits])  # (R, slots, d)
+    leading = rows.shape[1] - (first.m is not None)
+    e = rows[:, None, 0] if leading == 1 else rows[:, None, :leading]
+    tokens = dataclasses.replace(
+        first, e=e, m=None if first.m is None else rows[:, None, -1],
+        lengths=torch.tensor([f["length"] for f in fits]), seeds=1, share=None, groups=None,
+        model=lm.identity,
+    )  # fmt: skip
+
+    def column(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([f[name] for f in fits], dtype=dtype)[:, None]
+
+    reals = ("accuracy", "margin", "loss", "seconds", "accuracy_in_batch")
+    return FitResult(
+        tokens=tokens,
+        targets=[torch.tensor(f["target_ids"], dtype=torch.int64) for f in fits],
+        exact=column("exact", torch.bool),
+        correct=column("correct", torch.int64),
+        steps=column("steps", torch.int64),
+        **{name: column(name, torch.float32) for name in reals},
+    )
+
+
+def by_setting(one: Experiment) -> list[Experiment]:
+    """The one-forward part of an experiment, by model, source, N and share."""
+    one = one.where(mode="one-forward")
+    found = [
+        one.where(model=m, source=s, length=n, share=share)
+        for m in one.values("model")
+        for s in one.values("source")
+        for n in one.values("length")
+        for share in one.values("share")
+    ]
+    return [part for part in found if part.fits()]
+
+
+def _one_a_model(results: Results) -> list[Experiment]:
+    """Of each model the setting with the most exact solutions of the default arrangement."""
+    best: dict[str, Experiment] = {}
+    for one in results.experiments.values():
+        for part in by_setting(one.where(arrangement="e m*")):
+            model = part.work[0].model
+            count = sum(f["exact"] for f in part.fits())
+            if count > (sum(f["exact"] for f in best[model].fits()) if model in best else 0):
+                best[model] = part
+    return list(best.values())
+
+
+def _solutions(
+    results: Results, part: Experiment, device: str, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Norms, neighbours, components and robustness of some exact solutions."""
+    fits = [f for f in part.fits() if f["exact"]][:64]
+    if len(fits) < 2:  # no principal components of one
+        return None
+    lm = _load(part, device)
+    fit = fit_of(results, fits, lm)
+    say(f"solutions: {_title(part)}, {len(fits)} of them")
+    found: dict[str, Any] = _setting(part) | {"experiment": part.name, "solutions": len(fits)}
+    for name, stored in (("e", fit.tokens.e), ("m", fit.tokens.m)):
+        if stored is None:
+            continue
+        vectors = stored.reshape(-1, lm.hidden_size)
+        size, near = norms(lm, vectors), nearest_tokens(lm, vectors, k=1)
+        found[name] = {
+            "norm": [round(x, 3) for x in size.vectors.tolist()],
+            "nearest": [round(x, 4) for x in near.distance[:, 0].tolist()],
+            "random": round(float(near.random[0]), 4),
+        }
+        found["vocabulary"] = [round(x, 3) for x in size.vocabulary.tolist()]
+    components = pca(fit.tokens.e.reshape(len(fits), -1), 2)
+    found["pca"] = {
+        "coordinates": [[round(x, 4) for x in row] for row in components.coordinates.tolist()],
+        "explained": [round(x, 4) for x in components.explained.tolist()],
+        "context": [f["context"] or f["text_id"] for f in fits],
+        "text": [f["target_text"] for f in fits],
+    }
+    found["withstood"] = [
+        {
+            "what": w.what,
+            "setting": w.setting,
+            "accuracy": round(float(w.accuracy.mean()), 4),
+            "exact": int(w.exact.sum()),
+        }
+        for w in (*perturbations(lm, fit), *decodings(lm, fit))
+    ]
+    return found
+
+
+def _pairs(fits: list[Fit], most: int | None) -> list[tuple[int, int]]:
+    """Every two rows of one text, at most so many a text."""
+    texts: dict[str, list[int]] = {}
+    for i, fit in enumerate(fits):
+        texts.setdefault(fit["text_id"], []).append(i)
+    return [pair for rows in texts.values() for pair in list(combinations(rows, 2))[:most]]
+
+
+def _path(paths: Paths) -> dict[str, Any]:
+    return {
+        "accuracy": [[round(x, 4) for x in row] for row in paths.accuracy.tolist()],
+        "length_ratio": [round(x, 4) for x in paths.length_ratio.tolist()],
+        "straight": [round(x, 4) for x in paths.straight.tolist()],
+        "steps": paths.steps.tolist(),
+    }
+
+
+def _setting(part: Experiment) -> dict[str, Any]:
+    first = part.work[0]
+    return {n: getattr(first, n) for n in ("model", "source", "length", "share")}
+
+
+def _title(part: Experiment) -> str:
+    return f"{part.work[0].model}, N = {part.work[0].length}"
+
+
+def _load(part: Experiment, device: str) -> FrozenLM:
+    return load_model(part.work[0].model, device, part.fits()[0]["dtype"])
+
+
+def _keep(results: Results, name: str, found: dict[str, Any]) -> None:
+    """Write RUN/analysis/NAME.json whole, and into `results`."""
+    folder = results.run.path / "analysis"
+    folder.mkdir(exist_ok=True)
+    temporary = Path(folder / f"{name}.json.tmp")
+    temporary.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / f"{name}.json")
+    results.measured[name] = found

@@ -1,0 +1,182 @@
+"""What a run folder holds, joined: each planned unit with what became of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prototok.metrics import SUCCESS
+from prototok.report.tables import Cell
+from prototok.sweep.run_folder import RunFolder
+
+Fit = dict[str, Any]  # a row of `schema.FITS`
+
+
+@dataclass(frozen=True)
+class Work:
+    """A planned unit. `fits` is empty until it is done; `reason` says why it failed."""
+
+    key: str
+    mode: str
+    model: str
+    source: str
+    length: int
+    share: str | None
+    group_size: int | None
+    arrangement: str
+    vectors: int
+    recipe: str
+    rows: int
+    fits: tuple[Fit, ...] = ()
+    reason: str | None = None
+
+    @property
+    def state(self) -> str:
+        return "measured" if self.fits else "failed" if self.reason is not None else "missing"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A planned experiment with its settings as `run.json` keeps them."""
+
+    name: str
+    settings: dict[str, Any]
+    work: tuple[Work, ...]
+
+    def fits(self) -> list[Fit]:
+        return [fit for one in self.work for fit in one.fits]
+
+    def count(self, state: str) -> int:
+        return sum(one.state == state for one in self.work)
+
+    @property
+    def status(self) -> str:
+        """Such as "complete, 24 units" or "12 of 24 units, 3 failed"."""
+        done, failed, total = self.count("measured"), self.count("failed"), len(self.work)
+        units = "unit" if total == 1 else "units"
+        head = f"complete, {total} {units}" if done == total else f"{done} of {total} {units}"
+        return head + (f", {failed} failed" if failed else "")
+
+    def where(self, **wanted: object) -> Experiment:
+        """The part of it whose units have these values."""
+        kept = [w for w in self.work if all(getattr(w, k) == v for k, v in wanted.items())]
+        return Experiment(self.name, self.settings, tuple(kept))
+
+    def values(self, name: str) -> list[Any]:
+        """Different values of a column, in the order they were planned."""
+        return list(dict.fromkeys(getattr(one, name) for one in self.work))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report is made of."""
+
+    run: RunFolder
+    experiments: dict[str, Experiment]
+    measured: dict[str, Any] = field(default_factory=dict)  # see prototok.report.measure
+
+    def get(self, name: str) -> Experiment | None:
+        return self.experiments.get(name)
+
+
+def read(path: str | Path) -> Results:
+    """The results of a run; ValueError where `path` is no run folder."""
+    run = RunFolder.open(path)
+    reasons = {row["key"]: row["reason"] for row in run.failures().to_pylist()}
+    fits: dict[str, list[Fit]] = {}
+    for row in run.fits().to_pylist():
+        fits.setdefault(row["key"], []).append(row)
+    plan = run.plan().to_pylist()
+    columns = (
+        "key", "mode", "model", "source", "length", "share", "group_size", "arrangement",
+        "vectors", "recipe", "rows",
+    )  # fmt: skip
+    found = {}
+    for name, settings in run.settings().items():
+        work = tuple(
+            Work(
+                **{c: row[c] for c in columns},
+                fits=tuple(fits.get(row["key"], ())),
+                reason=reasons.get(row["key"]),
+            )
+            for row in plan
+            if row["experiment"] == name
+        )
+        found[name] = Experiment(name, settings, work)
+    return Results(run, found, _measured(run))
+
+
+def _measured(run: RunFolder) -> dict[str, Any]:
+    """What `prototok report --measure` found before, by experiment."""
+    found = {}
+    for path in sorted((run.path / "analysis").glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"run: {path} is damaged ({error})") from None
+    return found
+
+
+def cell(part: Experiment, make: Callable[[list[Fit]], Cell]) -> Cell:
+    """A cell of the fits of `part`; how much of it is missing or failed where it is not whole."""
+    total, done, failed = len(part.work), part.count("measured"), part.count("failed")
+    if not total:
+        return Cell("·", None, "unplanned", "not planned")
+    if not done:
+        reasons = "; ".join(dict.fromkeys(w.reason for w in part.work if w.reason))
+        if failed:
+            return Cell("failed", None, "failed", reasons)
+        return Cell("…", None, "missing", f"none of {total} units done")
+    made = make(part.fits())
+    if done == total:
+        return made
+    note = f"{done} of {total} units" + (f", {failed} failed" if failed else "")
+    note = f"{made.note}; {note}".lstrip("; ")
+    return Cell(made.text + "*", made.value, "partial", note, made.std)
+
+
+def name_of(model: str) -> str:
+    """A model's name without the folder it lies in."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def best_seeds(fits: Iterable[Fit]) -> list[Fit]:
+    """The best seed of each (unit kind, text, N): most right tokens, then the largest margin."""
+    best: dict[tuple, Fit] = {}
+    for fit in fits:
+        at = (fit["model"], fit["source"], fit["share"], fit["vectors"], fit["mode"],
+              fit["text_id"], fit["length"])  # fmt: skip
+        if at not in best or _rank(fit) > _rank(best[at]):
+            best[at] = fit
+    return list(best.values())
+
+
+def _rank(fit: Fit) -> tuple[int, float]:
+    return fit["correct"], fit["margin"] if fit["margin"] is not None else float("-inf")
+
+
+def longest(fits: Iterable[Fit], criterion: str = "success") -> dict[str, Fit | None]:
+    """Each text's fit at the longest N that it was reconstructed at; None where there was none.
+
+    `criterion`: "success" is an accuracy of at least 0.99, "exact" is every token.
+    """
+    found: dict[str, Fit | None] = {}
+    for fit in best_seeds(fits):
+        found.setdefault(fit["text_id"], None)
+        held = fit["exact"] if criterion == "exact" else fit["accuracy"] >= SUCCESS
+        before = found[fit["text_id"]]
+        if held and (before is None or fit["length"] > before["length"]):
+            found[fit["text_id"]] = fit
+    return found
+
+
+def kuratov(fits: Iterable[Fit]) -> int:
+    """Kuratov et al.'s "max tokens": the largest N whose mean accuracy is at least 0.99; else 0."""
+    by_length: dict[int, list[float]] = {}
+    for fit in best_seeds(fits):
+        by_length.setdefault(fit["length"], []).append(fit["accuracy"])
+    held = [n for n, values in by_length.items() if sum(values) / len(values) >= SUCCESS]
+    return max(held, default=0)

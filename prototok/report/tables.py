@@ -1,0 +1,108 @@
+"""Tables of a report, and their forms on disk: CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# What a cell stands for: a measurement, part of one, nothing yet, a failure, nothing planned, or a
+# number that somebody else reports.
+STATES = ("measured", "partial", "missing", "failed", "unplanned", "label")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, the number to sort by (None: by the text), what it stands for, a remark.
+
+    `std` is the standard deviation that is shown with a mean.
+    """
+
+    text: str
+    value: float | None = None
+    state: str = "measured"
+    note: str = ""
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """`name` is that of its files; every row has as many cells as `header` has entries."""
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.header) for row in self.rows), self.name
+
+
+def label(text: object) -> Cell:
+    """A cell that names its row."""
+    value = float(text) if isinstance(text, int | float) else None
+    return Cell(str(text), value, "label")
+
+
+def mean_std(values: Sequence[float], digits: int = 2) -> Cell:
+    """Mean ± standard deviation (of the population, as the paper's n allows no more)."""
+    mean, std = float(np.mean(values)), float(np.std(values))
+    return Cell(f"{mean:.{digits}f}±{std:.{digits}f}", mean, note=f"n = {len(values)}", std=std)
+
+
+def number(value: float | None, digits: int = 0, note: str = "") -> Cell:
+    """A number with a fixed count of digits behind the point; None is shown as an en dash."""
+    if value is None or not math.isfinite(value):
+        return Cell("–", None, "measured", note)
+    return Cell(f"{value:,.{digits}f}", float(value), "measured", note)
+
+
+def to_csv(table: Table) -> str:
+    """RFC 4180 with what is shown; for a cell that is no measurement, its state in brackets."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.header)
+    for row in table.rows:
+        writer.writerow([_plain(cell) for cell in row])
+    return out.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    """A `table` environment for the booktabs package."""
+    numeric = [all(row[i].state != "label" for row in table.rows) for i in range(len(table.header))]
+    columns = "".join("r" if right else "l" for right in numeric)
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{table}",
+        "  \\centering",
+        f"  \\caption{{{_tex(table.caption)}}}",
+        f"  \\label{{tab:{table.name}}}",
+        f"  \\begin{{tabular}}{{{columns}}}",
+        "    \\toprule",
+        "    " + " & ".join(_tex(text) for text in table.header) + " \\\\",
+        "    \\midrule",
+        *("    " + " & ".join(_tex(_plain(cell)) for cell in row) + " \\\\" for row in table.rows),
+        "    \\bottomrule",
+        "  \\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(cell: Cell) -> str:
+    return f"[{cell.state}]" if cell.state in ("missing", "failed", "unplanned") else cell.text
+
+
+_TEX = {
+    "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+    "±": "$\\pm$", "≥": "$\\geq$", "×": "$\\times$", "–": "--", "…": "\\ldots{}", "·": "$\\cdot$",
+    "<": "\\textless{}", ">": "\\textgreater{}", "−": "$-$",
+} | {c: "\\" + c for c in "&%$#_{}"}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)
