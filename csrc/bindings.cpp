@@ -106,6 +106,52 @@ std::unique_ptr<prototok::Decoder> decoder(
                                              instruction_set);
 }
 
+prototok::Element element_of(bool is_bf16) {
+  return is_bf16 ? prototok::Element::bf16 : prototok::Element::f32;
+}
+
+void residual_norm(Address x, Address delta, Address sum, Address normed, Address weight,
+                   Address bias, Address statistics, std::int64_t rows, std::int64_t coordinates,
+                   float eps, bool is_bf16, int threads, const std::string& instruction_set) {
+  prototok::residual_norm({at<const void>(x), at<const void>(delta), at<void>(sum),
+                           at<void>(normed), at<const void>(weight), at<const void>(bias),
+                           at<float>(statistics), rows, coordinates, eps, element_of(is_bf16)},
+                          prototok::kernels_for(instruction_set), threads);
+}
+
+void residual_norm_backward(Address grad_sum, Address grad_normed, Address sum, Address weight,
+                            Address statistics, Address grad, std::int64_t rows,
+                            std::int64_t coordinates, bool centred, bool is_bf16, int threads,
+                            const std::string& instruction_set) {
+  prototok::residual_norm_backward(
+      {at<const void>(grad_sum), at<const void>(grad_normed), at<const void>(sum),
+       at<const void>(weight), at<const float>(statistics), at<void>(grad), rows, coordinates,
+       centred, element_of(is_bf16)},
+      prototok::kernels_for(instruction_set), threads);
+}
+
+void activation(Address grad, Address z, Address bias, Address out, std::int64_t rows,
+                std::int64_t inner, const std::string& kind, bool gated, bool is_bf16, int threads,
+                const std::string& instruction_set) {
+  prototok::activation({at<const void>(grad), at<const void>(z), at<const void>(bias),
+                        at<void>(out), rows, {inner, activation_of(kind), gated},
+                        element_of(is_bf16)},
+                       prototok::kernels_for(instruction_set), threads);
+}
+
+// shape: length, heads, key-value heads, head size, rotary size, window.
+void attention(Address qkv, Address grad_out, Address out, std::int64_t rows,
+               const std::array<std::int64_t, 6>& shape, Address cos, Address sin,
+               std::int64_t table_row, float scaling, bool is_bf16, int threads,
+               const std::string& instruction_set) {
+  const auto [length, heads, kv_heads, size, rotary, window] = shape;
+  prototok::attention({at<const void>(qkv), at<const void>(grad_out), at<void>(out), rows,
+                       {length, heads, kv_heads, size, rotary, window, scaling,
+                        at<const float>(cos), at<const float>(sin), table_row},
+                       element_of(is_bf16)},
+                      prototok::kernels_for(instruction_set), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -119,7 +165,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw, py::kw_only(), "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a,
         "lr"_a, "active"_a, "rows"_a, "coordinates"_a, "betas"_a, "eps"_a, "weight_decay"_a,
         "threads"_a, "instruction_set"_a = "", py::call_guard<py::gil_scoped_release>());
-  m.def("decoder_instruction_sets", &prototok::decoder_instruction_sets);
   using prototok::Decoder;
   py::class_<Decoder>(m, "Decoder")
       .def(py::init(&decoder), py::kw_only(), "blocks"_a, "norm"_a, "norm_bias"_a, "head"_a,
@@ -140,4 +185,15 @@ PYBIND11_MODULE(_cpu, m) {
                           std::int64_t start, int threads) {
              self.generate(at<std::int64_t>(ids), begin, end, start, threads); },
            py::call_guard<py::gil_scoped_release>());
+  m.def("residual_norm", &residual_norm, "x"_a, "delta"_a, "sum"_a, "normed"_a, "weight"_a,
+        "bias"_a, "statistics"_a, "rows"_a, "coordinates"_a, "eps"_a, "is_bf16"_a, "threads"_a,
+        "instruction_set"_a = "");
+  m.def("residual_norm_backward", &residual_norm_backward, "grad_sum"_a, "grad_normed"_a, "sum"_a,
+        "weight"_a, "statistics"_a, "grad"_a, "rows"_a, "coordinates"_a, "centred"_a, "is_bf16"_a,
+        "threads"_a, "instruction_set"_a = "");
+  m.def("activation", &activation, "grad"_a, "z"_a, "bias"_a, "out"_a, "rows"_a, "inner"_a,
+        "kind"_a, "gated"_a, "is_bf16"_a, "threads"_a, "instruction_set"_a = "");
+  m.def("attention", &attention, "qkv"_a, "grad_out"_a, "out"_a, "rows"_a, "shape"_a, "cos"_a,
+        "sin"_a, "table_row"_a, "scaling"_a, "is_bf16"_a, "threads"_a, "instruction_set"_a = "",
+        py::call_guard<py::gil_scoped_release>());
 }

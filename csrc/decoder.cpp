@@ -14,7 +14,7 @@ namespace {
 constexpr std::int64_t kWorthAThread = 16384;
 
 const DecoderKernelSets& kernel_sets(const std::string& instruction_set) {
-  const std::vector<std::string> available = decoder_instruction_sets();
+  const std::vector<std::string> available = instruction_sets();
   const std::string& name = instruction_set.empty() ? available.front() : instruction_set;
   if (std::find(available.begin(), available.end(), name) == available.end())
     throw std::invalid_argument("instruction_set: this processor does not have '" + name + "'");
@@ -36,15 +36,6 @@ std::int64_t even_grain(std::int64_t rows, std::int64_t work_a_row, int threads,
 }
 
 }  // namespace
-
-std::vector<std::string> decoder_instruction_sets() {
-  std::vector<std::string> names = instruction_sets();
-#if defined(__x86_64__)
-  if (names.front() == "avx512" && __builtin_cpu_supports("avx512bf16"))
-    names.insert(names.begin(), "avx512bf16");
-#endif
-  return names;
-}
 
 Decoder::Decoder(DecoderModel model, std::int64_t rows, std::int64_t positions,
                  std::int64_t longest_pass, const std::string& instruction_set)

@@ -35,9 +35,6 @@ struct DecoderModel {
   bool gated, parallel, is_bf16;
 };
 
-// Those that this processor can run, best first.
-std::vector<std::string> decoder_instruction_sets();
-
 // Everything it needs is allocated by the constructor; no call allocates.
 class Decoder {
  public:

@@ -5,11 +5,11 @@
 // r rotated part of a head, f width of the MLP.
 #pragma once
 
+#include "row_kernels.h"
+
 #include <cstdint>
 
 namespace prototok {
-
-enum class Activation { silu, gelu, gelu_tanh, relu };
 
 // Positions a cache has room for are a multiple of this, so that a pass may read whole vectors.
 constexpr std::int64_t kPositions = 64;

@@ -1,21 +1,4 @@
-// Included behind row_kernels.inl, once per instruction set, for the same reasons. No lambdas: GCC
-// does not compile them for the instruction set that a pragma asks for.
-
-template <int kCount>
-struct Lanes {
-  typedef float type __attribute__((vector_size(4 * kCount)));
-};
-
-template <int kCount>
-inline float lane_sum(typename Lanes<kCount>::type value) {
-  if constexpr (kCount == 4) {
-    return (value[0] + value[2]) + (value[1] + value[3]);
-  } else {
-    typename Lanes<kCount / 2>::type halves[2];
-    __builtin_memcpy(halves, &value, sizeof value);
-    return lane_sum<kCount / 2>(halves[0] + halves[1]);
-  }
-}
+// Included behind all_kernels.inl, once per instruction set, for the same reasons.
 
 #if !defined(__clang__)
 inline Floats folded(Floats a, Floats b, Ints one, Ints other) {
@@ -73,7 +56,7 @@ struct Dot {
   static Floats add(Floats sum, Operand a, Operand b) { return sum + a * b; }
 };
 
-#ifdef PROTOTOK_DOT_BF16
+#ifdef PROTOTOK_BF16_INSTRUCTIONS
 template <>
 struct Dot<bf16> {
   static constexpr int kStep = 2 * kLanes;
@@ -169,20 +152,6 @@ void linear(const void* weight, const void* bias, const void* inputs, float* out
       linear_strip<kOutputs>(w, b, x, out, shape, first, last, o);
     for (; o < end; ++o) linear_strip<1>(w, b, x, out, shape, first, last, o);
   }
-}
-
-// A whole vector, or the `left` elements that are left with `fill` behind them.
-template <class T>
-inline Floats load_some(const T* from, std::int64_t left, float fill = 0.0f) {
-  return left >= kLanes ? load(from) : load_tail(from, left, fill);
-}
-
-template <class T>
-inline void store_some(T* to, std::int64_t left, Floats value) {
-  if (left >= kLanes)
-    store(to, value);
-  else
-    store_tail(to, left, value);
 }
 
 template <class T, class Out>
@@ -282,48 +251,6 @@ void attend(const float* q, const void* keys, const void* values, float scaling,
     if (t < end) sum[0] += scores[t] * load_some(v + t * size + i, left);
     store_some(static_cast<T*>(out) + i, left, (sum[0] + sum[1]) * scale);
   }
-}
-
-inline Floats magnitude(Floats x) { return x < 0.0f ? -x : x; }
-
-inline Floats sigmoid(Floats x) {
-  const Floats e = exp2_nonpositive(magnitude(x) * -1.4426950408889634f);
-  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
-}
-
-// x Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with -ln erfc(t) = t p(t) on [0, 5.2]: p of
-// degree 10 by weighted least squares, relative error of the result 7e-8 where x > 0.
-inline Floats gelu(Floats x) {
-  const Floats size = magnitude(x);
-  Floats t = size * 0.70710678f;
-  t = t > 5.2f ? splat(5.2f) : t;
-  Floats p = splat(-4.5114806113133454e-08f);
-  p = p * t + 1.3407428696154966e-06f;
-  p = p * t - 1.7438274880987592e-05f;
-  p = p * t + 0.0001292753586312756f;
-  p = p * t - 0.0005837099743075669f;
-  p = p * t + 0.0014407699927687645f;
-  p = p * t + 0.00023360340856015682f;
-  p = p * t - 0.019508808851242065f;
-  p = p * t + 0.10294699668884277f;
-  p = p * t + 0.6365814208984375f;
-  p = p * t + 1.1283820867538452f;
-  const Floats tail = exp2_nonpositive(p * t * -1.4426950408889634f);
-  return (x > 0.0f ? x : Floats{}) - 0.5f * size * tail;
-}
-
-inline Floats activation(Floats x, Activation kind) {
-  switch (kind) {
-    case Activation::silu:
-      return x * sigmoid(x);
-    case Activation::gelu:
-      return gelu(x);
-    case Activation::gelu_tanh:
-      return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
-    case Activation::relu:
-      break;
-  }
-  return x < 0.0f ? Floats{} : x;
 }
 
 template <class T>

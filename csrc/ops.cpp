@@ -19,14 +19,24 @@ std::int64_t grain_for(std::int64_t row_length) {
   return std::max<std::int64_t>(1, kElementsPerRange / std::max<std::int64_t>(1, row_length));
 }
 
+// Floats of scratch memory that attention of one key-value head needs, either pass, with rows
+// padded to the widest vectors.
+std::int64_t attention_memory(const AttentionShape& shape) {
+  const auto padded = [](std::int64_t count) { return (count + 15) / 16 * 16; };
+  const std::int64_t wide = padded(shape.length), size = padded(shape.size);
+  return 5 * wide * size + kQueryBlock * (3 * size + 2 * wide);
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512bf16");
     names.emplace_back("avx512");
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
 #endif
   names.emplace_back("baseline");
@@ -39,6 +49,7 @@ const RowKernels& kernels_for(const std::string& instruction_set) {
   if (std::find(available.begin(), available.end(), name) == available.end())
     throw std::invalid_argument("instruction_set: this processor does not have '" + name + "'");
 #if defined(__x86_64__)
+  if (name == "avx512bf16") return avx512bf16_kernels();
   if (name == "avx512") return avx512_kernels();
   if (name == "avx2") return avx2_kernels();
 #endif
@@ -69,6 +80,107 @@ void head(const Head& head, const RowKernels& kernels, int threads) {
       head.loss[row] = result.loss;
       head.predicted[row] = result.predicted;
       head.margin[row] = result.margin;
+    }
+  });
+}
+
+void residual_norm(const ResidualNorm& norm, const RowKernels& kernels, int threads) {
+  const auto run = [&](auto kernel, auto zero, std::int64_t row) {
+    using T = decltype(zero);
+    const std::int64_t offset = row * norm.coordinates;
+    const T* delta = static_cast<const T*>(norm.delta);
+    T* sum = static_cast<T*>(norm.sum);
+    return kernel(static_cast<const T*>(norm.x) + offset, delta == nullptr ? delta : delta + offset,
+                  sum == nullptr ? sum : sum + offset, static_cast<T*>(norm.normed) + offset,
+                  static_cast<const T*>(norm.weight), static_cast<const T*>(norm.bias),
+                  norm.coordinates, norm.eps);
+  };
+  parallel_rows(norm.rows, grain_for(norm.coordinates), threads,
+                [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      const NormStatistics found = norm.element == Element::f32
+                                       ? run(kernels.residual_norm_f32, float{}, row)
+                                       : run(kernels.residual_norm_bf16, bf16{}, row);
+      norm.statistics[2 * row] = found.mean;
+      norm.statistics[2 * row + 1] = found.inverse;
+    }
+  });
+}
+
+void residual_norm_backward(const ResidualNormBackward& norm, const RowKernels& kernels,
+                            int threads) {
+  const auto run = [&](auto kernel, auto zero, std::int64_t row) {
+    using T = decltype(zero);
+    const std::int64_t offset = row * norm.coordinates;
+    const T* grad_sum = static_cast<const T*>(norm.grad_sum);
+    kernel(grad_sum == nullptr ? grad_sum : grad_sum + offset,
+           static_cast<const T*>(norm.grad_normed) + offset,
+           static_cast<const T*>(norm.sum) + offset, static_cast<const T*>(norm.weight),
+           static_cast<T*>(norm.grad) + offset, norm.coordinates,
+           NormStatistics{norm.statistics[2 * row], norm.statistics[2 * row + 1]}, norm.centred);
+  };
+  parallel_rows(norm.rows, grain_for(norm.coordinates), threads,
+                [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      if (norm.element == Element::f32)
+        run(kernels.residual_norm_backward_f32, float{}, row);
+      else
+        run(kernels.residual_norm_backward_bf16, bf16{}, row);
+    }
+  });
+}
+
+void activation(const ActivationPass& pass, const RowKernels& kernels, int threads) {
+  const std::int64_t inner = pass.shape.inner, wide = pass.shape.gated ? 2 * inner : inner;
+  const auto run = [&](auto forward, auto backward, auto zero, std::int64_t row) {
+    using T = decltype(zero);
+    const T* z = static_cast<const T*>(pass.z) + row * wide;
+    const T* bias = static_cast<const T*>(pass.bias);
+    T* out = static_cast<T*>(pass.out);
+    if (pass.grad == nullptr)
+      forward(z, bias, out + row * inner, pass.shape);
+    else
+      backward(static_cast<const T*>(pass.grad) + row * inner, z, bias, out + row * wide,
+               pass.shape);
+  };
+  parallel_rows(pass.rows, grain_for(wide), threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      if (pass.element == Element::f32)
+        run(kernels.activation_f32, kernels.activation_backward_f32, float{}, row);
+      else
+        run(kernels.activation_bf16, kernels.activation_backward_bf16, bf16{}, row);
+    }
+  });
+}
+
+void attention(const Attention& attention, const RowKernels& kernels, int threads) {
+  const AttentionShape& shape = attention.shape;
+  const std::int64_t out_row = shape.length * shape.heads * shape.size;
+  const std::int64_t qkv_row = shape.length * (shape.heads + 2 * shape.kv_heads) * shape.size;
+  const auto run = [&](auto forward, auto backward, auto zero, std::int64_t task, float* memory) {
+    using T = decltype(zero);
+    const std::int64_t row = task / shape.kv_heads, kv_head = task % shape.kv_heads;
+    const T* qkv = static_cast<const T*>(attention.qkv) + row * qkv_row;
+    const T* grad_out = static_cast<const T*>(attention.grad_out);
+    T* out = static_cast<T*>(attention.out);
+    if (grad_out == nullptr)
+      forward(shape, qkv, out + row * out_row, kv_head, memory);
+    else
+      backward(shape, qkv, grad_out + row * out_row, out + row * qkv_row, kv_head, memory);
+  };
+  const std::size_t floats = std::size_t(attention_memory(shape));
+  parallel_rows(attention.rows * shape.kv_heads, 1, threads,
+                [&](std::int64_t begin, std::int64_t end) {
+    static thread_local std::vector<float> memory;  // outlives the call
+    if (memory.size() < floats + 16) memory.resize(floats + 16);
+    // Whole cache lines: a vector across two of them is read at half the speed.
+    const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+    float* aligned = memory.data() + (misplaced == 0 ? 0 : (64 - misplaced) / sizeof(float));
+    for (std::int64_t task = begin; task < end; ++task) {
+      if (attention.element == Element::f32)
+        run(kernels.attention_f32, kernels.attention_backward_f32, float{}, task, aligned);
+      else
+        run(kernels.attention_bf16, kernels.attention_backward_bf16, bf16{}, task, aligned);
     }
   });
 }

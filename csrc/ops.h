@@ -48,4 +48,57 @@ struct AdamW {
 
 void adamw(const AdamW& adamw, const RowKernels& kernels, int threads);
 
+struct ResidualNorm {
+  const void* x;       // (R, D), and so are delta, sum, normed
+  const void* delta;   // null = nothing to add
+  void* sum;           // null exactly where delta is
+  void* normed;
+  const void* weight;  // (D,)
+  const void* bias;    // (D,); null = RMSNorm
+  float* statistics;   // (R, 2), the mean and the inverse deviation of each row
+  std::int64_t rows, coordinates;
+  float eps;
+  Element element;
+};
+
+void residual_norm(const ResidualNorm& norm, const RowKernels& kernels, int threads);
+
+struct ResidualNormBackward {
+  const void* grad_sum;     // (R, D); null = none
+  const void* grad_normed;  // (R, D)
+  const void* sum;          // (R, D)
+  const void* weight;       // (D,)
+  const float* statistics;  // (R, 2)
+  void* grad;               // (R, D)
+  std::int64_t rows, coordinates;
+  bool centred;  // LayerNorm
+  Element element;
+};
+
+void residual_norm_backward(const ResidualNormBackward& norm, const RowKernels& kernels,
+                            int threads);
+
+struct ActivationPass {
+  const void* grad;  // (R, I); null = forward
+  const void* z;     // (R, I), gated (R, 2 I)
+  const void* bias;  // (I,), gated (2 I,); null = none
+  void* out;         // forward (R, I), backward like z
+  std::int64_t rows;
+  ActivationShape shape;
+  Element element;
+};
+
+void activation(const ActivationPass& pass, const RowKernels& kernels, int threads);
+
+struct Attention {
+  const void* qkv;       // (B, N, (H + 2 K) c)
+  const void* grad_out;  // (B, N, H c); null = forward
+  void* out;             // forward (B, N, H c), backward like qkv
+  std::int64_t rows;     // B
+  AttentionShape shape;
+  Element element;
+};
+
+void attention(const Attention& attention, const RowKernels& kernels, int threads);
+
 }  // namespace prototok

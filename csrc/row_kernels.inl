@@ -31,6 +31,12 @@ inline Floats load(const bf16* from) {
 
 inline void store(float* to, Floats value) { __builtin_memcpy(to, &value, sizeof value); }
 
+#ifdef PROTOTOK_BF16_INSTRUCTIONS
+inline void store(bf16* to, Floats value) {
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+#else
 inline void store(bf16* to, Floats value) {
   const Words bits = (Words)value;
   const Words nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -38,6 +44,7 @@ inline void store(bf16* to, Floats value) {
   const Halves halves = __builtin_convertvector(kept, Halves);
   __builtin_memcpy(to, &halves, sizeof halves);
 }
+#endif
 
 // Fewer than kLanes elements; the lanes without one get `fill`.
 template <class T>
@@ -60,6 +67,36 @@ inline void store_tail(T* to, std::int64_t count, Floats value) {
   T lanes[kLanes];
   store(lanes, value);
   for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// A whole vector, or the `left` elements that are left with `fill` behind them.
+template <class T>
+inline Floats load_some(const T* from, std::int64_t left, float fill = 0.0f) {
+  return left >= kLanes ? load(from) : load_tail(from, left, fill);
+}
+
+template <class T>
+inline void store_some(T* to, std::int64_t left, Floats value) {
+  if (left >= kLanes)
+    store(to, value);
+  else
+    store_tail(to, left, value);
+}
+
+template <int kCount>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * kCount)));
+};
+
+template <int kCount>
+inline float lane_sum(typename Lanes<kCount>::type value) {
+  if constexpr (kCount == 4) {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  } else {
+    typename Lanes<kCount / 2>::type halves[2];
+    __builtin_memcpy(halves, &value, sizeof value);
+    return lane_sum<kCount / 2>(halves[0] + halves[1]);
+  }
 }
 
 inline float load_one(const float* from) { return *from; }
@@ -226,5 +263,3 @@ void adamw_row(float* __restrict param, const float* __restrict grad, float* __r
     param[i] = k.decay * param[i] - k.rate * m / (std::sqrt(v) * k.inverse_root_bias + k.eps);
   }
 }
-
-const RowKernels kKernels{head_row<float>, head_row<bf16>, adamw_row};

@@ -21,7 +21,7 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 16;
-#include "row_kernels.inl"
+#include "all_kernels.inl"
 #include "decoder_kernels.inl"
 }  // namespace
 

@@ -11,7 +11,7 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 4;
-#include "row_kernels.inl"
+#include "all_kernels.inl"
 #include "decoder_kernels.inl"
 }  // namespace
 

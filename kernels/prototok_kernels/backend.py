@@ -15,6 +15,12 @@ except ImportError:  # installed without a compiler
 
 BACKENDS = ("auto", "torch", "triton", "cpu")
 
+# What the kernels take; torch takes every floating dtype.
+KERNEL_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+
 # Fixed when triton decorates the kernels, at import, like `triton.jit` itself.
 TRITON_INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -33,6 +39,19 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         return backend
     preferred = {"cuda": "triton", "cpu": "cpu"}.get(kind, "torch")
     return preferred if unavailable(preferred, kind) is None else "torch"
+
+
+def resolve_for(backend: str, x: torch.Tensor) -> str:
+    """`resolve_backend` for a tensor: "auto" is torch for a dtype that the kernels do not take.
+
+    Raises ValueError when a kernel is asked for by name and cannot take x.
+    """
+    resolved = resolve_backend(backend, x.device)
+    if x.dtype in KERNEL_DTYPES.get(resolved, (x.dtype,)):
+        return resolved
+    if backend != "auto":
+        raise ValueError(f"backend: {backend!r} does not take tensors of {x.dtype}")
+    return "torch"
 
 
 def unavailable(backend: str, kind: str) -> str | None:

@@ -26,6 +26,7 @@ from prototok_kernels.layers import (
     inner_projection,
     input_norm,
     mlp,
+    post_norm,
     project_heads,
 )
 
@@ -42,7 +43,7 @@ def _span(
     """
     rows, heads = e.shape[0], layer.heads
     x = torch.cat([e.to(layer.dtype), m.to(layer.dtype)])  # (B + G, d)
-    normed = input_norm(x, layer)
+    _, normed = input_norm(x, None, layer)
     q_m = project_heads(normed[rows:], layer.q, layer, layer.q_norm)
     k = project_heads(normed, layer.k, layer, layer.k_norm)
     v = project_heads(normed, layer.v, layer)
@@ -50,7 +51,7 @@ def _span(
         k, v = (t.repeat_interleave(heads // layer.kv_heads, dim=1) for t in (k, v))
     base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
     if isinstance(layer, NeoXLayer) and layer.parallel:
-        base = base + mlp(x, layer)
+        base = base + mlp(post_norm(x, None, layer)[1], layer)
     v_e, v_m = v[:rows], _per_row(v[rows:], group)
     o = layer.o.unflatten(1, (heads, layer.head_size)).permute(1, 2, 0)  # (H, c, d)
     u = torch.bmm((v_e - v_m).transpose(0, 1), o).transpose(0, 1)  # (B, H, d)
@@ -166,11 +167,9 @@ def _scan_backward(
 def _inner(
     scaled: Tensor,  # (B, S, N)
     projected: Tensor,  # (B, S, I), gated (B, S, 2 I)
-    bias: Tensor | None,
 ) -> Tensor:  # (B, N, I), gated (B, N, 2 I)
-    """The MLP's inner projections, before the activation, from those of the spanning vectors."""
-    z = torch.bmm(scaled.transpose(1, 2), projected)
-    return z if bias is None else z.add_(bias)
+    """The MLP's inner projections, before bias and activation, from those of the span."""
+    return torch.bmm(scaled.transpose(1, 2), projected)
 
 
 def _inner_bias(layer: DecoderLayer) -> Tensor | None:
@@ -211,7 +210,7 @@ class _AffineMLP(torch.autograd.Function):
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer = layer
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(_inner(scaled, projected, _inner_bias(layer)), layer)
+        inner = inner_activation(_inner(scaled, projected), _inner_bias(layer), layer)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
@@ -220,8 +219,8 @@ class _AffineMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
-        z = _inner(scaled, projected, _inner_bias(layer))
-        grad_z = inner_activation_backward(grad @ layer.down, z, layer)
+        z, bias = _inner(scaled, projected), _inner_bias(layer)
+        grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer)
         grad_coef = torch.bmm(projected, grad_z.transpose(1, 2)) * rms_inverse[:, None]
         grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
         # ⟨coef_i, ∂coef_i⟩ is rms_inverse_i times its gradient; ‖x_i‖² = coef_iᵀ Gram coef_i
@@ -269,7 +268,8 @@ def first_layer(
         return x
     if _low_rank_pays(length, layer):
         return _AffineMLP.apply(x, coef, span, layer)
-    return x + mlp(x, layer)
+    x, normed = post_norm(x, None, layer)
+    return x + mlp(normed, layer)
 
 
 def _check(e: Tensor, m: Tensor, group: Tensor | None, length: int, cos: Tensor) -> None:
@@ -304,9 +304,9 @@ def first_layer_ref(
     if isinstance(layer, NeoXLayer) and layer.parallel:
         return x
     if not _low_rank_pays(length, layer):
-        return x + mlp(x, layer)
+        return x + mlp(post_norm(x, None, layer)[1], layer)
     centred = span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
     scaled = (coef * _rms_inverse(x, layer)[:, None]).to(coef.dtype)
     projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
-    inner = inner_activation(_inner(scaled, projected, _inner_bias(layer)), layer)
+    inner = inner_activation(_inner(scaled, projected), _inner_bias(layer), layer)
     return x + F.linear(inner, layer.down, layer.down_bias)

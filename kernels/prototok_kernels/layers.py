@@ -13,21 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.short_attention import LONGEST, short_attention
+from prototok_kernels.activation import ACTIVATIONS, activation, activation_backward
+from prototok_kernels.attention import attention
+from prototok_kernels.residual_norm import residual_norm
 
 Layer = TypeVar("Layer", bound="DecoderLayer")
-
-# Hugging Face's names of activations; gelu_new and gelu_fast are the tanh formula with other
-# roundings.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,70 +117,19 @@ class NeoXLayer(DecoderLayer):
     parallel: bool
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    """The activation called `name` in a Hugging Face configuration."""
-    kind = ACTIVATIONS[name]
-    if kind == "silu":
-        return F.silu(x)
-    if kind == "relu":
-        return F.relu(x)
-    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-def activate_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
-    """∂/∂x of `activate(x, name)`, times `grad`."""
-    kind = ACTIVATIONS[name]
-    if kind == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
-    if kind == "relu":
-        return torch.ops.aten.threshold_backward(grad, x, 0)
-    tanh = "tanh" if kind == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, x, approximate=tanh)
-
-
-def inner_activation(z: Tensor, layer: DecoderLayer) -> Tensor:
-    """What `down` reads, (…, I), from the projections in front of it, (…, I) or gated (…, 2 I)."""
-    if not isinstance(layer, LlamaLayer):
-        return activate(z, layer.activation)
-    gate, up = z.chunk(2, dim=-1)
-    return activate(gate, layer.activation) * up
-
-
-def inner_activation_backward(grad: Tensor, z: Tensor, layer: DecoderLayer) -> Tensor:
-    """∂/∂z of `inner_activation(z, layer)`, times `grad` (…, I)."""
-    if not isinstance(layer, LlamaLayer):
-        return activate_backward(grad, z, layer.activation)
-    gate, up = z.chunk(2, dim=-1)
-    out = torch.empty_like(z)
-    grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.mul(grad, activate(gate, layer.activation), out=grad_up)
-    grad_gate.copy_(activate_backward(grad * up, gate, layer.activation))
-    return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean x² + eps) · weight over the last dimension; statistics in fp32 or better."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def layer_or_rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """GPT-NeoX's LayerNorm, known by its bias, or the Llama family's RMSNorm."""
-    if bias is None:
-        return rms_norm(x, weight, eps)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def rotary(
-    x: Tensor,  # (…, N, c)
-    cos: Tensor,  # (N, r)
-    sin: Tensor,  # (N, r)
+def inner_activation(
+    z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str = "auto"
 ) -> Tensor:
-    """Rotate the first r coordinates of each head (the two halves of r form the pairs)."""
-    r = cos.shape[-1]
-    rotated = x if r == x.shape[-1] else x[..., :r]
-    low, high = rotated.chunk(2, dim=-1)
-    turned = rotated * cos + torch.cat([-high, low], dim=-1) * sin
-    return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], dim=-1)
+    """What `down` reads, (…, I), from the projections in front of it, (…, I) or gated (…, 2 I)."""
+    return activation(z, bias, layer.activation, isinstance(layer, LlamaLayer), backend)
+
+
+def inner_activation_backward(
+    grad: Tensor, z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+) -> Tensor:
+    """∂/∂z of `inner_activation`, times `grad` (…, I)."""
+    gated = isinstance(layer, LlamaLayer)
+    return activation_backward(grad, z, bias, layer.activation, gated, backend)
 
 
 def project_heads(
@@ -201,61 +140,46 @@ def project_heads(
 ) -> Tensor:  # (…, heads, c)
     """One of q, k, v, with Qwen3's norm over each head where the layer has one."""
     heads = F.linear(x, *projection).unflatten(-1, (-1, layer.head_size))
-    return heads if norm is None else rms_norm(heads, norm, layer.eps)
+    return heads if norm is None else F.rms_norm(heads, norm.shape, norm, layer.eps)
 
 
-def causal_attention(
-    q: Tensor,  # (B, H, N, c)
-    k: Tensor,  # (B, K, N, c)
-    v: Tensor,  # (B, K, N, c)
-    scaling: float,
-    window: int | None = None,
-) -> Tensor:  # (B, N, H·c)
-    """Causal (sliding-window where given) attention, heads merged."""
-    length, mask, dtype = q.shape[2], None, v.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        # Torch's bf16 attention backward on the CPU is an order of magnitude slower than its fp32
-        # one; casting costs a fraction of the difference (docs/log.md has the figures).
-        q, k, v = q.float(), k.float(), v.float()
-    if window is not None and window < length:
-        position = torch.arange(length, device=q.device)
-        distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2).flatten(2).to(dtype)
+def input_norm(
+    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x + delta, and the norm in front of the attention."""
+    bias = layer.input_norm_bias if isinstance(layer, NeoXLayer) else None
+    return residual_norm(x, delta, layer.input_norm, bias, layer.eps, backend)
 
 
-def attention(
-    x: Tensor,  # (B, N, d), normalised
+def post_norm(
+    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x + delta, and the norm in front of the MLP."""
+    bias = layer.post_norm_bias if isinstance(layer, NeoXLayer) else None
+    return residual_norm(x, delta, layer.post_norm, bias, layer.eps, backend)
+
+
+def self_attention(
+    normed: Tensor,  # (B, N, d)
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
+    backend: str = "auto",
 ) -> Tensor:  # (B, N, d)
-    """Causal self-attention with its output projection."""
-    n = x.shape[1]
-    heads = project_heads(x, (layer.qkv, layer.qkv_bias), layer)
-    q, k, v = heads.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=2)
-    if layer.q_norm is not None:
-        q = rms_norm(q, layer.q_norm, layer.eps)
-    if layer.k_norm is not None:
-        k = rms_norm(k, layer.k_norm, layer.eps)
-    if x.device.type == "cpu" and n <= LONGEST and (layer.window is None or layer.window >= n):
-        mixed = short_attention(q, k, v, cos, sin, layer.scaling).flatten(2)
-    else:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        cos, sin = cos[:n].to(x.dtype), sin[:n].to(x.dtype)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-        mixed = causal_attention(q, k, v, layer.scaling, layer.window)
+    """Causal self-attention between its input and output projections."""
+    qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k, v = qkv.unflatten(-1, (-1, layer.head_size)).split(
+            [layer.heads, layer.kv_heads, layer.kv_heads], dim=2
+        )
+        q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
+        k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, layer.eps)
+        qkv = torch.cat([q, k, v], dim=2).flatten(2)
+    mixed = attention(
+        qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
+        window=layer.window, backend=backend,
+    )  # fmt: skip
     return F.linear(mixed, layer.o, layer.o_bias)
-
-
-def input_norm(x: Tensor, layer: DecoderLayer) -> Tensor:
-    """The norm in front of the attention."""
-    bias = layer.input_norm_bias if isinstance(layer, NeoXLayer) else None
-    return layer_or_rms_norm(x, layer.input_norm, bias, layer.eps)
 
 
 def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
@@ -266,12 +190,33 @@ def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
     return layer.up, layer.up_bias
 
 
-def mlp(x: Tensor, layer: DecoderLayer) -> Tensor:
-    """The MLP with its norm, residual not included; x: (…, d), not normalised."""
-    bias = layer.post_norm_bias if isinstance(layer, NeoXLayer) else None
-    normed = layer_or_rms_norm(x, layer.post_norm, bias, layer.eps)
-    inner = inner_activation(F.linear(normed, *inner_projection(layer)), layer)
+def mlp(normed: Tensor, layer: DecoderLayer, backend: str = "auto") -> Tensor:
+    """The MLP behind its norm, residual not included; (…, d)."""
+    weight, bias = inner_projection(layer)
+    inner = inner_activation(F.linear(normed, weight), bias, layer, backend)
     return F.linear(inner, layer.down, layer.down_bias)
+
+
+def decoder_block(
+    x: Tensor,  # (B, N, d)
+    delta: Tensor | None,  # (B, N, d), still to be added to x
+    layer: DecoderLayer,
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One block on the stream x + delta, positions 0 … N − 1, causal.
+
+    What a block adds to the stream is left for the next norm, which adds and normalises in one
+    pass: the result is the pair of a new stream and what is still to be added to it.
+    """
+    x, normed = input_norm(x, delta, layer, backend)
+    attended = self_attention(normed, layer, cos, sin, backend)
+    if isinstance(layer, NeoXLayer) and layer.parallel:
+        x, normed = post_norm(x, None, layer, backend)
+        return x, mlp(normed, layer, backend) + attended
+    x, normed = post_norm(x, attended, layer, backend)
+    return x, mlp(normed, layer, backend)
 
 
 def decoder_layer(
@@ -279,10 +224,8 @@ def decoder_layer(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
+    backend: str = "auto",
 ) -> Tensor:  # (B, N, d)
-    """One block on any input, positions 0 … N − 1, causal."""
-    attended = attention(input_norm(x, layer), layer, cos, sin)
-    if isinstance(layer, NeoXLayer) and layer.parallel:
-        return mlp(x, layer) + attended + x
-    x = x + attended
-    return x + mlp(x, layer)
+    """One block by itself on any input, positions 0 … N − 1, causal."""
+    x, delta = decoder_block(x, None, layer, cos, sin, backend)
+    return x + delta

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_backend
+from prototok_kernels.backend import _cpu, resolve_for
 
 try:
     import triton
@@ -20,10 +20,6 @@ try:
 except ImportError:
     triton = None
 
-_KERNEL_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cpu": (torch.float32, torch.bfloat16),
-}
 # Enough rows for full speed in the two products: smaller chunks, which would stay in the cache,
 # read the weight more often and lose more than that saves (docs/log.md).
 _CPU_CHUNK_BYTES = 64 << 20
@@ -303,11 +299,7 @@ def linear_cross_entropy(
     for a target outside [0, V); on a GPU such a row's loss is NaN.
     """
     _check(hidden, weight, targets, token_weight, temperature)
-    resolved = resolve_backend(backend, hidden.device)
-    if hidden.dtype not in _KERNEL_DTYPES.get(resolved, (hidden.dtype,)):
-        if backend != "auto":
-            raise ValueError(f"backend: {backend!r} does not take hidden of {hidden.dtype}")
-        resolved = "torch"
+    resolved = resolve_for(backend, hidden)
     if resolved == "torch":
         return _linear_cross_entropy_torch(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from prototok.families.body import DecoderBody
 from prototok.frozen_lm import FrozenLM
+from prototok_kernels.attention import rotary
 from prototok_kernels.layers import (
     DecoderLayer,
     NeoXLayer,
     inner_activation,
     inner_projection,
     input_norm,
-    layer_or_rms_norm,
-    rms_norm,
-    rotary,
+    post_norm,
 )
+from prototok_kernels.residual_norm import residual_norm
 
 
 class StaticDecoder:
@@ -123,21 +123,21 @@ class StaticDecoder:
                 assert layer.window is not None
                 masks[layer.window] = past & (self.every_position > self.position - layer.window)
         for i, layer in enumerate(self.body.layers):
-            _linear_(self.qkv, input_norm(self.x, layer), layer.qkv, layer.qkv_bias)
+            _linear_(self.qkv, input_norm(self.x, None, layer)[1], layer.qkv, layer.qkv_bias)
             mixed = self._attend(i, layer, cos, sin, masks[layer.window])
             parallel = isinstance(layer, NeoXLayer) and layer.parallel
-            h = self._mlp_norm(layer) if parallel else None
+            h = post_norm(self.x, None, layer)[1] if parallel else None
             _linear_(self.x, mixed, layer.o, layer.o_bias, add=True)
-            h = self._mlp_norm(layer) if h is None else h
+            h = post_norm(self.x, None, layer)[1] if h is None else h
             _linear_(self.inner, h, *inner_projection(layer))
             _linear_(
-                self.x, inner_activation(self.inner, layer), layer.down, layer.down_bias, add=True
+                self.x,
+                inner_activation(self.inner, None, layer),
+                layer.down,
+                layer.down_bias,
+                add=True,
             )
         self.position += 1
-
-    def _mlp_norm(self, layer: DecoderLayer) -> Tensor:
-        bias = layer.post_norm_bias if isinstance(layer, NeoXLayer) else None
-        return layer_or_rms_norm(self.x, layer.post_norm, bias, layer.eps)
 
     def _attend(
         self, i: int, layer: DecoderLayer, cos: Tensor, sin: Tensor, mask: Tensor
@@ -145,7 +145,8 @@ class StaticDecoder:
         """Attention of the tokens in `qkv` to the cache, which they enter."""
         q, k, v = self.qkv.view(self.rows, -1, layer.head_size).split(self.parts, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)
+            q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
+            k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, layer.eps)
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         self.keys[i].index_copy_(2, self.position, k[:, :, None])
         self.values[i].index_copy_(2, self.position, v[:, :, None])
@@ -160,7 +161,8 @@ class StaticDecoder:
         """The most likely id behind `x`, into `last`."""
         body = self.body
         assert body.head is not None
-        normed = layer_or_rms_norm(self.x, body.norm, body.norm_bias, body.layers[0].eps)
+        eps = body.layers[0].eps
+        _, normed = residual_norm(self.x, None, body.norm, body.norm_bias, eps)
         torch.mm(normed, body.head.T, out=self.logits)
         torch.argmax(self.logits, dim=-1, out=self.last)
 

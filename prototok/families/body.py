@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prototok.families.rotary import RotaryTables
 from prototok_kernels.first_layer import first_layer
-from prototok_kernels.layers import DecoderLayer, decoder_layer, layer_or_rms_norm
+from prototok_kernels.layers import DecoderLayer, decoder_block
+from prototok_kernels.residual_norm import residual_norm
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class DecoderBody:
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
 
-    def hidden(self, inputs_embeds: Tensor) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
         """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
-        return self._through(self.layers, inputs_embeds)
+        return self._through(self.layers, inputs_embeds, backend)
 
     def hidden_of_pair(
         self,
@@ -44,7 +45,7 @@ class DecoderBody:
         """
         first, *rest = self.layers
         x = first_layer(e, m, group, length, first, *self.rotary(length), backend)
-        return self._through(rest, x)
+        return self._through(rest, x, backend)
 
     def collapses(self, length: int) -> bool:
         """Whether the first block of [e, m, …, m] (N positions) has its closed form.
@@ -54,8 +55,10 @@ class DecoderBody:
         window = self.layers[0].window
         return window is None or window >= length
 
-    def _through(self, layers: list[DecoderLayer], x: Tensor) -> Tensor:
+    def _through(self, layers: list[DecoderLayer], x: Tensor, backend: str) -> Tensor:
         cos, sin = self.rotary(x.shape[1])
+        delta: Tensor | None = None
         for layer in layers:
-            x = decoder_layer(x, layer, cos, sin)
-        return layer_or_rms_norm(x, self.norm, self.norm_bias, self.layers[0].eps)
+            x, delta = decoder_block(x, delta, layer, cos, sin, backend)
+        eps = self.layers[0].eps
+        return residual_norm(x, delta, self.norm, self.norm_bias, eps, backend)[1]

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prototok.families.body import DecoderBody
 from prototok.families.frozen import stacked_linear
 from prototok.families.rotary import RotaryTables, has_static_rope
-from prototok_kernels.layers import ACTIVATIONS, NeoXLayer
+from prototok_kernels.activation import ACTIVATIONS
+from prototok_kernels.layers import NeoXLayer
 
 
 def covers(config: PreTrainedConfig) -> bool:

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prototok.families.body import DecoderBody
 from prototok.families.frozen import stacked, stacked_linear
 from prototok.families.rotary import RotaryTables, has_static_rope
-from prototok_kernels.layers import ACTIVATIONS, LlamaLayer
+from prototok_kernels.activation import ACTIVATIONS
+from prototok_kernels.layers import LlamaLayer
 
 
 def covers(config: PreTrainedConfig) -> bool:

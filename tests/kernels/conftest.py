@@ -31,7 +31,7 @@ def device(backend) -> str:
     return DEVICES[backend]
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
 def instruction_set(request) -> str:
     missing = unavailable("cpu", "cpu")
     if missing:

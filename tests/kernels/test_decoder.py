@@ -17,7 +17,7 @@ from prototok_kernels.decoder import Decoder, usable
 from zoo import OWN, made
 
 pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
-SETS = _cpu.decoder_instruction_sets() if _cpu is not None else []
+SETS = _cpu.instruction_sets() if _cpu is not None else []
 
 
 def loaded(name: str, dtype: torch.dtype = torch.float32) -> FrozenLM:

@@ -329,7 +329,7 @@ def test_a_dtype_without_a_kernel():
     hidden, weight, targets, _ = make_inputs(3, 8, 30, torch.float64, "cpu")
     assert linear_cross_entropy(hidden, weight, targets).grad_hidden.dtype == torch.float64
     if module._cpu is not None:
-        with pytest.raises(ValueError, match="backend: 'cpu' does not take hidden of"):
+        with pytest.raises(ValueError, match="backend: 'cpu' does not take tensors of"):
             linear_cross_entropy(hidden, weight, targets, backend="cpu")
 
 

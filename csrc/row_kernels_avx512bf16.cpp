@@ -1,5 +1,5 @@
-// The decoder's passes once more for AVX-512 with dot products of bfloat16 pairs, whatever the
-// build's flags; called only where the processor has it.
+// Compiled for AVX-512 with bfloat16 instructions whatever the build's flags; called only where the
+// processor has it.
 #include "decoder_kernels.h"
 #include "row_kernels.h"
 
@@ -24,11 +24,12 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 16;
-#define PROTOTOK_DOT_BF16
-#include "row_kernels.inl"
+#define PROTOTOK_BF16_INSTRUCTIONS
+#include "all_kernels.inl"
 #include "decoder_kernels.inl"
 }  // namespace
 
+const RowKernels& avx512bf16_kernels() { return kKernels; }
 const DecoderKernelSets& avx512bf16_decoder_kernels() { return kDecoderKernels; }
 
 }  // namespace prototok

@@ -1,0 +1,135 @@
+// Activations of an MLP, gated or not, with the bias in front of them, a row at a time. Included by
+// all_kernels.inl.
+
+inline Floats magnitude(Floats x) { return x < 0.0f ? -x : x; }
+
+struct ValueAndSlope {
+  Floats value, slope;
+};
+
+// 1 / (1 + exp(-x)) and 1 minus that, both to full precision, by the exponential of -|x|, which
+// cannot overflow.
+inline Floats sigmoid(Floats x, Floats& complement) {
+  const Floats size = magnitude(x);
+  const Floats power = exp2_nonpositive(size * -1.4426950408889634f);
+  const Floats larger_part = 1.0f / (power + 1.0f), smaller_part = power * larger_part;
+  complement = x < 0.0f ? larger_part : smaller_part;
+  return x < 0.0f ? smaller_part : larger_part;
+}
+
+// The standard normal distribution function and exp(-x^2 / 2). With z = |x| / sqrt(2) and
+// t = 1 / (1 + z / 2), erfc(z) exp(z^2) / t is a polynomial of t to 5e-8 (a fit of our own).
+inline void normal_distribution(Floats x, Floats& below, Floats& power) {
+  const Floats size = magnitude(x);
+  power = exp2_nonpositive(size * size * -0.7213475204444817f);
+  const Floats t = 1.0f / (size * 0.35355339059327373f + 1.0f);
+  Floats p = splat(-0.058809056878089905f);
+  p = p * t + 0.2833007574081421f;
+  p = p * t - 0.48454704880714417f;
+  p = p * t + 0.2750130891799927f;
+  p = p * t - 0.024506473913788795f;
+  p = p * t + 0.20178264379501343f;
+  p = p * t + 0.24333456158638f;
+  p = p * t + 0.28234320878982544f;
+  p = p * t + 0.2820882797241211f;
+  const Floats tail = p * t * power * 0.5f;
+  below = x < 0.0f ? tail : 1.0f - tail;
+}
+
+template <Activation kKind>
+inline ValueAndSlope value_and_slope(Floats x) {
+  if constexpr (kKind == Activation::silu) {
+    Floats rest;
+    const Floats s = sigmoid(x, rest);
+    return {x * s, s + x * s * rest};
+  } else if constexpr (kKind == Activation::gelu) {
+    Floats below, power;
+    normal_distribution(x, below, power);
+    return {x * below, below + x * power * 0.3989422804014327f};
+  } else if constexpr (kKind == Activation::gelu_tanh) {
+    // (1 + tanh u) / 2 = sigmoid(2 u)
+    // Beyond 100 the sigmoid has its limits, and the slope must not become 0 times infinity.
+    const Floats squared = x * x, square = squared < 1e4f ? squared : splat(1e4f);
+    Floats rest;
+    const Floats s = sigmoid(x * (square * 0.07135481627159236f + 1.5957691216057308f), rest);
+    return {x * s, s + x * s * rest * (square * 0.21406444881477708f + 1.5957691216057308f)};
+  } else {
+    const Floats one = x > 0.0f ? splat(1.0f) : splat(0.0f);
+    return {x > 0.0f ? x : (x != x ? x : splat(0.0f)), one};
+  }
+}
+
+// The value alone, where the activation is not known to the compiler.
+inline Floats activation(Floats x, Activation kind) {
+  switch (kind) {
+    case Activation::silu: return value_and_slope<Activation::silu>(x).value;
+    case Activation::gelu: return value_and_slope<Activation::gelu>(x).value;
+    case Activation::gelu_tanh: return value_and_slope<Activation::gelu_tanh>(x).value;
+    case Activation::relu: break;
+  }
+  return value_and_slope<Activation::relu>(x).value;
+}
+
+template <Activation kKind, class T>
+void activation_of_row(const T* z, const T* bias, T* out, std::int64_t inner, bool gated) {
+  for (std::int64_t i = 0; i < inner; i += kLanes) {
+    const std::int64_t left = inner - i;
+    Floats x = load_some(z + i, left);
+    if (bias != nullptr) x += load_some(bias + i, left);
+    Floats value = value_and_slope<kKind>(x).value;
+    if (gated) {
+      Floats up = load_some(z + inner + i, left);
+      if (bias != nullptr) up += load_some(bias + inner + i, left);
+      value *= up;
+    }
+    store_some(out + i, left, value);
+  }
+}
+
+template <class T>
+void activation_row(const T* z, const T* bias, T* out, const ActivationShape& shape) {
+  const std::int64_t I = shape.inner;
+  const bool gated = shape.gated;
+  switch (shape.kind) {
+    case Activation::silu: return activation_of_row<Activation::silu>(z, bias, out, I, gated);
+    case Activation::gelu: return activation_of_row<Activation::gelu>(z, bias, out, I, gated);
+    case Activation::gelu_tanh:
+      return activation_of_row<Activation::gelu_tanh>(z, bias, out, I, gated);
+    case Activation::relu: return activation_of_row<Activation::relu>(z, bias, out, I, gated);
+  }
+}
+
+template <Activation kKind, class T>
+void activation_backward_of_row(const T* grad, const T* z, const T* bias, T* grad_z,
+                                std::int64_t inner, bool gated) {
+  for (std::int64_t i = 0; i < inner; i += kLanes) {
+    const std::int64_t left = inner - i;
+    Floats x = load_some(z + i, left), g = load_some(grad + i, left);
+    if (bias != nullptr) x += load_some(bias + i, left);
+    const ValueAndSlope act = value_and_slope<kKind>(x);
+    if (gated) {
+      Floats up = load_some(z + inner + i, left);
+      if (bias != nullptr) up += load_some(bias + inner + i, left);
+      store_some(grad_z + inner + i, left, g * act.value);
+      g *= up;
+    }
+    store_some(grad_z + i, left, g * act.slope);
+  }
+}
+
+template <class T>
+void activation_backward_row(const T* grad, const T* z, const T* bias, T* grad_z,
+                             const ActivationShape& shape) {
+  const std::int64_t I = shape.inner;
+  const bool gated = shape.gated;
+  switch (shape.kind) {
+    case Activation::silu:
+      return activation_backward_of_row<Activation::silu>(grad, z, bias, grad_z, I, gated);
+    case Activation::gelu:
+      return activation_backward_of_row<Activation::gelu>(grad, z, bias, grad_z, I, gated);
+    case Activation::gelu_tanh:
+      return activation_backward_of_row<Activation::gelu_tanh>(grad, z, bias, grad_z, I, gated);
+    case Activation::relu:
+      return activation_backward_of_row<Activation::relu>(grad, z, bias, grad_z, I, gated);
+  }
+}

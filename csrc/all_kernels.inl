@@ -1,0 +1,27 @@
+// Every kernel for one instruction set; included once for each, inside an anonymous namespace. No
+// lambdas in any of it: GCC does not compile them for the instruction set that a pragma asks for.
+#include "row_kernels.inl"
+
+#include "norm.inl"
+
+#include "activation.inl"
+
+#include "attention.inl"
+
+const RowKernels kKernels{
+    head_row<float>,
+    head_row<bf16>,
+    adamw_row,
+    residual_norm_row<float>,
+    residual_norm_row<bf16>,
+    residual_norm_backward_row<float>,
+    residual_norm_backward_row<bf16>,
+    activation_row<float>,
+    activation_row<bf16>,
+    activation_backward_row<float>,
+    activation_backward_row<bf16>,
+    attention_heads<float>,
+    attention_heads<bf16>,
+    attention_backward_heads<float>,
+    attention_backward_heads<bf16>,
+};

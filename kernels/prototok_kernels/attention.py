@@ -1,0 +1,282 @@
+"""Rotary positions and causal self-attention, from the stacked product of q, k and v.
+
+On the CPU one C++ pass; on CUDA a rotation in place, and torch's attention (cuDNN, Flash) on views.
+
+Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prototok_kernels.backend import _cpu, resolve_for
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rotary_kernel(  # type: ignore[no-untyped-def]
+        x,  # (B, N, heads, c), read
+        out,  # (B, N, heads, c), may be x
+        cos,  # (≥ N, ≥ r / 2) fp32
+        sin,
+        x_row,
+        x_position,
+        x_head,
+        out_position,  # elements from one position to the next; rows follow without a gap
+        out_head,
+        table_row,
+        length,
+        heads,
+        DIRECTION: tl.constexpr,  # 1, or −1 to turn back
+        SIZE: tl.constexpr,
+        HALF: tl.constexpr,  # r / 2
+        BLOCK_HEADS: tl.constexpr,
+        BLOCK_HALF: tl.constexpr,
+        BLOCK_REST: tl.constexpr,
+        COPY_REST: tl.constexpr,  # out is not x, and r < c
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        position = row % length
+        head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        pair = tl.arange(0, BLOCK_HALF)
+        c = tl.load(cos + position * table_row + pair, mask=pair < HALF, other=0.0)[None, :]
+        s = tl.load(sin + position * table_row + pair, mask=pair < HALF, other=0.0)[None, :]
+        s = s * DIRECTION
+        x += (row // length) * x_row + position * x_position + head[:, None] * x_head
+        out += row * out_position + head[:, None] * out_head
+        inside = (head[:, None] < heads) & (pair[None, :] < HALF)
+        low = tl.load(x + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(x + HALF + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        dtype = out.dtype.element_ty
+        tl.store(out + pair[None, :], (low * c - high * s).to(dtype), mask=inside)
+        tl.store(out + HALF + pair[None, :], (high * c + low * s).to(dtype), mask=inside)
+        if COPY_REST:
+            rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+            inside = (head[:, None] < heads) & (rest < SIZE)
+            tl.store(out + rest, tl.load(x + rest, mask=inside, other=0.0), mask=inside)
+
+
+def _rotate(
+    x: Tensor,  # (B, N, heads, c), the last dimension contiguous
+    out: Tensor,  # the same, rows without a gap between them; may be x
+    cos: Tensor,
+    sin: Tensor,
+    direction: int,
+) -> None:
+    rows, length, heads, size = x.shape
+    half = cos.shape[-1] // 2
+    if rows * length == 0:
+        return
+    block_half = triton.next_power_of_2(half)
+    block_heads = min(triton.next_power_of_2(heads), max(1, 1024 // block_half))
+    with torch.cuda.device_of(x):
+        _rotary_kernel[(rows * length, triton.cdiv(heads, block_heads))](
+            x, out, cos, sin, x.stride(0), x.stride(1), x.stride(2), out.stride(1), out.stride(2),
+            cos.stride(0), length, heads,
+            DIRECTION=direction, SIZE=size, HALF=half, BLOCK_HEADS=block_heads,
+            BLOCK_HALF=block_half, BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * half)),
+            COPY_REST=x.data_ptr() != out.data_ptr() and 2 * half < size,
+        )  # fmt: skip
+
+
+def _heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, (H + 2 K)·c) → views q (B, N, H, c), k and v (B, N, K, c)."""
+    size = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = qkv.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], dim=2)
+    return q, k, v
+
+
+class _RotaryInPlace(torch.autograd.Function):
+    """The stacked product → rotated q and k, and v, all views of it; it is overwritten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stack = qkv.detach()
+        size = qkv.shape[-1] // (heads + 2 * kv_heads)
+        turned = stack.unflatten(-1, (-1, size))[:, :, : heads + kv_heads]
+        _rotate(turned, turned, cos, sin, 1)
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = (heads, kv_heads, size)
+        return _heads(stack, heads, kv_heads)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        heads, kv_heads, size = ctx.heads
+        rows, length = grad_q.shape[:2]
+        grad = grad_q.new_empty(rows, length, (heads + 2 * kv_heads) * size)
+        to_q, to_k, to_v = _heads(grad, heads, kv_heads)
+        for source, to in ((grad_q, to_q), (grad_k, to_k)):
+            source = source if source.stride(-1) == 1 else source.contiguous()
+            _rotate(source, to, cos, sin, -1)
+        to_v.copy_(grad_v)
+        return grad, None, None, None, None
+
+
+def _cpu_pass(
+    qkv: Tensor,  # (B, N, (H + 2 K)·c), contiguous
+    grad: Tensor | None,  # (B, N, H·c); None: forward
+    cos: Tensor,
+    sin: Tensor,
+    shape: tuple[int, ...],  # N, H, K, c, r, window
+    scaling: float,
+) -> Tensor:
+    _, heads, _, size, _, _ = shape
+    out = qkv.new_empty(*qkv.shape[:2], heads * size) if grad is None else torch.empty_like(qkv)
+    if out.numel() == 0:
+        return out
+    if grad is not None:
+        grad = grad.contiguous()
+    _cpu.attention(
+        qkv.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr(), qkv.shape[0],
+        shape, cos.data_ptr(), sin.data_ptr(), cos.stride(0), scaling,
+        qkv.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class _CpuAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], scaling: float
+    ) -> Tensor:
+        qkv = qkv.contiguous()
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.shape, ctx.scaling = shape, scaling
+        return _cpu_pass(qkv, None, cos, sin, shape, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin = ctx.saved_tensors
+        return _cpu_pass(qkv, grad, cos, sin, ctx.shape, ctx.scaling), None, None, None, None
+
+
+def causal_attention(
+    q: Tensor,  # (B, H, N, c)
+    k: Tensor,  # (B, K, N, c)
+    v: Tensor,  # (B, K, N, c)
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:  # (B, N, H·c)
+    """Causal (sliding-window where given) attention by torch, heads merged."""
+    length, mask, dtype = q.shape[2], None, v.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        # Torch's bf16 attention backward on the CPU is an order of magnitude slower than its fp32
+        # one; casting costs a fraction of the difference (docs/log.md has the figures).
+        q, k, v = q.float(), k.float(), v.float()
+    if window is not None and window < length:
+        position = torch.arange(length, device=q.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).flatten(2).to(dtype)
+
+
+def rotary(
+    x: Tensor,  # (…, N, c)
+    cos: Tensor,  # (N, r)
+    sin: Tensor,  # (N, r)
+) -> Tensor:
+    """Rotate the first r coordinates of each head (the two halves of r form the pairs)."""
+    r = cos.shape[-1]
+    rotated = x if r == x.shape[-1] else x[..., :r]
+    low, high = rotated.chunk(2, dim=-1)
+    turned = rotated * cos + torch.cat([-high, low], dim=-1) * sin
+    return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], dim=-1)
+
+
+def attention(
+    qkv: Tensor,  # (B, N, (H + 2 K)·c): all of q, then k, then v; not rotated
+    cos: Tensor,  # (≥ N, r), the halves of a row alike
+    sin: Tensor,  # (≥ N, r)
+    *,
+    heads: int,
+    kv_heads: int,
+    scaling: float,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:  # (B, N, H·c)
+    """Causal self-attention with rotary positions, differentiable in qkv.
+
+    A query sees `window` positions, its own included, or all before it (None). Heads of q that
+    share a key-value head read it in place. "cpu" computes in fp32 and keeps nothing but qkv; with
+    "triton" q and k are rotated in place, so that **qkv is overwritten**, and torch attends.
+
+    Raises ValueError for a shape, dtype or backend that cannot be met.
+    """
+    resolved = resolve_for(backend, qkv)
+    _check(qkv, cos, sin, heads, kv_heads, window)
+    if resolved == "torch":
+        return attention_ref(
+            qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window
+        )
+    length = qkv.shape[1]
+    cos, sin = cos.float(), sin.float()
+    if resolved == "triton":
+        qkv = qkv.contiguous()
+        q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return causal_attention(q, k, v, scaling, window)
+    size = qkv.shape[2] // (heads + 2 * kv_heads)
+    # Beyond the length a window hides nothing.
+    seen = length if window is None else min(window, length)
+    shape = (length, heads, kv_heads, size, cos.shape[1], max(1, seen))
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _CpuAttention.apply(qkv, cos, sin, shape, scaling)
+    return _cpu_pass(qkv.contiguous(), None, cos, sin, shape, scaling)
+
+
+def _check(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, window: int | None
+) -> None:
+    width = qkv.shape[-1]
+    if qkv.ndim != 3 or heads % kv_heads or width % (heads + 2 * kv_heads):
+        raise ValueError(
+            f"qkv: must be (B, N, (H + 2 K) · c) for {heads} heads and {kv_heads} key-value heads, "
+            f"saw {tuple(qkv.shape)}"
+        )
+    size, length = width // (heads + 2 * kv_heads), qkv.shape[1]
+    if cos.shape != sin.shape or len(cos) < length or cos.shape[1] > size or cos.shape[1] % 2:
+        raise ValueError(
+            f"cos: must be (≥ {length}, r) with even r ≤ {size}, like sin; saw {tuple(cos.shape)} "
+            f"and {tuple(sin.shape)}"
+        )
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:
+        raise ValueError(f"cos: must have contiguous rows that lie as sin's do, saw {cos.stride()}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: must be at least 1 position, saw {window}")
+
+
+def attention_ref(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """The same in plain torch."""
+    length = qkv.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in _heads(qkv, heads, kv_heads))
+    cos, sin = cos[:length].to(qkv.dtype), sin[:length].to(qkv.dtype)
+    return causal_attention(rotary(q, cos, sin), rotary(k, cos, sin), v, scaling, window)

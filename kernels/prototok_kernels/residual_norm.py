@@ -1,0 +1,221 @@
+"""Residual addition and the norm behind it: one pass forward, one backward.
+
+Letters: R rows (one row = one position of one text), d hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prototok_kernels.backend import _cpu, resolve_for
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _residual_norm_kernel(  # type: ignore[no-untyped-def]
+        x,  # (R, d), and so are delta, total and normed
+        delta,
+        total,
+        normed,
+        weight,  # (d,)
+        bias,  # (d,); read only with CENTRED
+        statistics,  # (R, 2) fp32: mean and inverse deviation
+        eps,
+        D: tl.constexpr,
+        HAS_DELTA: tl.constexpr,
+        CENTRED: tl.constexpr,  # LayerNorm
+        BLOCK: tl.constexpr,  # ≥ d
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_DELTA:
+            value += tl.load(delta + row * D + column, mask=inside, other=0.0).to(tl.float32)
+            # The statistics are those of the sum as it is stored.
+            rounded = value.to(total.dtype.element_ty)
+            tl.store(total + row * D + column, rounded, mask=inside)
+            value = rounded.to(tl.float32)
+        mean = 0.0
+        if CENTRED:
+            mean = tl.sum(value, 0) / D
+            value = tl.where(inside, value - mean, 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
+        value = value * inverse * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normed + row * D + column, value.to(normed.dtype.element_ty), mask=inside)
+        tl.store(statistics + 2 * row, mean)
+        tl.store(statistics + 2 * row + 1, inverse)
+
+    @triton.jit
+    def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
+        grad_total,  # (R, d); read only with HAS_GRAD_TOTAL
+        grad_normed,  # (R, d)
+        total,  # (R, d)
+        weight,  # (d,)
+        statistics,  # (R, 2) fp32
+        grad,  # (R, d), out
+        D: tl.constexpr,
+        HAS_GRAD_TOTAL: tl.constexpr,
+        CENTRED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < D
+        at = row * D + column
+        mean = tl.load(statistics + 2 * row)
+        inverse = tl.load(statistics + 2 * row + 1)
+        g = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) - mean
+        pull = tl.sum(g * centred, 0) / D * inverse * inverse
+        value = g - centred * pull
+        if CENTRED:
+            value -= tl.sum(g, 0) / D
+        value *= inverse
+        if HAS_GRAD_TOTAL:
+            value += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
+
+
+def _launch(size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def _forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum (x itself without delta), its norm, and what the backward pass needs of each row."""
+    x = x.contiguous()
+    total = x if delta is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    size = x.shape[-1]
+    rows = x.numel() // max(1, size)
+    statistics = x.new_empty(rows, 2, dtype=torch.float32)
+    if delta is not None:
+        delta = delta.contiguous()
+    if rows == 0:
+        return total, normed, statistics
+    if backend == "cpu":
+        _cpu.residual_norm(
+            x.data_ptr(), 0 if delta is None else delta.data_ptr(),
+            0 if delta is None else total.data_ptr(), normed.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), statistics.data_ptr(), rows, size, eps,
+            x.dtype == torch.bfloat16, torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        with torch.cuda.device_of(x):
+            _residual_norm_kernel[(rows,)](
+                x, x if delta is None else delta, total, normed, weight,
+                weight if bias is None else bias, statistics, eps,
+                D=size, HAS_DELTA=delta is not None, CENTRED=bias is not None, **_launch(size),
+            )  # fmt: skip
+    return total, normed, statistics
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        total, normed, statistics = _forward(x, delta, weight, bias, eps, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, statistics)
+        ctx.centred, ctx.has_delta, ctx.backend = bias is not None, delta is not None, backend
+        return total, normed
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grad = grad_total
+        if grad_normed is not None:
+            total, weight, statistics = ctx.saved_tensors
+            grad = torch.empty_like(total)
+            size, rows = total.shape[-1], len(statistics)
+            grad_normed = grad_normed.contiguous()
+            if grad_total is not None:
+                grad_total = grad_total.contiguous()
+            if rows and ctx.backend == "cpu":
+                _cpu.residual_norm_backward(
+                    0 if grad_total is None else grad_total.data_ptr(), grad_normed.data_ptr(),
+                    total.data_ptr(), weight.data_ptr(), statistics.data_ptr(), grad.data_ptr(),
+                    rows, size, ctx.centred, total.dtype == torch.bfloat16,
+                    torch.get_num_threads(),
+                )  # fmt: skip
+            elif rows:
+                with torch.cuda.device_of(total):
+                    _residual_norm_backward_kernel[(rows,)](
+                        grad_normed if grad_total is None else grad_total, grad_normed, total,
+                        weight, statistics, grad,
+                        D=size, HAS_GRAD_TOTAL=grad_total is not None, CENTRED=ctx.centred,
+                        **_launch(size),
+                    )  # fmt: skip
+        return grad, grad if ctx.has_delta else None, None, None, None, None
+
+
+def residual_norm(
+    x: Tensor,  # (…, d), the stream
+    delta: Tensor | None,  # (…, d), what is added to it; None = nothing
+    weight: Tensor,  # (d,), frozen
+    bias: Tensor | None,  # (d,), frozen
+    eps: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (…, d) each
+    """x + delta, and its norm: LayerNorm where there is a bias, RMSNorm where there is none.
+
+    Differentiable in x and delta; their gradient is one tensor, for which the one backward pass
+    reads both incoming gradients. Carry the returned stream on even where delta is None (it is x
+    then): the gradients that meet there are added in that pass. Arithmetic is fp32; the norm is
+    that of the sum as it is stored.
+
+    Raises ValueError for a shape, dtype or backend that cannot be met.
+    """
+    resolved = resolve_for(backend, x)
+    _check(x, delta, weight, bias)
+    if resolved == "torch":
+        return residual_norm_ref(x, delta, weight, bias, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
+        return _ResidualNorm.apply(x, delta, weight, bias, eps, resolved)
+    total, normed, _ = _forward(x, delta, weight, bias, eps, resolved)
+    return total, normed
+
+
+def _check(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    size = x.shape[-1:]
+    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):
+        raise ValueError(
+            f"delta: must be {tuple(x.shape)} of {x.dtype} like x, saw {tuple(delta.shape)} of "
+            f"{delta.dtype}"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.shape != size or vector.dtype != x.dtype):
+            raise ValueError(
+                f"{name}: must be {tuple(size)} of {x.dtype} like x, saw {tuple(vector.shape)} of "
+                f"{vector.dtype}"
+            )
+
+
+def residual_norm_ref(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch."""
+    total = x if delta is None else x + delta
+    if bias is None:
+        return total, F.rms_norm(total, weight.shape, weight, eps)
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)

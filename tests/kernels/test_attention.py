@@ -1,0 +1,122 @@
+"""Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from against_fp64 import assert_as_close_as_torch, with_gradients
+from prototok_kernels import attention as module
+from prototok_kernels.attention import attention, attention_ref
+
+SHAPES = [  # (B, N, H, K, c, r): around vectors of 16, tiles of 4 and blocks of 64 queries
+    (0, 4, 2, 1, 8, 8),
+    (2, 1, 1, 1, 2, 2),
+    (2, 5, 6, 2, 8, 4),
+    (1, 17, 4, 4, 16, 16),
+    (2, 31, 3, 1, 33, 10),
+    (1, 64, 6, 2, 32, 32),
+    (1, 67, 2, 2, 64, 16),
+    (1, 20, 1, 1, 80, 80),
+    (1, 131, 2, 1, 16, 16),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def make(shape, dtype, device):
+    rows, length, heads, kv_heads, size, rotary = shape
+    generator = torch.Generator().manual_seed(length * 1009 + size)
+    qkv = 2 * torch.randn(rows, length, (heads + 2 * kv_heads) * size, generator=generator)
+    frequencies = 100.0 ** (-torch.arange(rotary // 2).float() / rotary)
+    angle = torch.outer(torch.arange(length + 3).float(), frequencies).repeat(1, 2)
+    tables = (1.2 * angle.cos()).to(device), (1.2 * angle.sin()).to(device)
+    return qkv.to(dtype).to(device), tables
+
+
+def three_ways(shape, dtype, device, backend, window):
+    qkv, tables = make(shape, dtype, device)
+    options = {
+        "heads": shape[2], "kv_heads": shape[3], "scaling": 0.7 * shape[4] ** -0.5,
+        "window": window,
+    }  # fmt: skip
+
+    def way(function, dtype):
+        run = functools.partial(function, cos=tables[0], sin=tables[1], **options)
+        return with_gradients(run, [qkv], dtype)
+
+    ours = functools.partial(attention, backend=backend)
+    return way(ours, dtype), way(attention_ref, dtype), way(attention_ref, torch.float64)
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_as_close_to_fp64_as_torch(backend, device, shape, dtype, window):
+    assert_as_close_as_torch(*three_ways(shape, dtype, device, backend, window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[6]], ids=str)
+def test_every_instruction_set(instruction_set, shape, dtype, monkeypatch):
+    chosen = functools.partial(module._cpu.attention, instruction_set=instruction_set)
+    monkeypatch.setattr(module, "_cpu", SimpleNamespace(attention=chosen))
+    assert_as_close_as_torch(*three_ways(shape, dtype, "cpu", "cpu", None))
+
+
+def test_threads_give_the_same_bits(device, backend):
+    if backend != "cpu":
+        pytest.skip("the C++ kernels' threads")
+    shape = (3, 21, 4, 2, 16, 16)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(three_ways(shape, torch.float32, device, backend, None)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_logits_hundreds_apart(backend, device):
+    """Where one key takes all of the weight nothing overflows and the gradient vanishes."""
+    qkv, (cos, sin) = make((1, 20, 2, 2, 8, 8), torch.float32, device)
+    qkv = (100 * qkv).requires_grad_()
+    options = {"heads": 2, "kv_heads": 2, "scaling": 1.0}
+    out = attention(qkv * 1, cos, sin, **options, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    wanted = attention_ref(qkv.double(), cos.double(), sin.double(), **options)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_a_position_sees_nothing_behind_it(backend, device):
+    qkv, (cos, sin) = make((1, 70, 2, 1, 16, 16), torch.float32, device)
+    options = {"heads": 2, "kv_heads": 1, "scaling": 0.3, "backend": backend}
+    whole = attention(qkv.clone(), cos, sin, **options)
+    qkv[:, 40:] *= 50
+    torch.testing.assert_close(attention(qkv[:, :40].clone(), cos, sin, **options), whole[:, :40])
+    assert torch.equal(attention(qkv, cos, sin, **options)[:, :40], whole[:, :40])
+
+
+def test_gradcheck_of_the_reference():
+    qkv, (cos, sin) = make((1, 4, 2, 1, 4, 2), torch.float64, "cpu")
+    run = functools.partial(
+        attention_ref, cos=cos.double(), sin=sin.double(), heads=2, kv_heads=1, scaling=0.5,
+        window=3,
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(run, qkv.requires_grad_(), fast_mode=True)
+
+
+def test_names_what_does_not_fit():
+    qkv, (cos, sin) = make((1, 4, 2, 1, 8, 8), torch.float32, "cpu")
+    options = {"heads": 2, "kv_heads": 1, "scaling": 0.5}
+    with pytest.raises(ValueError, match="qkv: must be"):
+        attention(qkv[..., :-1], cos, sin, **options)
+    with pytest.raises(ValueError, match="cos: must be"):
+        attention(qkv, cos[:3], sin[:3], **options)
+    with pytest.raises(ValueError, match="window: must be at least 1"):
+        attention(qkv, cos, sin, **options, window=0)
