@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import itertools
 import json
 import statistics
@@ -21,12 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prototok import machine
+from prototok import autoregressive, machine
 from prototok.allocator import keep_freed_memory
 from prototok.arrangement import Arrangement
-from prototok.baselines import CACHES, Engine, Generate
 from prototok.data import chunks, read_text
-from prototok.decode import decode_vectors, require_length
+from prototok.decode import decode_ids, require_length
 from prototok.engine.inputs import OneForward
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
@@ -37,12 +35,13 @@ from prototok.frozen_lm import BUILT_IN, FrozenLM, load
 from prototok.profile import Capture, ProfiledSteps
 from prototok.report.svg import Bar, log_bars
 from prototok.shapes import load_shape
+from prototok.timing import BATCHES, ONE, Peak, Timing, ceiling, require_equal_tokens, time_all
 
 BUILT_IN_LENGTHS = (8, 16)  # what the built-in models hold
+BUILT_IN_AUTOREGRESSIVE_LENGTHS = (2, 3, 4)  # and what one [mem] vector in front of them does
 OTHER_LENGTHS = (32, 64, 128)
-_BATCHES = (1, 4, 16, 64)
-_ONE = "one forward"
-_ENGINE = "engine static-KV"
+# Longer than that a text of the built-in models is not worth fitting: almost all are done by then.
+_MOST_STEPS = 1500
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,7 @@ class BenchSettings:
     device: str = "auto"
     dtype: str = "auto"
     profile: tuple[int, int] | None = None  # steps a … b−1 of the first fit
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One way of producing N tokens: median and quartiles of seconds a call, by batch size.
-
-    bandwidth_share is, for our own decoder, the bytes of weights and cache that it has to read,
-    over what this machine's copy moves in that time; weights that fit into a cache can exceed 1.
-    """
-
-    method: str
-    dtype: str
-    batch: int
-    seconds: float
-    quartiles: tuple[float, float]
-    tokens_per_second: float
-    bandwidth_share: float | None = None
+    vllm_python: Path | None = None  # an interpreter that has vLLM
 
 
 @dataclass(frozen=True)
@@ -95,57 +78,110 @@ class Case:
     ratio_best_batch: float  # each way at its own best batch
     ratio_dynamic_batch_1: float  # the paper's comparison: generate as it comes
     ceiling: float
-    break_even_decodes: float | None
+    break_even_decodes: float | None  # at batch 1, against the strongest way
+
+
+@dataclass(frozen=True)
+class Longest:
+    """Figure 3 of the paper, for one model and source: each mode at its own longest length.
+
+    A text's longest length is the largest of the grid up to which it comes back whole, decoded in
+    one forward or generated from one [mem] vector, alone; 0 where there is none. `*_length` is that
+    of the median text (the lower one of two), and what is timed.
+    """
+
+    model: str
+    source: str
+    one_forward: tuple[int, ...]  # by text
+    autoregressive: tuple[int, ...]
+    grids: tuple[tuple[int, ...], tuple[int, ...]]
+    one_forward_length: int
+    autoregressive_length: int
+    one_forward_timing: Timing | None  # at batch 1
+    autoregressive_timing: Timing | None  # the strongest way at batch 1
+    autoregressive_fit_seconds_per_text: float
+    ratio_batch_1: float | None
+    ratio_best_batch: float | None
 
 
 def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line: None) -> dict:
-    """Measure everything in `settings` and return the record that bench.json holds."""
+    """Measure everything in `settings` and return the record that bench.json holds.
+
+    Raises:
+        ValueError: a setting that cannot be met.
+        RuntimeError: a fit or a baseline does not give the tokens it should; nothing is timed then.
+    """
     keep_freed_memory()
     started = time.perf_counter()
     cases: list[Case] = []
-    peaks: dict[str, dict[str, float]] = {}
+    longest: list[Longest] = []
+    peaks: dict[str, Peak] = {}
     for name, lm in _models(settings):
         default = BUILT_IN_LENGTHS if name in BUILT_IN else OTHER_LENGTHS
         lengths = settings.lengths or default
         dtype = _name(lm.dtype)
         if dtype not in peaks:
-            peaks[dtype] = {
-                "flops_per_second": machine.matmul_rate(lm.device, lm.dtype),
-                "bytes_per_second": machine.copy_rate(lm.device),
-            }
+            peaks[dtype] = Peak.measured(lm.device, lm.dtype)
         for length in lengths:
             require_length(length, lm, Arrangement.parse("e m*"))
+        require_equal_tokens(lm, max(lengths))
+        mine: list[Case] = []
+        exact: dict[int, list[bool]] = {}
         for length in lengths:
             say(f"{name}, N = {length}: fitting")
             profiled = _profiled(lm, settings) if not cases else None
-            cases.append(_measure(lm, name, length, settings, peaks[dtype], say, profiled))
+            case, exact[length] = _measure(lm, name, length, settings, peaks[dtype], profiled)
+            mine.append(case)
+            cases.append(case)
             if profiled is not None:
                 profiled.close()
                 say(profiled.capture.report())
+        if settings.shape is None:
+            short = name in BUILT_IN and settings.lengths is None
+            grid = BUILT_IN_AUTOREGRESSIVE_LENGTHS if short else lengths
+            say(f"{name}: fitting one [mem] vector a text")
+            longest.append(_longest(lm, name, settings, exact, grid, mine, peaks[dtype]))
     return {
         "command": "python -m prototok.bench",
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
-        "recipe": dataclasses.asdict(recipe_of(settings.recipe)),
-        "measured_peaks": peaks,
+        "recipe": dataclasses.asdict(_recipe(settings)),
+        "measured_peaks": {dtype: dataclasses.asdict(peak) for dtype, peak in peaks.items()},
         "cases": [dataclasses.asdict(case) for case in cases],
+        "longest": [dataclasses.asdict(one) for one in longest],
         "seconds": time.perf_counter() - started,
     }
 
 
+def _recipe(settings: BenchSettings) -> Recipe:
+    """The recipe; cut short for the default run, which is to end while one waits for it."""
+    recipe = recipe_of(settings.recipe)
+    if settings == BenchSettings():
+        return dataclasses.replace(recipe, max_steps=min(recipe.max_steps, _MOST_STEPS))
+    return recipe
+
+
 def _models(settings: BenchSettings) -> list[tuple[str, FrozenLM]]:
     if settings.shape is None:
-        return [(name, load(name, settings.device, settings.dtype)) for name in settings.models]
+        return [
+            (
+                Path(name).name if Path(name).is_dir() else name,
+                load(name, settings.device, settings.dtype),
+            )
+            for name in settings.models
+        ]
     lm = load_shape(settings.shape, settings.device, settings.dtype)
     return [(f"{settings.shape} (random weights)", lm)]
 
 
 def _measure(
-    lm: FrozenLM, name: str, length: int, settings: BenchSettings, peak: dict[str, float],
-    say: Callable[[str], None], look: Callable[[FitEvent], None] | None = None,
-) -> Case:  # fmt: skip
+    lm: FrozenLM, name: str, length: int, settings: BenchSettings, peak: Peak,
+    look: Callable[[FitEvent], None] | None = None,
+) -> tuple[Case, list[bool]]:  # fmt: skip
+    """One model at one length, and which of the texts are exact."""
     arrangement = Arrangement.parse("e m*")
     exact = accuracy = per_text = steps = step_seconds = None
+    which: list[bool] = []
     if settings.shape is not None:
         generator = torch.Generator().manual_seed(0)
         targets = list(torch.randint(lm.vocab_size, (settings.texts, length), generator=generator))
@@ -154,29 +190,23 @@ def _measure(
     else:
         pieces = _texts(lm, settings, length)
         clock = time.perf_counter()
-        fit = fast_fit(lm, pieces, recipe=settings.recipe, progress=None, callback=look)
+        fit = fast_fit(lm, pieces, recipe=_recipe(settings), progress=None, callback=look)
         per_text = (time.perf_counter() - clock) / len(pieces)
-        exact, accuracy = int(fit.exact.sum()), float(fit.accuracy.mean())
+        which = fit.exact[:, 0].tolist()
+        exact, accuracy = sum(which), float(fit.accuracy.mean())
         solved = fit.steps[fit.exact]
         steps = float(solved.float().median()) if len(solved) else None
         row = int(fit.exact.flatten().int().argmax())
         vectors = fit.tokens.vectors(row)[None]
-        decoded = decode_vectors(lm, vectors, arrangement, length).ids[0]
+        decoded = decode_ids(lm, vectors, arrangement, length)[0]
         if exact and not torch.equal(decoded, fit.targets[row]):
             raise RuntimeError(f"{name}: a fit that was exact no longer decodes to its text")
-    say(f"{name}, N = {length}: timing one forward against generate")
-    timings = _time_all(lm, vectors, arrangement, length, peak["bytes_per_second"])
-    one = [t for t in timings if t.method == _ONE]
-    others = [t for t in timings if t.method != _ONE]
-
-    def fastest(found: Sequence[Timing], batch: int | None = None) -> Timing:
-        return max(
-            (t for t in found if batch in (None, t.batch)), key=lambda t: t.tokens_per_second
-        )
-
+    timings = time_all(lm, vectors, length, peak, settings.vllm_python)
+    one = [t for t in timings if t.method == ONE]
+    others = [t for t in timings if t.method != ONE]
     dynamic = [t for t in others if "dynamic" in t.method]
-    gain = fastest(others, 1).seconds - fastest(one, 1).seconds
-    return Case(
+    gain = _fastest(others, 1).seconds - _fastest(one, 1).seconds
+    case = Case(
         model=name,
         length=length,
         dtype=_name(lm.dtype),
@@ -187,13 +217,71 @@ def _measure(
         fit_steps_median=steps,
         step_seconds=step_seconds,
         timings=tuple(timings),
-        ratio_batch_1=fastest(one, 1).tokens_per_second / fastest(others, 1).tokens_per_second,
-        ratio_best_batch=fastest(one).tokens_per_second / fastest(others).tokens_per_second,
-        ratio_dynamic_batch_1=fastest(one, 1).tokens_per_second
-        / fastest(dynamic, 1).tokens_per_second,
-        ceiling=_ceiling(length, lm.dtype, peak),
+        ratio_batch_1=_ratio(_fastest(one, 1), _fastest(others, 1)),
+        ratio_best_batch=_ratio(_fastest(one), _fastest(others)),
+        ratio_dynamic_batch_1=_ratio(_fastest(one, 1), _fastest(dynamic, 1)),
+        ceiling=ceiling(length, lm.dtype, peak),
         break_even_decodes=per_text / gain if per_text is not None and gain > 0 else None,
     )
+    return case, which
+
+
+def _fastest(timings: Sequence[Timing], batch: int | None = None) -> Timing:
+    found = [t for t in timings if batch in (None, t.batch)]
+    return max(found, key=lambda t: t.tokens_per_second)
+
+
+def _ratio(one: Timing, other: Timing) -> float:
+    return one.tokens_per_second / other.tokens_per_second
+
+
+def _longest(
+    lm: FrozenLM, name: str, settings: BenchSettings, exact: dict[int, list[bool]],
+    grid: Sequence[int], cases: Sequence[Case], peak: Peak,
+) -> Longest:  # fmt: skip
+    """Each mode at its own longest length; `exact` says which texts one forward gave back."""
+    clock = time.perf_counter()
+    generated: dict[int, list[bool]] = {}
+    for length in sorted(grid):
+        pieces = _texts(lm, settings, length)
+        fit = autoregressive.fit(lm, pieces, 1, recipe=_recipe(settings), progress=None)
+        generated[length] = fit.exact[:, 0].tolist()
+        if sum(generated[length]) * 2 < settings.texts:
+            break
+    spent = time.perf_counter() - clock
+    one_forward, one_by_one = (_by_text(found, settings.texts) for found in (exact, generated))
+    ours, theirs = (statistics.median_low(found) for found in (one_forward, one_by_one))
+    timings = {case.length: list(case.timings) for case in cases}
+    if theirs and theirs not in timings:
+        timings[theirs] = time_all(lm, None, theirs, peak, settings.vllm_python)
+    one = [t for t in timings.get(ours, []) if t.method == ONE]
+    others = [t for t in timings.get(theirs, []) if t.method != ONE]
+    both = bool(one and others)
+    return Longest(
+        model=name,
+        source=settings.text.stem if settings.text else "held-out novels",
+        one_forward=one_forward,
+        autoregressive=one_by_one,
+        grids=(tuple(sorted(exact)), tuple(sorted(grid))),
+        one_forward_length=ours,
+        autoregressive_length=theirs,
+        one_forward_timing=_fastest(one, 1) if one else None,
+        autoregressive_timing=_fastest(others, 1) if others else None,
+        autoregressive_fit_seconds_per_text=spent / settings.texts,
+        ratio_batch_1=_ratio(_fastest(one, 1), _fastest(others, 1)) if both else None,
+        ratio_best_batch=_ratio(_fastest(one), _fastest(others)) if both else None,
+    )
+
+
+def _by_text(exact: dict[int, list[bool]], texts: int) -> tuple[int, ...]:
+    """For each text the largest length up to which it is exact at every length of the grid."""
+    longest = [0] * texts
+    for length in sorted(exact):
+        for t in range(texts):
+            whole_so_far = longest[t] == max((n for n in exact if n < length), default=0)
+            if exact[length][t] and whole_so_far:
+                longest[t] = length
+    return tuple(longest)
 
 
 def _texts(lm: FrozenLM, settings: BenchSettings, length: int) -> list[list[int]]:
@@ -202,48 +290,6 @@ def _texts(lm: FrozenLM, settings: BenchSettings, length: int) -> list[list[int]
     if len(pieces) < settings.texts or len(pieces[-1]) < length:
         raise ValueError(f"text: {path} has fewer than {settings.texts} pieces of {length} tokens")
     return pieces
-
-
-def _time_all(
-    lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int, bytes_per_second: float
-) -> list[Timing]:
-    """All ways at all batch sizes; at each size the ways take turns, so that drift hits all."""
-    dtypes = [lm.dtype]
-    if lm.device.type == "cpu" and lm.dtype != torch.float32:
-        dtypes.append(torch.float32)  # at batch 1 the wider dtype can be the faster baseline
-    generate = {dtype: Generate(lm, dtype) for dtype in dtypes}
-    own = lm.body.family != "general"
-    engine = {dtype: Engine(lm, dtype) for dtype in dtypes if own}
-    timings = []
-    for batch in _BATCHES:
-        rows = vectors.expand(batch, -1, -1)
-        forward = functools.partial(decode_vectors, lm, rows, arrangement, length)
-        ways: dict[tuple[str, torch.dtype], Callable[[], object]] = {(_ONE, lm.dtype): forward}
-        for dtype, baseline in generate.items():
-            for cache in CACHES:
-                ways[f"generate, {cache} cache", dtype] = baseline.call(length, batch, cache)
-        for dtype, decoder in engine.items():
-            ways[_ENGINE, dtype] = decoder.call(length, batch)
-        seconds: dict[tuple[str, torch.dtype], list[float]] = {way: [] for way in ways}
-        for turn in range(4):
-            for way, call in ways.items():
-                spent = machine.once(call, lm.device)
-                if turn:  # the first warms up
-                    seconds[way].append(spent)
-        # A way that takes milliseconds needs more readings than one that takes seconds.
-        for way in [(_ONE, lm.dtype)] + [(_ENGINE, dtype) for dtype in engine]:
-            seconds[way] += machine.timed(ways[way], lm.device, 0.1)
-        for (method, dtype), readings in seconds.items():
-            low, middle, high = statistics.quantiles(readings, n=4)
-            share = None
-            if method == _ENGINE:
-                share = engine[dtype].bytes_read(length, batch) / middle / bytes_per_second
-            timings.append(
-                Timing(
-                    method, _name(dtype), batch, middle, (low, high), batch * length / middle, share
-                )
-            )
-    return timings
 
 
 def _profiled(lm: FrozenLM, settings: BenchSettings) -> ProfiledSteps | None:
@@ -282,15 +328,6 @@ def _step_seconds(
     return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
 
 
-def _ceiling(length: int, dtype: torch.dtype, peak: dict[str, float]) -> float:
-    """Largest ratio two efficient implementations can show at batch 1.
-
-    A decoding step reads each weight once, itemsize bytes, and a forward over N positions spends
-    2 N FLOPs on it; so the ratio is at most N, and at most FLOP/s over weights read a second / 2.
-    """
-    return min(length, peak["flops_per_second"] / 2 / (peak["bytes_per_second"] / dtype.itemsize))
-
-
 def figure(record: dict) -> str:
     """Tokens/s at batch 1 of every way, by model and length, as an SVG document."""
     bars = []
@@ -305,17 +342,26 @@ def figure(record: dict) -> str:
 
 
 def table(record: dict) -> str:
-    """The record as the table that is printed: one line a model and length."""
-    head = (
-        "model", "N", "exact", "fit s/text", "one fwd tok/s", "best AR tok/s (how)", "ratio",
-        "vs dynamic", "best batch", "ceiling", "break-even",
-    )  # fmt: skip
-    rows = [head]
+    """The record as what is printed: at equal length, at each mode's longest, and every way."""
+    blocks = ["At equal length, batch 1:", *_aligned(_equal_length(record))]
+    if record["longest"]:
+        blocks += ["", "Each mode at its own longest length (one forward against K = 1):"]
+        blocks += _aligned(_own_longest(record))
+    blocks += ["", "Every autoregressive way at batch 1 in tokens/s, strongest first:"]
+    blocks += [_every_way(case) for case in record["cases"]]
+    return "\n".join([*blocks, "", *_notes(record)])
+
+
+def _equal_length(record: dict) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (
+            "model", "N", "exact", "fit s/text", "one fwd", "tok/s", "of roof", "best AR tok/s",
+            "(how)", "ratio", "vs dynamic", "best batch", "ceiling", "break-even",
+        )
+    ]  # fmt: skip
     for c in record["cases"]:
-        at_1 = [t for t in c["timings"] if t["batch"] == 1]
-        one = next(t for t in at_1 if t["method"] == _ONE)
-        best = max((t for t in at_1 if t is not one), key=lambda t: t["tokens_per_second"])
-        how = best["method"].removeprefix("generate, ").removesuffix(" cache")
+        ways = _at_batch_1(c)
+        one, best = ways[:2]
         fit = c["fit_seconds_per_text"]
         rows.append(
             (
@@ -323,8 +369,11 @@ def table(record: dict) -> str:
                 str(c["length"]),
                 "–" if c["exact"] is None else f"{c['exact']}/{c['texts']}",
                 f"{c['step_seconds']:.3g} a step" if fit is None else f"{fit:.2f}",
+                f"{1e3 * one['seconds']:.2f} ms",
                 f"{one['tokens_per_second']:,.0f}",
-                f"{best['tokens_per_second']:,.0f} ({how}, {best['dtype']})",
+                _percent(one["share"]),
+                f"{best['tokens_per_second']:,.0f}",
+                _way(best),
                 f"{c['ratio_batch_1']:.1f}×",
                 f"{c['ratio_dynamic_batch_1']:.1f}×",
                 f"{c['ratio_best_batch']:.1f}×",
@@ -332,26 +381,98 @@ def table(record: dict) -> str:
                 "–" if c["break_even_decodes"] is None else f"{c['break_even_decodes']:,.0f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return rows
+
+
+def _own_longest(record: dict) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        (
+            "model", "source", "one fwd N (max)", "time", "tok/s", "AR N (max)", "time", "tok/s",
+            "ratio", "best batch",
+        )
+    ]  # fmt: skip
+
+    def mode(timing: dict | None) -> tuple[str, str]:
+        if timing is None:
+            return "–", "–"
+        return f"{1e3 * timing['seconds']:.2f} ms", f"{timing['tokens_per_second']:,.0f}"
+
+    for r in record["longest"]:
+        reached = []
+        for found, grid in zip((r["one_forward"], r["autoregressive"]), r["grids"], strict=True):
+            open_end = "≥ " if max(found) == grid[-1] else ""
+            reached.append(f"({open_end}{max(found)})")
+        ratio, best = r["ratio_batch_1"], r["ratio_best_batch"]
+        rows.append(
+            (
+                r["model"],
+                r["source"],
+                f"{r['one_forward_length']} {reached[0]}",
+                *mode(r["one_forward_timing"]),
+                f"{r['autoregressive_length']} {reached[1]}",
+                *mode(r["autoregressive_timing"]),
+                "–" if ratio is None else f"{ratio:.1f}×",
+                "–" if best is None else f"{best:.1f}×",
+            )
+        )
+    return rows
+
+
+def _at_batch_1(case: dict) -> list[dict]:
+    """Timings at batch 1: one forward, then the others, strongest first."""
+    found = sorted(
+        (t for t in case["timings"] if t["batch"] == 1),
+        key=lambda t: (t["method"] != ONE, -t["tokens_per_second"]),
+    )
+    assert found[0]["method"] == ONE
+    return found
+
+
+def _every_way(case: dict) -> str:
+    def one(t: dict) -> str:
+        of = f", {_percent(t['share'])} of bandwidth" if t["share"] is not None else ""
+        return f"{_way(t)} {t['tokens_per_second']:,.0f}{of}"
+
+    return f"{case['model']} N = {case['length']}: " + "; ".join(map(one, _at_batch_1(case)[1:]))
+
+
+def _way(timing: dict) -> str:
+    how = timing["method"].removeprefix("generate, ").removesuffix(" cache")
+    short = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+    return f"{how} {short.get(timing['dtype'], timing['dtype'])}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns of one width, the first to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[0] = row[0].ljust(widths[0])
         lines.append("  ".join(cells))
+    return lines
+
+
+def _notes(record: dict) -> list[str]:
     m = record["machine"]
     device = m["cuda device"] if m["cuda device"] != "none" else m["processor"]
     dtypes = ", ".join(sorted({c["dtype"] for c in record["cases"]}))
-    notes = [
+    return [
         f"{device}, {m['threads']} threads, torch {m['torch']}, "
         f"transformers {m['transformers']}, {dtypes}",
         "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
-        "ratio: batch 1, against the strongest autoregressive way here. vs dynamic: against",
-        "generate with its default cache, the paper's comparison. engine static-KV: prototok's own",
-        "decoder. best batch: each way at its best of " + ", ".join(map(str, _BATCHES)) + ".",
-        "ceiling: the most two efficient implementations can differ at batch 1 on this machine,",
-        "from its matrix and copy rates. break-even: decodes after which the fit has paid off.",
+        "of roof: of the time that this machine's matrix and copy rates allow. ratio: against the",
+        "strongest autoregressive way. vs dynamic: against generate with its default cache, the",
+        "paper's comparison. engine static-KV: prototok's own decoder. best batch: each way at its",
+        "best of " + ", ".join(map(str, BATCHES)) + ". ceiling: the most two efficient "
+        "implementations can differ by at batch 1",
+        "here. break-even: decodes after which the fit has paid off. longest length: of the median",
+        "text, in brackets of the best one.",
     ]  # fmt: skip
-    return "\n".join([*lines, "", *notes])
 
 
 def write(record: dict, out: Path) -> None:

@@ -39,6 +39,7 @@ _PROFILE = "Profile steps a … b−1 of the first fit, as a:b; docs/profiling.m
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show their spans."
 _TEXT = "Where the texts come from. Default: a held-out book in the package."
+_VLLM = "An interpreter that has vLLM, to time it as well."
 _OUT = "The record; the figure goes beside it."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
 _FILES = "CSV, LaTeX, SVG, PNG and PDF beside the page."
@@ -143,6 +144,7 @@ def bench(
     text: Annotated[Path | None, typer.Option(help=_TEXT)] = None,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
     profile: Annotated[str | None, typer.Option(help=_PROFILE)] = None,
+    vllm_python: Annotated[Path | None, typer.Option(help=_VLLM)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -158,7 +160,7 @@ def bench(
         raise ValueError(f"texts: {texts} is not a positive integer")
     settings = BenchSettings(
         tuple(model) if model else BUILT_IN, shape, _lengths(lengths), texts, text, recipe,
-        device, dtype, None if profile is None else step_range(profile),
+        device, dtype, None if profile is None else step_range(profile), vllm_python,
     )  # fmt: skip
     record = run_bench(settings, say=_say)
     write(record, out)

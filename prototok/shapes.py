@@ -52,6 +52,7 @@ SHAPES = {
     "llama-3.2-1b": lambda: _llama(2048, 8192, 16, 32, 32.0, True),
     "llama-3.2-3b": lambda: _llama(3072, 8192, 28, 24, 32.0, True),
     "llama-3.1-8b": lambda: _llama(4096, 14336, 32, 32, 8.0, False),
+    "smoke": lambda: _pythia(64, 2, 2),  # nobody's: to see whether a script runs
 }
 
 

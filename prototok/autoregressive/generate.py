@@ -141,17 +141,25 @@ def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None = None) 
     return _static_decoder(lm, rows, leading + length).generate(mem, length, first)
 
 
+def matrices(lm: FrozenLM) -> list[Tensor] | None:
+    """The weights that a position is multiplied with, head included; None in the general family."""
+    body = lm.body
+    if not isinstance(body, DecoderBody) or body.head is None:
+        return None
+    return [body.head] + [
+        weight
+        for layer in body.layers
+        for weight in (layer.qkv, layer.o, inner_projection(layer)[0], layer.down)
+    ]
+
+
 def bytes_read(lm: FrozenLM, rows: int, positions: int) -> int:
     """Bytes of weights and cache that decoding so many positions, one by one, must read."""
-    body = _body(lm)
-    assert body.head is not None
-    matrices = [body.head]
     cached = 0
-    for layer in body.layers:
-        matrices += [layer.qkv, layer.o, inner_projection(layer)[0], layer.down]
+    for layer in _body(lm).layers:
         seen = sum(min(p + 1, layer.window or p + 1) for p in range(positions))
         cached += 2 * rows * layer.kv_heads * layer.head_size * lm.dtype.itemsize * seen
-    return positions * sum(t.nbytes for t in matrices) + cached
+    return positions * sum(weight.nbytes for weight in matrices(lm) or []) + cached
 
 
 def _body(lm: FrozenLM) -> DecoderBody:
