@@ -28,7 +28,7 @@ from prototok.engine.recipe import FAST, Recipe
 from prototok.frozen_lm import FrozenLM
 
 GRID = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64)
-# Texts, cut, to which of them are exact and what the fit took, in seconds.
+# Texts, cut, to which of them are exact.
 Fit = Callable[[list[list[int]]], list[bool]]
 
 
@@ -73,8 +73,8 @@ def main() -> None:
                 f"H_LM {statistics.fmean(nats):.1f} nats; {seconds:.0f} s",
                 flush=True,
             )
-    record = provenance() | {"recipe": dataclasses.asdict(recipe), "cases": cases}
-    write(record, a.out)
+            # After every case: a run of hours that is cut off leaves what it has.
+            write(provenance() | {"recipe": dataclasses.asdict(recipe), "cases": cases}, a.out)
 
 
 def texts_of(lm: FrozenLM, path: Path, book: bool, length: int, count: int) -> list[list[int]]:
