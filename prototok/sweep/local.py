@@ -2,7 +2,7 @@
 
 The driver hands out lots, restarts a worker that died and ends when nothing is left. It keeps no
 state: what is done is in the run folder, so the driver may be killed and started again as well.
-Workers end with their driver. No torch in this module: a worker sets its threads before importing.
+Workers end with their driver. torch is imported late: a worker sets its threads before that.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
 
 def places_of(device: str, workers: int | None) -> list[tuple[str, tuple[int, ...]]]:
     """(device, cores) of each worker; ValueError for a device that is not there."""
-    import torch
-
-    count = torch.cuda.device_count()
+    count = 0 if device == "cpu" else _cuda_devices()
     found = device
     if device == "auto":
         found = "cuda" if count else "cpu"
@@ -133,6 +131,12 @@ def places_of(device: str, workers: int | None) -> list[tuple[str, tuple[int, ..
         return [("cpu", (cores[i % len(cores)],)) for i in range(number)]
     per = len(cores) // number
     return [("cpu", tuple(cores[i * per : (i + 1) * per])) for i in range(number)]
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _interrupt(signum: int, frame: object) -> None:
