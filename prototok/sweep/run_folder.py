@@ -148,10 +148,10 @@ class RunFolder:
         # Shards first: what compaction takes from here meanwhile is found there.
         for key in wanted:
             with contextlib.suppress(FileNotFoundError):
-                tables.append(pq.ParquetFile(self.path / "fits" / f"{key}.parquet").read())
+                tables.append(_read(self.path / "fits" / f"{key}.parquet"))
                 seen.add(key)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = pq.ParquetFile(path).read()
+            table = _read(path)
             keys = table["key"].to_pylist()
             own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
             tables.append(table.take(pa.array(own, pa.int64())))
@@ -170,9 +170,9 @@ class RunFolder:
         for path in sorted((self.path / "fits").glob("*.parquet")):
             if path.stem in planned:
                 seen.add(path.stem)
-                yield path.stem, pq.ParquetFile(path).read
+                yield path.stem, functools.partial(_read, path)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = pq.ParquetFile(path).read()
+            table = _read(path)
             places: dict[str, list[int]] = {}
             for i, key in enumerate(table["key"].to_pylist()):
                 places.setdefault(key, []).append(i)
@@ -294,7 +294,7 @@ class RunFolder:
         with self._locked():
             for experiment in dict.fromkeys(first.values()):
                 path = self.path / "compacted" / f"{experiment}.parquet"
-                tables = [pq.ParquetFile(path).read()] if path.exists() else []
+                tables = [_read(path)] if path.exists() else []
                 known = set(tables[0]["key"].to_pylist()) if tables else set()
                 shards = {
                     key: self.path / "fits" / f"{key}.parquet"
@@ -302,11 +302,7 @@ class RunFolder:
                     if name == experiment
                 }
                 shards = {key: shard for key, shard in shards.items() if shard.exists()}
-                tables += [
-                    pq.ParquetFile(shard).read()
-                    for key, shard in shards.items()
-                    if key not in known
-                ]
+                tables += [_read(shard) for key, shard in shards.items() if key not in known]
                 if not tables:
                     continue
                 table = pa.concat_tables(tables)
@@ -362,7 +358,7 @@ class RunFolder:
 
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
-        return pq.ParquetFile(path).read() if path.exists() else empty.empty_table()
+        return _read(path) if path.exists() else empty.empty_table()
 
 
 def require_place(path: Path) -> None:
@@ -390,6 +386,14 @@ def _keys_of(path: Path, inode: int, modified: int) -> set[str]:
     if at not in _cache:
         _cache[at] = set(pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist())
     return _cache[at]
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read()
+    except pa.ArrowException as error:
+        raise ValueError(f"run: {path} is not a whole Parquet file ({error})") from None
 
 
 def _writer(table: pa.Table) -> Callable[[Path], None]:

@@ -71,7 +71,7 @@ class Unit:
         """Units of equal `group()` can be fitted in one batch; the length may differ."""
         return (
             self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.recipe,
-            json.dumps(self.changes, sort_keys=True), self.share, self.timed,
+            json.dumps(self.changes, sort_keys=True), self.share, self.alone, self.timed,
         )  # fmt: skip
 
     @property

@@ -6,8 +6,6 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
-
 from prototok.sweep.run_folder import RunFolder, sha256_of
 
 
@@ -61,7 +59,7 @@ def _rows_by_unit(
     for key, read in run.shards():
         try:
             table = read()
-        except (pa.ArrowException, OSError) as error:
+        except (ValueError, OSError) as error:
             problems.append(f"{key}: its shard could not be read ({error})")
             continue
         rows = table.to_pylist()

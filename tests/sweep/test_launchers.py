@@ -1,0 +1,253 @@
+"""Sweeps as a user runs them: every launcher, killed and started again, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from prototok.sweep.local import LocalSettings, places_of
+from prototok.sweep.lots import to_do
+from prototok.sweep.run_folder import RunFolder
+
+KILLER = Path(__file__).resolve().parents[2] / "benchmarks" / "kill_sweep.py"
+CONFIG = """\
+models: tiny-llama
+sources: random
+texts: {texts}
+lengths: {length}
+share: none
+changes: {{max_steps: {steps}}}
+"""
+
+
+def sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "prototok", "sweep", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def planned(folder: Path, texts: int = 6, length: int = 2, steps: int = 150) -> RunFolder:
+    (folder / "c.yaml").write_text(CONFIG.format(texts=texts, length=length, steps=steps))
+    options = ("--preset", "small", "--config", "c.yaml", "-o", "run")
+    made = sweep(folder, "plan", "table3", *options)
+    assert made.returncode == 0, made.stderr
+    return RunFolder.open(folder / "run")
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def test_plan_run_status_verify_compact(tmp_path: Path) -> None:
+    planned(tmp_path)
+    for shard in ("0/2", "1/2"):
+        ran = sweep(tmp_path, "run", "run", "--shard", shard, "--workers", "1")
+        assert ran.returncode == 0, ran.stderr
+    shown = sweep(tmp_path, "status", "run")
+    assert shown.stdout.splitlines()[1].split() == ["table3", "6", "6", "0", "0"]
+    compacted = sweep(tmp_path, "compact", "run")
+    assert compacted.stdout.strip().endswith("run/compacted/table3.parquet")
+    assert pq.read_table(tmp_path / "run/compacted/table3.parquet").num_rows == 6
+    checked = sweep(tmp_path, "verify", "run", "--device", "cpu")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "6 units checked, 6 decoded again, 0 problems" in checked.stderr
+    again = sweep(tmp_path, "run", "run")
+    assert again.returncode == 0 and "0 of 0 units done now" in again.stderr
+    next((tmp_path / "run" / "tensors").iterdir()).write_bytes(b"x")
+    assert sweep(tmp_path, "verify", "run", "--sample", "0").returncode == 3
+
+
+def test_a_unit_that_kills_its_worker_is_recorded_and_can_be_retried(tmp_path: Path) -> None:
+    # One unit that takes long, whose worker is killed while it is at it.
+    run = planned(tmp_path, texts=1, length=200, steps=100_000)
+    command = [sys.executable, "-m", "prototok", "sweep", "run", "run", "--attempts", "2"]
+    driver = subprocess.Popen(
+        [*command, "--workers", "1", "--device", "cpu"], cwd=tmp_path, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    killed: list[int] = []
+    try:
+        for _ in range(2):
+            until(lambda: bool(set(busy_workers(driver.pid)) - set(killed)))
+            (pid,) = set(busy_workers(driver.pid)) - set(killed)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        said = driver.communicate(timeout=60)[1]
+    finally:
+        driver.kill()
+    assert driver.returncode == 3, said
+    (failure,) = run.failures().to_pylist()
+    assert failure["reason"] == "its worker died: SIGKILL" and failure["attempts"] == 2
+    assert to_do(run, None, retry_failed=False) == []
+    assert len(to_do(run, None, retry_failed=True)) == 1
+
+
+def busy_workers(driver: int) -> list[int]:
+    """Workers that have been computing for a while: past their imports, into their lot."""
+    found = []
+    for child in Path(f"/proc/{driver}/task/{driver}/children").read_text().split():
+        proc = Path("/proc") / child
+        try:
+            if (
+                b"spawn_main" in (proc / "cmdline").read_bytes()
+                and "model.safetensors"
+                in str([os.readlink(fd) for fd in (proc / "fd").iterdir()])
+                + (proc / "maps").read_text()
+            ):
+                found.append(int(child))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_was_committed_and_goes_on(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
+    run = planned(tmp_path, texts=40, length=4, steps=400)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "prototok", "sweep", "run", "run", "--workers", "1"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        until(lambda: len(run.done()) > 0)
+        driver.send_signal(sent)
+        said = driver.communicate(timeout=60)[1]
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, said
+    kept = run.done()
+    assert f"interrupted; {len(kept)} units are done in run" in said and 0 < len(kept) < 40
+
+
+def test_kills_of_workers_and_driver_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(KILLER), "--kills", "3", "--texts", "30"]
+    done = subprocess.run(
+        [*command, "--workers", "1", "--out", "kills.json"], cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert found["kills"] == 3 and found["units_seen_done_before_a_kill"] > 0
+    assert found["units_lost"] == found["units_left"] == found["rows_twice"] == 0
+
+
+def test_ray_actors_killed_at_work_lose_nothing(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    from prototok.sweep.ray import run_ray
+
+    run = planned(tmp_path, texts=60, length=3, steps=200)
+    env = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, runtime_env=env)
+    killed: list[int] = []
+
+    def kill_two() -> None:
+        for _ in range(2):
+            before = len(run.done())
+            until(lambda before=before: len(run.done()) > before)
+            for pid in actors_of(os.getpid())[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    killer = threading.Thread(target=kill_two, daemon=True)
+    killer.start()
+    try:
+        run_ray(run, to_do(run, None, False), LocalSettings("cpu", progress=False))
+    finally:
+        ray.shutdown()
+    killer.join(10)
+    assert len(killed) == 2
+    assert run.done() == set(run.units()) and run.fits().num_rows == len(run.units())
+    assert run.failures().num_rows == 0
+    assert {row["worker"] for row in run.fits().to_pylist()} <= {"ray 0", "ray 1"}
+
+
+def actors_of(ancestor: int) -> list[int]:
+    """Ray actors of this class that descend from a process."""
+    found = []
+    for proc in Path("/proc").iterdir():
+        if not proc.name.isdigit():
+            continue
+        try:
+            if not (proc / "cmdline").read_bytes().startswith(b"ray::Actor"):
+                continue
+            pid = int(proc.name)
+            while pid > 1 and pid != ancestor:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if pid == ancestor:
+            found.append(int(proc.name))
+    return found
+
+
+def test_slurm_jobs_do_their_shards(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="needs the extra `slurm`")
+    run = planned(tmp_path)
+    ran = sweep(
+        tmp_path, "run", "run", "--launcher", "slurm", "--workers", "2", "--slurm",
+        "cluster=local", "--slurm", "timeout_min=5",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert run.done() == set(run.units())
+    assert len(list((tmp_path / "run" / "slurm").glob("*_result.pkl"))) == 2
+
+
+def test_places_are_devices_or_parts_of_the_cores() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    assert places_of("cpu", 1) == [("cpu", tuple(cores))]
+    every = places_of("cpu", len(cores))
+    assert [place[1] for place in every] == [(core,) for core in cores]
+    with pytest.raises(ValueError, match="device: 'tpu' is not auto, cpu, cuda or cuda:N"):
+        places_of("tpu", None)
+    with pytest.raises(ValueError, match="device: 'cuda:99' was asked for and torch"):
+        places_of("cuda:99", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "table9", "-o", "r"], "experiment: 'table9' is not one of"),
+        (["plan", "table3", "-o", "r"], "source: none was given"),
+        (["plan", "table3", "-o", "full", "--preset", "small"], "full exists and is not a run"),
+        (["plan", "table3", "-o", "r", "--config", "no.yaml"], "config: no.yaml could not be read"),
+        (["plan", "figure4", "-o", "r", "--preset", "small", "--source", "random"], "no contexts"),
+        (["run", "nowhere"], "run: nowhere is not a run folder"),
+        (["run", "made", "--shard", "2/2"], "shard: '2/2' is not i/n"),
+        (["run", "made", "--launcher", "pbs"], "launcher: 'pbs' is not local, ray or slurm"),
+        (["run", "made", "--workers", "0"], "workers: 0 is not a positive integer"),
+        (["run", "made", "--slurm", "a=b"], "slurm: given beside the launcher 'local'"),
+        (["status", "full"], "run: full is not a run folder"),
+        (["verify", "made", "--sample", "-1"], "sample: -1 is negative"),
+        (["compact", "nowhere"], "run: nowhere is not a run folder"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_changes_nothing(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from prototok.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    RunFolder.create(tmp_path / "made")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", *arguments])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
