@@ -117,7 +117,8 @@ class RunFolder:
             both = pa.concat_tables([self.texts(), texts])
             first = {text: i for i, text in reversed(list(enumerate(both["text_id"].to_pylist())))}
             # Texts before the plan that names them, the list of experiments last.
-            self._replace("texts.parquet", _writer(both.take(sorted(first.values()))))
+            kept = pa.array(sorted(first.values()), pa.int64())
+            self._replace("texts.parquet", _writer(both.take(kept)))
             self._replace("plan.parquet", _writer(plan))
             found = self._json()
             found["experiments"][experiment] = settings
