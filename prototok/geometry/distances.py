@@ -97,16 +97,21 @@ class Curve:
 
 
 def binned_mean(x: Tensor, y: Tensor, bins: int = 10) -> Curve:
-    """Mean of y (P,) in `bins` bins of x (P,) that hold equally many pairs (Figure 5)."""
+    """Mean of y (P,) in at most `bins` bins of x (P,), cut at its quantiles (Figure 5).
+
+    Equal x share a bin, so where many are equal there are fewer bins.
+    """
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"y: shape {tuple(y.shape)} does not go with x of shape {tuple(x.shape)}")
-    order = x.argsort(stable=True)
-    parts = [part for part in order.tensor_split(bins) if len(part)]
-    groups = [(x[part].double(), y[part].double()) for part in parts]
+    x, y = x.double(), y.double()
+    cuts = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    edges = x.quantile(cuts).unique() if len(x) else x
+    place = torch.bucketize(x, edges, right=True)
+    groups = [(x[place == i], y[place == i]) for i in place.unique()]
     empty = torch.empty(0, dtype=torch.float64)
     return Curve(
         x=torch.stack([g.mean() for g, _ in groups]) if groups else empty,
         y=torch.stack([g.mean() for _, g in groups]) if groups else empty,
         std=torch.stack([g.std(correction=0) for _, g in groups]) if groups else empty,
-        count=torch.tensor([len(part) for part in parts], dtype=torch.int64),
+        count=torch.tensor([len(g) for g, _ in groups], dtype=torch.int64),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prototok.geometry.distances import CLASSES
+from prototok.geometry.distances import CLASSES, Pairs
 from prototok.geometry.text import tfidf_distances
 from prototok.report.results import Experiment, Fit, Results, best_seeds, longest, name_of
 from prototok.report.sections import distances, fastest
@@ -33,6 +33,7 @@ def findings(results: Results) -> list[Finding]:
 
 
 Verdict = tuple[str, str]
+_SHUFFLES = 999
 _NOT_MEASURED: Verdict = ("not measured", "–")
 
 
@@ -170,7 +171,7 @@ def _throughput(results: Results) -> Verdict:
 
 
 def _classes(results: Results) -> Verdict:
-    """Mean distance: same text < same context < different context."""
+    """Mean distance: same text < same context < different context, the last not by chance."""
     held, evidence = [], []
     for model, part in _by(results.get("figure4") or results.get("figure5"), "model"):
         fits = part.fits()
@@ -179,8 +180,10 @@ def _classes(results: Results) -> Verdict:
         pairs = distances(results, fits)
         means = [float(pairs.of(name).mean()) for name in CLASSES if len(pairs.of(name))]
         if len(means) == 3:
-            held.append(means[0] < means[1] < means[2])
-            evidence.append(f"{model}: " + " / ".join(f"{m:.3f}" for m in means))
+            _, chance = _gap(pairs, fits, None)
+            held.append(means[0] < means[1] < means[2] and chance < 0.05)
+            shown = " / ".join(f"{m:.3f}" for m in means)
+            evidence.append(f"{model}: {shown}, the last two p = {chance:.3f}")
     return _verdict(held, evidence)
 
 
@@ -196,16 +199,35 @@ def _same_context(results: Results) -> Verdict:
             continue
         pairs = distances(results, fits)
         texts = tfidf_distances([f["target_text"] or "" for f in fits])[pairs.first, pairs.second]
-        other = pairs.kind > 0
-        x = np.stack(
-            [np.ones(int(other.sum())), texts[other].numpy(), (pairs.kind[other] == 2).numpy()], 1
-        ).astype(float)
-        if len(np.unique(x[:, 2])) < 2:
-            continue
-        gap = float(np.linalg.lstsq(x, pairs.distance[other].numpy(), rcond=None)[0][2])
-        held.append(gap > 0)
-        evidence.append(f"{model}: different context further by {gap:+.4f}")
+        gap, chance = _gap(pairs, fits, texts.numpy())
+        held.append(gap > 0 and chance < 0.05)
+        evidence.append(f"{model}: different context further by {gap:+.4f} (p = {chance:.3f})")
     return _verdict(held, evidence)
+
+
+def _gap(pairs: Pairs, fits: Sequence[Fit], texts: np.ndarray | None) -> tuple[float, float]:
+    """How much further pairs of different contexts are, and the chance of as much by shuffling.
+
+    `texts` are distances of the texts whose linear influence is taken out first. Pairs share
+    solutions, so they are no independent sample; the contexts of the texts are shuffled instead.
+    """
+    names = list(dict.fromkeys(f["text_id"] for f in fits))
+    context = {f["text_id"]: f["context"] or f["text_id"] for f in fits}
+    place = np.array([names.index(f["text_id"]) for f in fits])
+    home = np.array([list(dict.fromkeys(context.values())).index(context[n]) for n in names])
+    other = (pairs.kind > 0).numpy()
+    a, b = place[pairs.first.numpy()[other]], place[pairs.second.numpy()[other]]
+    y = pairs.distance.numpy()[other]
+    base = np.ones((len(y), 1)) if texts is None else np.stack([np.ones_like(y), texts[other]], 1)
+
+    def gap(of: np.ndarray) -> float:
+        columns = np.hstack([base, (of[a] != of[b])[:, None]])
+        return float(np.linalg.lstsq(columns, y, rcond=None)[0][-1])
+
+    rng = np.random.default_rng(0)
+    shuffled = [gap(rng.permutation(home)) for _ in range(_SHUFFLES)]
+    seen = gap(home)
+    return seen, (1 + sum(g >= seen for g in shuffled)) / (1 + _SHUFFLES)
 
 
 def _paths(results: Results) -> tuple[list[dict], list[str]]:

@@ -76,8 +76,8 @@ def _hash(text: str) -> str:
 def _contents(title: str, origin: str, parts: Sequence[Section]) -> str:
     rows = [
         f'<li><span class="dot {part.state}"></span><a href="#{part.anchor}">{escape(part.code)} '
-        f"{escape(part.title)}</a><small>{escape(part.source)} · {escape(part.status)}<br>"
-        f"{escape(part.n)}</small></li>"
+        f"{escape(part.title)}</a><small>{escape(part.source)} · {escape(part.status)}"
+        f"{'' if part.state == 'none' else '<br>' + escape(part.n)}</small></li>"
         for part in parts
     ]
     return (

@@ -65,6 +65,9 @@ def test_binned_mean_averages_equal_shares() -> None:
     assert curve.x.tolist() == [1.5, 3.5, 5.5]
     assert curve.y.tolist() == [15, 35, 55]
     assert curve.std.tolist() == [5, 5, 5] and curve.count.tolist() == [2, 2, 2]
+    tied = binned_mean(torch.tensor([0.2, 1.0, 1.0, 1.0, 1.0]), torch.arange(5.0), bins=4)
+    assert tied.x.tolist() == pytest.approx([0.2, 1.0])
+    assert tied.y.tolist() == [0, 2.5] and tied.count.tolist() == [1, 4]
     assert len(binned_mean(x[:0], x[:0]).x) == 0
     assert len(binned_mean(x[:2], x[:2], bins=10).x) == 2
 
