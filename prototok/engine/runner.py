@@ -46,6 +46,7 @@ class Poll:
     loss: Tensor
     correct: Tensor
     margin: Tensor
+    written: torch.cuda.Event | None = None  # from when on all this is on the host
 
 
 class StepRunner:
@@ -55,9 +56,12 @@ class StepRunner:
     """
 
     burst = 1  # steps between two looks at the flags; on the CPU a look costs nothing
+    lags = False  # whether a poll gives the look before the last, so that nothing waits for it
 
     def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
         self.lm, self.slots, self.rows_per_forward = lm, slots, rows_per_forward
+        self.last: Poll | None = None
+        self.reopened: set[int] = set()  # groups of which `last` says what is no longer so
 
     def advance(self, steps: int) -> None:
         """Make this many steps, or queue them."""
@@ -65,9 +69,21 @@ class StepRunner:
             self._step()
 
     def poll(self) -> Poll | None:
-        """What the steps so far led to."""
+        """What the steps so far led to; where polls lag those before the last burst, if any."""
         with span("poll", self.lm.device):
-            return self._look()
+            look = self._look()
+        if not self.lags:
+            return look
+        poll, reopened = self.last, self.reopened
+        self.last, self.reopened = look, set()
+        if poll is None:
+            return None
+        if poll.written is not None:
+            poll.written.synchronize()
+        for u, unit in enumerate(poll.units):
+            if unit.group in reopened:
+                poll.done[u] = False
+        return poll
 
     def best_of(self, unit: int) -> list[Tensor]:
         """The best vectors of a unit that is done or spent, fp32, on the CPU."""
@@ -82,6 +98,8 @@ class StepRunner:
         """Let a unit that was done go on, now with `margin` to clear."""
         with self.changing():
             self.slots.reopen(unit, margin)
+        if self.last is not None:
+            self.reopened.add(self.slots.units[unit].group)
 
     def finish(self) -> None:
         """To be called before the slots are let go."""
@@ -124,6 +142,7 @@ class StepRunner:
             loss=copied(slots.loss, rows),
             correct=copied(slots.correct, rows),
             margin=copied(slots.margin, rows),
+            written=torch.cuda.current_stream().record_event() if slots.loss.is_cuda else None,
         )
 
 
@@ -137,6 +156,7 @@ class CapturedStep(StepRunner):
     """
 
     burst = 10
+    lags = True
 
     def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
         super().__init__(lm, slots, rows_per_forward)
@@ -151,26 +171,10 @@ class CapturedStep(StepRunner):
         self.graphs: dict[tuple[Window, int], torch.cuda.CUDAGraph] = {}
         self.ran: Counter[tuple[Window, int]] = Counter()  # without a graph
         self.capturing = True
-        self.last: tuple[Poll, torch.cuda.Event] | None = None
-        self.reopened: set[int] = set()  # groups whose flags in `last` are out of date
 
     def advance(self, steps: int) -> None:
         with torch.cuda.stream(self.stream):
             super().advance(steps)
-
-    def poll(self) -> Poll | None:
-        """The flags after the burst before the last one; None after the first."""
-        previous, reopened = self.last, self.reopened
-        with torch.cuda.stream(self.stream), span("poll", self.lm.device):
-            self.last, self.reopened = (self._look(), self.stream.record_event()), set()
-        if previous is None:
-            return None
-        poll, event = previous
-        event.synchronize()
-        for u, unit in enumerate(poll.units):
-            if unit.group in reopened:
-                poll.done[u] = False
-        return poll
 
     def best_of(self, unit: int) -> list[Tensor]:
         torch.cuda.current_stream(self.lm.device).wait_event(self.changed)
@@ -183,12 +187,12 @@ class CapturedStep(StepRunner):
             yield
         self.changed = self.stream.record_event()
 
-    def reopen(self, unit: int, margin: float) -> None:
-        super().reopen(unit, margin)
-        self.reopened.add(self.slots.units[unit].group)
-
     def finish(self) -> None:
         self.stream.synchronize()
+
+    def _look(self) -> Poll:
+        with torch.cuda.stream(self.stream):
+            return super()._look()
 
     def _step(self) -> None:
         key = self.slots.window, self.rows_per_forward

@@ -233,7 +233,7 @@ class Slots:
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for what the device is doing."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not len(tensor):
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
