@@ -13,13 +13,19 @@ if not torch.cuda.is_available():
 
 import prototok
 from prototok import FrozenLM
-from support import small_llama
+from support import DEVICES, small_llama
 
 
 @pytest.fixture(scope="session")
 def small_lm() -> FrozenLM:
     """A random Llama of 97 tokens in float32: quick, and hard to fit beyond a few tokens."""
     return prototok.load(small_llama(), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def any_lm(request: pytest.FixtureRequest) -> FrozenLM:
+    """The same on each kind of device there is."""
+    return prototok.load(small_llama(), device=request.param, dtype="float32")
 
 
 @pytest.fixture(scope="session")

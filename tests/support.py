@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import prototok
 from prototok import FrozenLM
+from prototok.fast_fit import FitEvent
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -26,6 +29,20 @@ def stories(count: int, lm: FrozenLM, length: int) -> list[str]:
     text = shared("corpora", "tinystories", "valid.txt").read_text(encoding="utf-8")
     found = [part for part in text.split("\n\n") if len(lm.encode(part)) >= length]
     return found[:count]
+
+
+def losses_by_step(lm: FrozenLM, texts: list, **options: object) -> dict[int, dict[int, float]]:
+    """Row → updates made → loss, of a fit: every step on the CPU, every tenth on CUDA."""
+    seen: dict[int, dict[int, float]] = {}
+
+    def note(event: FitEvent) -> None:
+        for row, step, loss in zip(
+            event.rows.tolist(), event.steps.tolist(), event.loss.tolist(), strict=True
+        ):
+            seen.setdefault(row, {})[step] = loss
+
+    prototok.fast_fit(lm, texts, callback=note, progress=False, **options)
+    return seen
 
 
 def small_llama(**changes: object) -> LlamaForCausalLM:

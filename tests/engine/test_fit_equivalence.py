@@ -12,21 +12,19 @@ import prototok
 from prototok import FrozenLM, Recipe
 from prototok.engine.recipe import PAPER
 from prototok.fast_fit import FitEvent
+from support import losses_by_step
 
 QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
 
 
-def losses_of(lm: FrozenLM, texts: list, steps: int, **options: object) -> dict[int, list[float]]:
-    """Row → loss at each of the first steps."""
-    seen: dict[int, list[float]] = defaultdict(list)
-
-    def note(event: FitEvent) -> None:
-        for row, loss in zip(event.rows.tolist(), event.loss.tolist(), strict=True):
-            seen[row].append(loss)
-
-    recipe = Recipe(max_steps=steps, margin=1e9)
-    prototok.fast_fit(lm, texts, recipe=recipe, callback=note, progress=False, **options)
-    return seen
+def losses_of(
+    lm: FrozenLM, texts: list, steps: int, **options: object
+) -> dict[int, dict[int, float]]:
+    """Row → updates made → loss, of the first steps."""
+    found = losses_by_step(lm, texts, recipe=Recipe(max_steps=steps, margin=1e9), **options)
+    looks = steps if lm.device.type == "cpu" else steps // 10
+    assert all(len(losses) == looks for losses in found.values())
+    return found
 
 
 def targets(count: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:
@@ -35,55 +33,55 @@ def targets(count: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("arrangement", ["e m*", "e m*+1", "e* m*", "(e m)*", "e*", "e2 m*+2"])
-def test_batched_losses_equal_single_fits(small_lm: FrozenLM, arrangement: str) -> None:
-    texts = [row[: 3 + i % 5] for i, row in enumerate(targets(16, 8, small_lm.vocab_size))]
-    together = losses_of(small_lm, texts, 20, arrangement=arrangement, batch_size=16)
+def test_batched_losses_equal_single_fits(any_lm: FrozenLM, arrangement: str) -> None:
+    texts = [row[: 3 + i % 5] for i, row in enumerate(targets(16, 8, any_lm.vocab_size))]
+    together = losses_of(any_lm, texts, 20, arrangement=arrangement, batch_size=16)
     for i in (0, 3, 7, 15):
-        alone = losses_of(small_lm, [texts[i]], 20, arrangement=arrangement)[0]
-        assert len(alone) == 20
-        assert together[i] == pytest.approx(alone, rel=2e-5)
+        alone = losses_of(any_lm, [texts[i]], 20, arrangement=arrangement)[0]
+        # On CUDA another batch size is another kernel, with sums in another order.
+        rel = 2e-5 if any_lm.device.type == "cpu" else 2e-4
+        assert together[i] == pytest.approx(alone, rel=rel)
 
 
-def test_batched_results_equal_single_fits(small_lm: FrozenLM) -> None:
-    texts = list(targets(16, 3, small_lm.vocab_size))
-    together = prototok.fast_fit(small_lm, texts, recipe=QUICK, batch_size=16)
+def test_batched_results_equal_single_fits(any_lm: FrozenLM) -> None:
+    texts = list(targets(16, 3, any_lm.vocab_size))
+    together = prototok.fast_fit(any_lm, texts, recipe=QUICK, batch_size=16)
     for i in range(0, 16, 3):
-        alone = prototok.fast_fit(small_lm, [texts[i]], recipe=QUICK)
+        alone = prototok.fast_fit(any_lm, [texts[i]], recipe=QUICK)
         assert alone.accuracy.item() == together.accuracy[i].item()
 
 
-def test_slots_refill_without_changing_results(small_lm: FrozenLM) -> None:
-    texts = [row[: 1 + i % 4] for i, row in enumerate(targets(12, 4, small_lm.vocab_size))]
-    wide = prototok.fast_fit(small_lm, texts, recipe=QUICK, batch_size=12)
-    narrow = prototok.fast_fit(small_lm, texts, recipe=QUICK, batch_size=3)
+def test_slots_refill_without_changing_results(any_lm: FrozenLM) -> None:
+    texts = [row[: 1 + i % 4] for i, row in enumerate(targets(12, 4, any_lm.vocab_size))]
+    wide = prototok.fast_fit(any_lm, texts, recipe=QUICK, batch_size=12)
+    narrow = prototok.fast_fit(any_lm, texts, recipe=QUICK, batch_size=3)
     assert torch.equal(wide.accuracy, narrow.accuracy)
     solved = wide.exact & narrow.exact
     assert int(solved.sum()) >= 8
     assert float((wide.steps - narrow.steps)[solved].abs().float().mean()) < 3
 
 
-def test_losses_are_those_of_torch_adamw(small_lm: FrozenLM) -> None:
+def test_losses_are_those_of_torch_adamw(any_lm: FrozenLM) -> None:
     """The paper's loop, written out with torch's own optimiser."""
     from prototok.engine.rows import initial_vectors, make_units
 
-    ids = targets(1, 6, small_lm.vocab_size)[0]
-    e, m = initial_vectors(make_units([ids], [0], None, None)[0], 1, small_lm.hidden_size, 1.0)
+    ids = targets(1, 6, any_lm.vocab_size)[0]
+    e, m = initial_vectors(make_units([ids], [0], None, None)[0], 1, any_lm.hidden_size, 1.0)
     e, m = e[0].requires_grad_(), m.requires_grad_()
     optimizer = torch.optim.AdamW([e, m], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     expected = []
     for _ in range(30):
-        logits = small_lm.logits(torch.cat([e, m.expand(5, -1)])[None])[0]
+        vectors = torch.cat([e, m.expand(5, -1)]).to(any_lm.device)
+        logits = any_lm.logits(vectors[None])[0].cpu()
         loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
         expected.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     recipe = Recipe(**{**vars(PAPER), "max_steps": 30, "margin": 1e9})
-    found: list[float] = []
-    prototok.fast_fit(
-        small_lm, [ids], recipe=recipe, callback=lambda event: found.append(event.loss.item())
-    )
-    assert found == pytest.approx(expected, rel=1e-4)
+    found = losses_by_step(any_lm, [ids], recipe=recipe)[0]
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-4)
+    assert len(found) >= 3
 
 
 def test_stored_vectors_are_the_ones_that_scored(small_lm: FrozenLM) -> None:
@@ -113,12 +111,12 @@ def test_early_stop_counts_the_updates_made(small_lm: FrozenLM) -> None:
 
 
 @pytest.mark.parametrize("share", ["m", "e"])
-def test_sharing_is_joint_and_the_unit_ends_as_one(small_lm: FrozenLM, share: str) -> None:
-    texts = targets(5, 2, small_lm.vocab_size)
+def test_sharing_is_joint_and_the_unit_ends_as_one(any_lm: FrozenLM, share: str) -> None:
+    texts = targets(5, 2, any_lm.vocab_size)
     fit = prototok.fast_fit(
-        small_lm, texts, share=share, group_size=2, seeds=2, recipe=QUICK, batch_size=5
+        any_lm, texts, share=share, group_size=2, seeds=2, recipe=QUICK, batch_size=5
     )
-    tokens, width = fit.tokens, small_lm.hidden_size
+    tokens, width = fit.tokens, any_lm.hidden_size
     shapes = {"e": (3, width), "m": (3, width)}
     other = {"e": tokens.m, "m": tokens.e}[share]
     assert getattr(tokens, share).shape == shapes[share]
@@ -126,17 +124,17 @@ def test_sharing_is_joint_and_the_unit_ends_as_one(small_lm: FrozenLM, share: st
     assert tokens.groups is not None and tokens.groups.tolist() == [0, 0, 1, 1, 2]
     for group in ([0, 1], [2, 3], [4]):
         assert len(set(fit.steps[group].flatten().tolist())) == 1
-    decoded = prototok.decode(small_lm, tokens).view(5, 2, 2)
+    decoded = prototok.decode(any_lm, tokens).view(5, 2, 2)
     assert ((decoded == texts[:, None]).sum(-1) == fit.correct).all()
 
 
-def test_shared_gradient_is_the_sum_over_the_group(small_lm: FrozenLM) -> None:
+def test_shared_gradient_is_the_sum_over_the_group(any_lm: FrozenLM) -> None:
     """Two copies of one text share m, in one forward and taking turns."""
-    ids = targets(1, 4, small_lm.vocab_size)
-    single = losses_of(small_lm, [ids[0], ids[0]], 10, share="m", batch_size=2)
-    turns = losses_of(small_lm, [ids[0], ids[0]], 10, share="m", batch_size=1)
+    ids = targets(1, 4, any_lm.vocab_size)
+    single = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=2)
+    turns = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=1)
     assert single[0] == pytest.approx(single[1], rel=1e-6)  # same targets, same seed, same e
-    assert turns[0] == pytest.approx(single[0], rel=1e-5)  # rows that take turns add up
+    assert turns[0] == pytest.approx(single[0], rel=1e-4)  # rows that take turns add up
 
 
 def test_running_out_of_memory_halves_the_rows_and_loses_none(
@@ -161,7 +159,7 @@ def test_running_out_of_memory_halves_the_rows_and_loses_none(
 
 
 def test_a_claim_that_does_not_hold_alone_goes_on(
-    small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+    any_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prototok import fast_fit as module
 
@@ -174,10 +172,10 @@ def test_a_claim_that_does_not_hold_alone_goes_on(
             return module.Verified(0.5, 1, -1.0, 1.0)
         return found
 
-    ids = targets(1, 2, small_lm.vocab_size)
-    first = prototok.fast_fit(small_lm, ids, recipe=QUICK)
+    ids = targets(1, 2, any_lm.vocab_size)
+    first = prototok.fast_fit(any_lm, ids, recipe=QUICK)
     monkeypatch.setattr(module, "_verify", strict)
-    fit = prototok.fast_fit(small_lm, ids, recipe=QUICK)
+    fit = prototok.fast_fit(any_lm, ids, recipe=QUICK)
     assert len(refusals) == 2
     assert fit.exact.item() and fit.steps.item() > first.steps.item()
     assert fit.margin.item() >= 2 * refusals[0]

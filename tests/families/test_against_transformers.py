@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import prototok
-from support import shared, small_llama
+from support import DEVICES, shared, small_llama
 from zoo import OWN, made
 
 GENERAL = {
@@ -68,37 +68,45 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
-def test_own_family_equals_transformers_in_fp32(name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_own_family_equals_transformers_in_fp32(name: str, device: str) -> None:
     model = made(OWN[name])
-    lm = prototok.load(model, device="cpu", dtype="float32")
+    lm = prototok.load(model, device=device, dtype="float32")
     assert lm.body.family in ("llama", "gpt_neox")
     embeds = embeds_for(model, torch.float32)
-    assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < 1e-4
+    ours, theirs = lm.logits(embeds.to(device)).cpu(), model(inputs_embeds=embeds).logits
+    assert relative_error(ours, theirs) < 1e-4
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
-def test_own_family_equals_transformers_in_fp64(name: str, double_norms: None) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_own_family_equals_transformers_in_fp64(name: str, device: str, double_norms: None) -> None:
     model = made(OWN[name]).double()
-    lm = prototok.load(model, device="cpu", dtype="float64")
+    lm = prototok.load(model, device=device, dtype="float64")
     embeds = embeds_for(model, torch.float64)
-    assert relative_error(lm.logits(embeds), model(inputs_embeds=embeds).logits) < 1e-9
+    ours, theirs = lm.logits(embeds.to(device)).cpu(), model(inputs_embeds=embeds).logits
+    assert relative_error(ours, theirs) < 1e-9
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", GENERAL)
-def test_other_models_go_the_general_way(name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_models_go_the_general_way(name: str, device: str) -> None:
     model = made(GENERAL[name])
-    lm = prototok.load(model, device="cpu", dtype="float32")
+    lm = prototok.load(model, device=device, dtype="float32")
     assert lm.body.family == "general"
     embeds = embeds_for(model, torch.float32)
-    torch.testing.assert_close(lm.logits(embeds), model(inputs_embeds=embeds).logits)
+    bounds = {} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
+    ours, theirs = lm.logits(embeds.to(device)).cpu(), model(inputs_embeds=embeds).logits
+    torch.testing.assert_close(ours, theirs, **bounds)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mamba"])
-def test_general_models_can_be_fitted(name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_general_models_can_be_fitted(name: str, device: str) -> None:
     torch.manual_seed(0)
-    lm = prototok.load(GENERAL[name](), device="cpu", dtype="float32")
+    lm = prototok.load(GENERAL[name](), device=device, dtype="float32")
     recipe = prototok.Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=300)
     fit = prototok.fast_fit(lm, [[5, 9], [7, 3]], seeds=4, recipe=recipe).best()
     assert bool(fit.exact.all())
@@ -117,11 +125,17 @@ def test_real_models_equal_transformers(name: str, double_norms: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
-def test_gradient_of_the_embeddings_equals_transformers(name: str, double_norms: None) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_the_embeddings_equals_transformers(
+    name: str, device: str, double_norms: None
+) -> None:
     model = made(OWN[name]).double()
-    lm = prototok.load(model, device="cpu", dtype="float64")
+    lm = prototok.load(model, device=device, dtype="float64")
     grads = []
-    for forward in (lm.logits, lambda x: model(inputs_embeds=x).logits):
+    for forward in (
+        lambda x: lm.logits(x.to(device)).cpu(),
+        lambda x: model(inputs_embeds=x).logits,
+    ):
         embeds = embeds_for(model, torch.float64).requires_grad_()
         forward(embeds).square().sum().backward()
         grads.append(embeds.grad)

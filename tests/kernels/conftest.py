@@ -11,24 +11,31 @@ import torch
 
 from prototok_kernels.backend import unavailable
 
-DEVICES = {
-    "torch": "cpu",
-    "cpu": "cpu",
-    "triton": "cuda" if torch.cuda.is_available() else "cpu",
-}
+CUDA = torch.cuda.is_available()
+# Plain torch runs on every device there is, each of the others on its own.
+CASES = {
+    "torch": ("torch", "cpu"),
+    "cpu": ("cpu", "cpu"),
+    "triton": ("triton", "cuda" if CUDA else "cpu"),
+} | ({"torch on cuda": ("torch", "cuda")} if CUDA else {})
 
 
-@pytest.fixture(params=list(DEVICES))
-def backend(request) -> str:
-    missing = unavailable(request.param, DEVICES[request.param])
+@pytest.fixture(params=list(CASES))
+def backend_and_device(request) -> tuple[str, str]:
+    missing = unavailable(*CASES[request.param])
     if missing:
         pytest.skip(missing)
-    return request.param
+    return CASES[request.param]
 
 
 @pytest.fixture
-def device(backend) -> str:
-    return DEVICES[backend]
+def backend(backend_and_device) -> str:
+    return backend_and_device[0]
+
+
+@pytest.fixture
+def device(backend_and_device) -> str:
+    return backend_and_device[1]
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])

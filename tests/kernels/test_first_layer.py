@@ -134,6 +134,16 @@ def torch_backend(*args: Any) -> Tensor:
     return first_layer(*args, backend="torch")
 
 
+# Where Triton runs: on the CPU by its interpreter.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def triton_backend(*args: Any) -> Tensor:
+    """On that device, from and to the CPU; gradients pass through."""
+    moved = [a.to(TRITON_DEVICE) if isinstance(a, (Tensor, DecoderLayer)) else a for a in args]
+    return first_layer(*moved, backend="triton").cpu()
+
+
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("case", CASES)
@@ -317,9 +327,8 @@ def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     layer = dataclasses.replace(layer, qkv_bias=loud).to(torch.float32)
     if backend == "triton":
         pytest.importorskip("triton")
-    implementations = {
-        "general": general, "found": lambda *args: first_layer(*args, backend=backend)
-    }  # fmt: skip
+    found = {"torch": torch_backend, "triton": triton_backend}[backend]
+    implementations = {"general": general, "found": found}
     errors = errors_against_fp64(layer, tables(33), 33, implementations)
     assert_as_good_as_general(errors, torch.float32)
 
@@ -338,14 +347,10 @@ def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     ]
     + [("llama-gqa", 70, torch.float32, 2), ("neox-parallel", 70, torch.bfloat16, None)],
 )
-def test_triton_by_interpreter(
-    case: str, length: int, dtype: torch.dtype, groups: int | None
-) -> None:
+def test_triton(case: str, length: int, dtype: torch.dtype, groups: int | None) -> None:
     pytest.importorskip("triton")
     layer, tables = CASES[case]
-    implementations = {
-        "general": general, "triton": lambda *args: first_layer(*args, backend="triton")
-    }  # fmt: skip
+    implementations = {"general": general, "triton": triton_backend}
     errors = errors_against_fp64(layer.to(dtype), tables(length), length, implementations, groups)
     assert_as_good_as_general(errors, dtype)
 
@@ -362,8 +367,8 @@ def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(torch.nan)
     )
-    a, b = (torch.randn(2, 3, 37, requires_grad=True) for _ in range(2))
-    span = torch.randn(2, 5, 19, requires_grad=True)
+    shapes = ((2, 3, 37), (2, 3, 37), (2, 5, 19))
+    a, b, span = (torch.randn(s, device=TRITON_DEVICE, requires_grad=True) for s in shapes)
     x, coef = affine_scan(a, b, span)
     grads = torch.autograd.grad(x.square().sum() + coef.square().sum(), (a, b, span))
     assert all(t.isfinite().all() for t in (x, coef, *grads))
@@ -504,4 +509,4 @@ def test_triton_refuses_fp64() -> None:
     layer, tables = CASES["neox-parallel"]
     e, m, _ = vectors(2)
     with pytest.raises(ValueError, match="float64"):
-        first_layer(e, m, None, 8, layer, *tables(8), backend="triton")
+        triton_backend(e, m, None, 8, layer, *tables(8))
