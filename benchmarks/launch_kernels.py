@@ -18,10 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok_kernels.activation import activation
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
+from prototok_kernels.attention import attention
 from prototok_kernels.first_layer import first_layer
 from prototok_kernels.layers import LlamaLayer, NeoXLayer
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
+from prototok_kernels.residual_norm import residual_norm
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,45 @@ def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
         torch.autograd.grad(h, (e, m), torch.randn_like(h))
 
 
+def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    """The passes between the products of a block, each way."""
+    n, d = size.length, size.width
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    weight, bias = (torch.randn(d, device=device).to(dtype) for _ in range(2))
+    for delta, shift in ((leaf(size.rows, n, d), bias), (None, None)):
+        x = leaf(size.rows, n, d)
+        added = None if delta is None else delta.to(dtype)
+        total, normed = residual_norm(x.to(dtype), added, weight, shift, 1e-5, "triton")
+        torch.autograd.grad((total.float().square() + normed.float()).sum(), x)
+    for name, gated in (("silu", True), ("gelu", False), ("gelu_new", False), ("relu", False)):
+        z = leaf(size.rows, n, (1 + gated) * size.inner)
+        shift = None if gated else torch.randn(size.inner, device=device).to(dtype)
+        out = activation(z.to(dtype), shift, name, gated, "triton")
+        torch.autograd.grad(out.float().sum(), z)
+    angle = torch.outer(
+        torch.arange(n, device=device), torch.rand(size.head_size // 4, device=device)
+    ).repeat(1, 2)  # half of each head is rotated
+    qkv = leaf(size.rows, n, (size.heads + 2 * size.kv_heads) * size.head_size)
+    mixed = attention(
+        qkv.to(dtype), angle.cos(), angle.sin(), heads=size.heads, kv_heads=size.kv_heads,
+        scaling=size.head_size**-0.5, backend="triton",
+    )  # fmt: skip
+    torch.autograd.grad(mixed.float().sum(), qkv)
+
+
 KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_head_kernel": head,
     "_adamw_kernel": optimiser,
     "affine_scan_forward_kernel": block,
     "affine_backward_kernel": block,
     "scan_backward_kernel": block,
+    "_residual_norm_kernel": passes,
+    "_residual_norm_backward_kernel": passes,
+    "_activation_kernel": passes,
+    "_rotary_kernel": passes,
 }
 
 
