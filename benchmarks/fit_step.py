@@ -1,0 +1,302 @@
+"""The fit step against plain transformers loops: text·steps per second, MFU, memory.
+
+    python benchmarks/fit_step.py --preset stories3m --model ../shared/models/stories3m
+    python benchmarks/fit_step.py --preset pythia-160m
+
+One text·step is one update of one text's e and m. Compared in turn, in one process and one dtype:
+
+* ours: the engine's step as `fast_fit` runs it (on CUDA one graph a step), B rows;
+* batched: transformers' forward of B rows, cross-entropy, autograd, torch's AdamW, argmax;
+* paper: the same loop with one row, as the paper runs it.
+
+Before anything is timed, our losses and gradients of one step must equal the batched loop's. The
+ratios are of text·steps per second, ours to theirs, median and quartiles over the rounds. FLOPs are
+4·P a token, P all matrix weights with the head; MFU is against the dense peak of the GPU, or on the
+CPU against a square product of this dtype measured here. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from record import RESULTS, provenance, write
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import prototok
+from prototok import FrozenLM, Recipe
+from prototok.allocator import keep_freed_memory
+from prototok.arrangement import Arrangement
+from prototok.engine.inputs import OneForward
+from prototok.engine.rows import make_units
+from prototok.engine.runner import StepRunner, step_runner
+from prototok.engine.slots import Capacity, Slots
+from prototok.machine import matmul_rate, once
+from prototok.shapes import SHAPES, random_model
+
+# Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+# How far ours may lie from the plain loop, relative: row losses, and the gradients' norm.
+TOLERANCES = {torch.bfloat16: (1e-2, 0.1), torch.float32: (1e-5, 1e-3)}
+
+
+@dataclass(frozen=True)
+class Size:
+    rows: int
+    length: int
+
+
+CPU = {"stories3m": Size(16, 64), "pythia-160m": Size(8, 128), "smoke": Size(2, 8)}
+CUDA = {
+    "stories3m": Size(512, 64), "pythia-160m": Size(256, 128), "pythia-410m": Size(128, 128),
+    "pythia-1.4b": Size(128, 128), "llama-3.2-1b": Size(64, 256), "llama-3.2-3b": Size(32, 256),
+    "llama-3.1-8b": Size(16, 256), "smoke": Size(2, 8),
+}  # fmt: skip
+
+
+def model_of(preset: str, folder: str | None, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """The plain model in bf16, and what it is."""
+    if folder is not None:
+        made = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return made.to(device).eval(), Path(folder).name
+    if preset in SHAPES:
+        return random_model(preset, device, torch.bfloat16), f"{preset} (random weights)"
+    torch.manual_seed(0)
+    small = preset == "smoke"
+    config = LlamaConfig(
+        vocab_size=128 if small else 4096, hidden_size=32 if small else 192,
+        intermediate_size=64 if small else 512, num_hidden_layers=2 if small else 6,
+        num_attention_heads=6 if not small else 2, num_key_value_heads=2, tie_word_embeddings=True,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    made.config.name_or_path = f"{preset} (random weights)"
+    return made, f"{preset} (random weights)"
+
+
+class PlainLoop:
+    """What a user of transformers writes for `rows` texts at once."""
+
+    def __init__(self, model: PreTrainedModel, targets: Tensor, e: Tensor, m: Tensor) -> None:
+        self.model, self.targets = model, targets
+        self.e, self.m = (t.detach().clone().requires_grad_() for t in (e, m))
+        self.optimizer = torch.optim.AdamW([self.e, self.m], lr=0.01, weight_decay=0.01)
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Row losses (R,), and the rows' accuracy."""
+        rows, length = self.targets.shape
+        inputs = torch.cat([self.e, self.m.expand(rows, length - 1, -1)], dim=1)
+        logits = self.model(inputs_embeds=inputs.to(self.model.dtype), use_cache=False).logits
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), self.targets.flatten(), reduction="none"
+        )
+        correct = (logits.detach().argmax(-1) == self.targets).float().mean(1)
+        return loss.view(rows, length).sum(1), correct
+
+    def step(self) -> None:
+        loss, _ = self.losses()
+        self.optimizer.zero_grad()
+        loss.sum().backward()
+        self.optimizer.step()
+
+
+def engine(lm: FrozenLM, targets: Tensor) -> StepRunner:
+    """The engine's runner with all texts in flight and no end to them."""
+    units = make_units(list(targets.cpu()), [0], None, None)
+    rows, length = targets.shape
+    recipe = Recipe(margin=1e9, max_steps=10**9, lr=0.01)
+    inputs = OneForward(Arrangement.parse("e m*"))
+    slots = Slots(lm, inputs, recipe, "auto", Capacity(rows, rows, length))
+    runner = step_runner(lm, slots, rows)
+    with runner.changing():
+        slots.admit(units)
+    return runner
+
+
+def gate(runner: StepRunner, plain: PlainLoop, dtype: torch.dtype) -> dict[str, float]:
+    """How far one step of ours is from the plain loop; SystemExit where that is too far."""
+    loss, _ = plain.losses()
+    grads = torch.autograd.grad(loss.sum(), (plain.e, plain.m))
+    runner.advance(1)
+    runner.finish()
+    slots = runner.slots
+    found, loss = slots.loss[: slots.rows], loss.detach()
+    worst = float(((found - loss).abs() / loss.abs()).max())
+    gaps = [
+        float((bank.grad[: slots.rows] - grad).norm() / grad.norm())
+        for bank, grad in zip(slots.banks, grads, strict=True)
+    ]
+    of_loss, of_grad = TOLERANCES[dtype]
+    if not (worst <= of_loss and max(gaps) <= of_grad):
+        raise SystemExit(
+            f"the step differs from the plain loop: losses by {worst:.2g} (allowed {of_loss:g}), "
+            f"gradients by {max(gaps):.2g} (allowed {of_grad:g})"
+        )
+    return {"loss": worst, "gradient": max(gaps)}
+
+
+def matrix_weights(model: PreTrainedModel) -> int:
+    """P: every matrix a token is multiplied with, the head included, the embedding table not."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    inner = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not embedding)
+    return inner + (head.numel() if head is embedding else 0)
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known, rate in PEAKS.items():
+        if known in name:
+            return rate, f"declared dense bf16 peak of {known}"
+    return matmul_rate(device, dtype), "a square product measured here"
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def flatness(runner: StepRunner, steps: int, seconds: float) -> dict[str, float]:
+    """Resident memory and page faults of `steps` further steps (fewer where `seconds` are over)."""
+    before, faults, clock = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt, 0.0
+    started, done = time.perf_counter(), 0
+    while done < steps and clock < seconds:
+        runner.advance(10)
+        done += 10
+        clock = time.perf_counter() - started
+    runner.finish()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return {
+        "steps": done,
+        "resident_bytes": before,
+        "grown_bytes": resident() - before,
+        "page_faults_per_step": faults / done,
+    }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def measure(
+    variants: dict[str, tuple[Callable[[], None], int]],  # what runs, and its text·steps
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Text·steps per second of each variant round by round, and on CUDA its peak of memory."""
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    memory: dict[str, int] = {}
+    repeats = {}
+    for name, (run, _) in variants.items():
+        for _ in range(3):
+            run()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        took = once(run, device)
+        if device.type == "cuda":
+            memory[name] = torch.cuda.max_memory_allocated(device)
+        repeats[name] = max(1, round(seconds / took))
+    for _ in range(rounds):
+        for name, (run, text_steps) in variants.items():
+            count = repeats[name]
+
+            def several(run: Callable[[], None] = run, count: int = count) -> None:
+                for _ in range(count):
+                    run()
+
+            rates[name].append(text_steps * count / once(several, device))
+    return rates, memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--preset", choices=list(CUDA), default="stories3m")
+    parser.add_argument("--model", help="folder of the model; without it the weights are random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, help="B; default by preset and device")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="a variant, in each round")
+    parser.add_argument("--flat-steps", type=int, default=500, help="0: not looked at")
+    parser.add_argument("--out", "--json", type=Path, help="default results/fit-step-PRESET.json")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    sizes = CUDA if device.type == "cuda" else CPU
+    if arguments.preset not in sizes:
+        parser.error(f"--preset {arguments.preset} is for CUDA; on the CPU: {', '.join(sizes)}")
+    size = sizes[arguments.preset]
+    rows, length = arguments.rows or size.rows, size.length
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    model, name = model_of(arguments.preset, arguments.model, device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    dtype = model.dtype
+    lm = prototok.load(model, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(lm.vocab_size, (rows, length), generator=generator).to(device)
+    runner = engine(lm, targets)
+    slots = runner.slots
+    e, m = (bank.values[:rows].clone() for bank in slots.banks)
+    batched = PlainLoop(model, targets, e, m)
+    paper = PlainLoop(model, targets[:1], e[:1], m[:1])
+    agreement = gate(runner, batched, dtype)
+    print(f"{name}, {rows} rows of {length} tokens, {dtype}, {device}; agreement {agreement}")
+
+    steps = runner.burst
+    rates, memory = measure(
+        {
+            "ours": (lambda: runner.advance(steps), rows * steps),
+            "batched": (batched.step, rows),
+            "paper": (paper.step, 1),
+        },
+        device, arguments.rounds, arguments.seconds,
+    )  # fmt: skip
+    runner.finish()
+    flops = 4 * matrix_weights(model) * length  # a text·step
+    peak, source = peak_of(device, dtype)
+    record = {
+        "benchmark": "fit_step",
+        **provenance(),
+        "preset": arguments.preset, "model": name, "rows": rows, "length": length,
+        "dtype": str(dtype).removeprefix("torch."), "device": str(device),
+        "agreement": agreement,
+        "text_steps_per_second": {n: quartiles(r) for n, r in rates.items()},
+        "step_ms": {n: 1e3 * (1 if n == "paper" else rows) / quartiles(r)[1]
+                    for n, r in rates.items()},
+        "ratio": {
+            other: quartiles([a / b for a, b in zip(rates["ours"], rates[other], strict=True)])
+            for other in ("batched", "paper")
+        },
+        "flops_per_text_step": flops, "peak_flops": peak, "peak_is": source,
+        "mfu": {n: flops * quartiles(r)[1] / peak for n, r in rates.items()},
+        "peak_memory_bytes": memory or {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        },
+    }  # fmt: skip
+    if device.type == "cpu" and arguments.flat_steps:
+        record["flatness"] = flatness(runner, arguments.flat_steps, 60.0)
+    for other in ("batched", "paper"):
+        low, middle, high = record["ratio"][other]
+        print(f"ours / {other}: {middle:.2f} x (quartiles {low:.2f}, {high:.2f})")
+    for variant, took in record["step_ms"].items():
+        share = record["mfu"][variant]
+        print(f"{variant:8} {took:9.2f} ms a step, {100 * share:5.1f} % of the peak ({source})")
+    write(record, arguments.out or RESULTS / f"fit-step-{arguments.preset}.json")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The fit-step benchmark runs, gates on correctness and reports ratios."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def fit_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fit_step
+
+    return fit_step
+
+
+def test_reports_ratios_on_the_smallest_preset(fit_step, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--rounds", "2", "--seconds", "0.05", "--flat-steps", "10", "--out", str(out)]
+    script = str(BENCHMARKS / "fit_step.py")
+    monkeypatch.setattr(sys, "argv", [script, "--preset", "smoke", "--device", "cpu", *options])
+    fit_step.main()
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert record == json.loads(out.read_text())
+    rates = record["text_steps_per_second"]
+    assert set(rates) == {"ours", "batched", "paper"}
+    for other in ("batched", "paper"):
+        low, middle, high = record["ratio"][other]
+        assert 0 < low <= middle <= high
+    # 2 blocks of 4 · 32² for q, k, v, o with two key-value heads and 3 · 32 · 64, and the head
+    assert record["flops_per_text_step"] == 4 * 8 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 128 * 32)
+    assert record["flatness"]["steps"] == 10
+
+
+def test_refuses_a_step_that_computes_something_else(fit_step, monkeypatch):
+    device = torch.device("cpu")
+    model, _ = fit_step.model_of("smoke", None, device)
+    lm = fit_step.prototok.load(model, device=device, dtype=model.dtype)
+    targets = torch.randint(lm.vocab_size, (2, 8))
+    runner = fit_step.engine(lm, targets)
+    e, m = (bank.values[:2].clone() for bank in runner.slots.banks)
+    plain = fit_step.PlainLoop(model, targets.flip(0), e, m)
+    with pytest.raises(SystemExit, match="differs from the plain loop"):
+        fit_step.gate(runner, plain, model.dtype)
