@@ -75,7 +75,8 @@ step tests 150 "${pytest[@]}" "${parallel[@]}" $(either "tests/kernels tests/eng
 
 for preset in pythia-160m llama-3.2-1b; do
     step "fit-step-$preset" 100 "$python" benchmarks/fit_step.py \
-        --preset "$(either $preset smoke)" --out "$out/fit-step-$preset.json"
+        --preset "$(either $preset smoke)" \
+        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$out/fit-step-$preset.json"
 done
 step kernels 90 "${pytest[@]}" benchmarks/kernels \
     $(either "--benchmark-only --benchmark-json=$out/kernels.json" "--benchmark-disable --collect-only")
@@ -114,7 +115,8 @@ step profile 40 "$python" -m prototok profile fit $(either "--shape pythia-160m 
 
 for preset in pythia-1.4b llama-3.1-8b; do
     step "fit-step-$preset" 100 "$python" benchmarks/fit_step.py \
-        --preset "$(either $preset smoke)" --out "$out/fit-step-$preset.json"
+        --preset "$(either $preset smoke)" \
+        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$out/fit-step-$preset.json"
 done
 
 echo

@@ -172,7 +172,7 @@ def main() -> None:
             return text_steps / seconds * statistics.median(whole[clock]) / (slots * burst)
 
         busy = [look for look in looks if look[2] == slots]
-        return provenance("python benchmarks/slots.py") | {
+        return provenance() | {
             "complete": compared is not None,
             "model": lm.identity.name.rsplit("/", 1)[-1],
             "dtype": str(lm.dtype).removeprefix("torch."),

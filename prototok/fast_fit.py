@@ -275,7 +275,7 @@ class _Collector:
             "dtype": str(self.lm.dtype).removeprefix("torch."),
             "device": self.lm.device.type,
             "backend": self.backend,
-            "attention": "sdpa" if self.lm.body.family != "general" else "transformers",
+            "attention": self.lm.attention,
             "family": self.lm.body.family,
             "prototok": prototok.__version__,
             "torch": torch.__version__,

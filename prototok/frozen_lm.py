@@ -6,10 +6,11 @@ Letters: B rows, N positions, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
-from prototok.families import Body, body_of
+from prototok.families import Body, DecoderBody, body_of
 
 BUILT_IN = ("tiny-llama", "tiny-neox")
 _FINGERPRINT_SAMPLES = 64
@@ -58,6 +59,7 @@ class FrozenLM:
         embedding: (V, d) input embedding matrix.
         context: positions the model was built for; None where it has no limit.
         dtype, device: of the weights and of the arithmetic between them.
+        attention: "sdpa", "flash" (the flash-attn package), or "transformers" for the general body.
     """
 
     identity: ModelIdentity
@@ -69,6 +71,7 @@ class FrozenLM:
     config: PreTrainedConfig = field(repr=False)
     source: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
+    attention: str = "sdpa"
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
 
     @property
@@ -135,6 +138,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    attention: str = "auto",
 ) -> FrozenLM:
     """Load and freeze a causal language model.
 
@@ -144,6 +148,8 @@ def load(
         device: "auto" takes CUDA where there is one.
         dtype: "auto" is bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32.
         revision: branch, tag or commit of a hub id; what it resolved to is in `identity.revision`.
+        attention: "auto" and "sdpa" leave it to torch, which on CUDA takes cuDNN's or its own Flash
+            kernel and on the CPU our C++; "flash" is the flash-attn package, CUDA and 16 bit alone.
 
     Only safetensors weights are read and no code of the repository is run.
 
@@ -176,7 +182,27 @@ def load(
         fingerprint=_fingerprint(source),
         tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
-    return _freeze(source, identity, tokenizer, device, dtype)
+    _require_attention(attention, device, dtype)
+    lm = _freeze(source, identity, tokenizer, device, dtype)
+    if attention != "flash":
+        return lm
+    if not isinstance(lm.body, DecoderBody):
+        raise ValueError(f"attention: 'flash' is not for {name}, which transformers runs")
+    return replace(lm, body=lm.body.flash(), attention="flash")
+
+
+def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where it is no such name, or what it names cannot be had."""
+    if attention not in ("auto", "sdpa", "flash"):
+        raise ValueError(f"attention: {attention!r} is not 'auto', 'sdpa' or 'flash'")
+    if attention != "flash":
+        return
+    if device.type != "cuda":
+        raise ValueError(f"attention: 'flash' needs a CUDA device, and this is {device}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: 'flash' computes in 16 bit, and the weights are {dtype}")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("attention: 'flash' needs the flash-attn package, which is not installed")
 
 
 def path_of(model: str) -> str:
@@ -203,9 +229,10 @@ def _freeze(
     context = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
+    body = body_of(source, device, dtype)
     return FrozenLM(
         identity=identity,
-        body=body_of(source, device, dtype),
+        body=body,
         embedding=_embedding(source).to(device, dtype),
         context=context,
         dtype=dtype,
@@ -213,6 +240,7 @@ def _freeze(
         config=config,
         source=source,
         tokenizer=tokenizer,
+        attention="sdpa" if isinstance(body, DecoderBody) else "transformers",
     )
 
 

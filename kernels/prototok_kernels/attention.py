@@ -172,9 +172,17 @@ def causal_attention(
     v: Tensor,  # (B, K, N, c)
     scaling: float,
     window: int | None = None,
+    flash: bool = False,
 ) -> Tensor:  # (B, N, H·c)
-    """Causal (sliding-window where given) attention by torch, heads merged."""
+    """Causal (sliding-window where given) attention by torch or by flash-attn, heads merged."""
     length, mask, dtype = q.shape[2], None, v.dtype
+    if flash:
+        from flash_attn import flash_attn_func
+
+        seen = (-1, -1) if window is None else (window - 1, 0)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=seen)
+        return out.flatten(2)
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         # Torch's bf16 attention backward on the CPU is an order of magnitude slower than its fp32
         # one; casting costs a fraction of the difference (docs/log.md has the figures).
@@ -212,29 +220,34 @@ def attention(
     kv_heads: int,
     scaling: float,
     window: int | None = None,
+    flash: bool = False,
     backend: str = "auto",
 ) -> Tensor:  # (B, N, H·c)
     """Causal self-attention with rotary positions, differentiable in qkv.
 
     A query sees `window` positions, its own included, or all before it (None). Heads of q that
     share a key-value head read it in place. "cpu" computes in fp32 and keeps nothing but qkv; with
-    "triton" q and k are rotated in place, so that **qkv is overwritten**, and torch attends.
+    "triton" q and k are rotated in place, so that **qkv is overwritten**, and torch attends, or
+    with `flash` the flash-attn package, which must be there; "cpu" has no use for it.
 
     Raises ValueError for a shape, dtype or backend that cannot be met.
     """
     resolved = resolve_for(backend, qkv)
     _check(qkv, cos, sin, heads, kv_heads, window)
+    if flash and resolved == "cpu":
+        raise ValueError("flash: backend 'cpu' attends by itself")
     if resolved == "torch":
         return attention_ref(
-            qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window
-        )
+            qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window,
+            flash=flash,
+        )  # fmt: skip
     length = qkv.shape[1]
     cos, sin = cos.float(), sin.float()
     if resolved == "triton":
         qkv = qkv.contiguous()
         q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return causal_attention(q, k, v, scaling, window)
+        return causal_attention(q, k, v, scaling, window, flash)
     size = qkv.shape[2] // (heads + 2 * kv_heads)
     # Beyond the length a window hides nothing.
     seen = length if window is None else min(window, length)
@@ -274,9 +287,10 @@ def attention_ref(
     kv_heads: int,
     scaling: float,
     window: int | None = None,
+    flash: bool = False,
 ) -> Tensor:
     """The same in plain torch."""
     length = qkv.shape[1]
     q, k, v = (t.transpose(1, 2) for t in _heads(qkv, heads, kv_heads))
     cos, sin = cos[:length].to(qkv.dtype), sin[:length].to(qkv.dtype)
-    return causal_attention(rotary(q, cos, sin), rotary(k, cos, sin), v, scaling, window)
+    return causal_attention(rotary(q, cos, sin), rotary(k, cos, sin), v, scaling, window, flash)

@@ -45,6 +45,7 @@ class DecoderLayer:
     eps: float  # of every norm in the block
     activation: str  # one of ACTIVATIONS
     window: int | None = None  # positions a query sees, its own included; None: all before it
+    flash: bool = False  # attend by the flash-attn package
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -177,7 +178,7 @@ def self_attention(
         qkv = torch.cat([q, k, v], dim=2).flatten(2)
     mixed = attention(
         qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
-        window=layer.window, backend=backend,
+        window=layer.window, flash=layer.flash, backend=backend,
     )  # fmt: skip
     return F.linear(mixed, layer.o, layer.o_bias)
 

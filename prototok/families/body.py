@@ -6,7 +6,7 @@ part of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,10 @@ class DecoderBody:
     norm_bias: Tensor | None  # (d,)
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
+
+    def flash(self) -> DecoderBody:
+        """The same body, attending by the flash-attn package."""
+        return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
     def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
         """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
