@@ -47,8 +47,7 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = trial(Path(folder), a.kills, a.texts, a.workers, random.Random(a.seed))
-    command = f"python benchmarks/kill_sweep.py --kills {a.kills} --texts {a.texts}"
-    write(provenance(command) | result, a.out)
+    write(provenance() | result, a.out)
     print(json.dumps(result))
     sound = result["kills"] == a.kills and result["exit_code"] == 0 and not any(
         result[name] for name in ("units_left", "units_lost", "units_changed", "rows_twice")
