@@ -3,9 +3,9 @@
     python benchmarks/sweep_scaling.py
 
 The same units, all of exactly as many steps (their goal cannot be reached), are done by one worker
-on one core and by two workers on two, in turn. `ratio` is of the rates between each worker's first batch and the last
-commit, so it leaves out starting Python and loading the model; `ratio_whole` is of the whole
-command's wall time.
+on one core and by two workers on two, in turn. `ratio` is of the rates between each worker's first
+batch and the last commit, so it leaves out starting Python and loading the model; `ratio_whole` is
+of the whole command's wall time.
 """
 
 from __future__ import annotations
