@@ -27,7 +27,7 @@ from reconstruction import NOVEL, STORIES
 from record import RESULTS, provenance
 
 import prototok
-from prototok import FrozenLM, Recipe
+from prototok import FrozenLM, Prior, Recipe
 from prototok.data import read_text
 from prototok.engine.recipe import FAST, PAPER
 from prototok.fast_fit import FitEvent
@@ -42,7 +42,6 @@ MODELS = {
     "tiny-llama": ("held_out", 16, (8, 11, 16, 22)),
     "tiny-neox": ("held_out", 8, (8, 11, 16, 22)),
 }
-BUDGET = 5000
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,13 @@ class Cell:
     length: int
     recipe: Recipe
     texts: int
+    prior: bool = False  # starts from `learn_shared` on texts that the model sampled itself
 
     @property
     def key(self) -> str:
         name, steps = self.recipe.name, self.recipe.max_steps
-        return f"{self.part} {self.model} {self.length} {name} {steps} {self.texts}"
+        start = " prior" if self.prior else ""
+        return f"{self.part} {self.model} {self.length} {name}{start} {steps} {self.texts}"
 
 
 def candidates() -> Iterator[Recipe]:
@@ -80,7 +81,7 @@ def candidates() -> Iterator[Recipe]:
         "eigenbasis": {"eigenbasis": True},
         "eigenbasis, lr 0.2": {"eigenbasis": True, "lr": 0.2},
         "eigenbasis, lr 0.05": {"eigenbasis": True, "lr": 0.05},
-        "eigenbasis, cycles from 150": {"eigenbasis": True, "cycle": 150},
+        "cycles from 300, 4500 steps": {"cycle": 300, "max_steps": 4500},
     }.items():
         yield dataclasses.replace(base, name=name, **changes)
 
@@ -88,18 +89,22 @@ def candidates() -> Iterator[Recipe]:
 def dev_cells() -> Iterator[Cell]:
     for model, (_, middle, _) in MODELS.items():
         for recipe in candidates():
-            yield Cell("dev", model, middle, recipe, 16)
+            yield Cell("dev", model, middle, recipe, 8)
+        for lr in (0.05, 0.07, 0.1):
+            recipe = dataclasses.replace(FAST, name=f"fast, lr {lr}", lr=lr, max_steps=900)
+            yield Cell("dev", model, middle, recipe, 8, prior=True)
 
 
 def test_cells() -> Iterator[Cell]:
-    """Both recipes in turn at each length, so that they share the machine's ups and downs."""
-    for model, (_, middle, _) in MODELS.items():
-        for recipe in (PAPER, FAST):
-            yield Cell("test", model, middle, dataclasses.replace(recipe, max_steps=BUDGET), 32)
-    for model, (_, _, lengths) in MODELS.items():
-        for length in lengths:
-            for recipe in (PAPER, FAST):
-                yield Cell("test", model, length, dataclasses.replace(recipe, max_steps=BUDGET), 6)
+    """The recipes in turn at each length, so that they share the machine's ups and downs."""
+    plain = dataclasses.replace(FAST, shipped_prior=False)
+    for texts, middle in ((16, True), (4, False)):
+        for model, (_, mid, around) in MODELS.items():
+            for length in (mid,) if middle else around:
+                yield Cell("test", model, length, PAPER, texts)
+                yield Cell("test", model, length, FAST, texts, prior=True)
+                if middle:
+                    yield Cell("test", model, length, plain, texts)
 
 
 def texts_of(lm: FrozenLM, path: Path, cell: Cell) -> list[list[int]]:
@@ -119,7 +124,7 @@ def texts_of(lm: FrozenLM, path: Path, cell: Cell) -> list[list[int]]:
     return [ids[i : i + n] for i in range(0, cell.texts * n, n)]
 
 
-def run_cell(lm: FrozenLM, cell: Cell, path: Path) -> dict:
+def run_cell(lm: FrozenLM, cell: Cell, path: Path, init: Prior | None) -> dict:
     texts = texts_of(lm, path, cell)
     first = [-1] * len(texts)  # the step at which all tokens were right in the batch
 
@@ -130,12 +135,13 @@ def run_cell(lm: FrozenLM, cell: Cell, path: Path) -> dict:
             if right == cell.length and first[row] < 0:
                 first[row] = step
 
-    fit = prototok.fast_fit(lm, texts, recipe=cell.recipe, progress=True, callback=note)
+    fit = prototok.fast_fit(lm, texts, recipe=cell.recipe, init=init, progress=True, callback=note)
     return {
         "part": cell.part,
         "model": cell.model,
         "length": cell.length,
         "recipe": dataclasses.asdict(cell.recipe),
+        "prior": cell.prior,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "exact": fit.exact[:, 0].tolist(),
         "accuracy": [round(a, 4) for a in fit.accuracy[:, 0].tolist()],
@@ -145,6 +151,15 @@ def run_cell(lm: FrozenLM, cell: Cell, path: Path) -> dict:
         "seconds": [round(s, 3) for s in fit.seconds[:, 0].tolist()],
         "commit": provenance("")["commit"],
     }
+
+
+def prior_of(lm: FrozenLM, path: Path, cell: Cell) -> Prior | None:
+    """Learned from 32 texts that the model sampled itself, once, and kept in a file."""
+    if not cell.prior:
+        return None
+    if not path.exists():
+        prototok.learn_shared(lm, progress=True).save(path)
+    return Prior.load(path)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -171,6 +186,7 @@ def median_interval(values: list[float], draws: int = 2000) -> tuple[float, floa
 def summary_of(row: dict) -> dict:
     """What is reported of a cell; steps of unsolved texts count as infinite (None)."""
     censored = [s if e else math.inf for s, e in zip(row["steps"], row["exact"], strict=True)]
+    right = [f if f >= 0 else math.inf for f in row["first_right"]]
     seconds = [s if e else math.inf for s, e in zip(row["seconds"], row["exact"], strict=True)]
 
     def shown(value: float) -> float | None:
@@ -180,7 +196,7 @@ def summary_of(row: dict) -> dict:
         "part": row["part"],
         "model": row["model"],
         "length": row["length"],
-        "recipe": row["recipe"]["name"],
+        "recipe": row["recipe"]["name"] + (" + prior" if row["prior"] else ""),
         "max_steps": row["recipe"]["max_steps"],
         "texts": len(censored),
         "exact": sum(row["exact"]),
@@ -188,6 +204,7 @@ def summary_of(row: dict) -> dict:
         "at_099": sum(a >= 0.99 for a in row["accuracy"]),
         "accuracy": sum(row["accuracy"]) / len(censored),
         "steps_quartiles": [shown(quantile(censored, q)) for q in (0.25, 0.5, 0.75)],
+        "first_right_quartiles": [shown(quantile(right, q)) for q in (0.25, 0.5, 0.75)],
         "steps_interval": [shown(x) for x in median_interval(censored)],
         "seconds_median": shown(quantile(seconds, 0.5)),
     }
@@ -234,6 +251,7 @@ def main() -> None:
     parser.add_argument("part", choices=["dev", "test", "summary"])
     parser.add_argument("--shared", type=Path, help="folder with models/ and corpora/")
     parser.add_argument("--only", default="", help="cells whose key holds this")
+    parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipes.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,7 +268,8 @@ def main() -> None:
             models[cell.model] = prototok.load(cell.model if own else folder)
         source = MODELS[cell.model][0]
         path = folder / "held_out.txt" if own else a.shared / source
-        row = run_cell(models[cell.model], cell, path)
+        init = prior_of(models[cell.model], a.priors / f"{cell.model}.safetensors", cell)
+        row = run_cell(models[cell.model], cell, path, init)
         record = load(a.out)
         record["cells"][cell.key] = row
         save(record, a.out)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prototok.frozen_lm import load as load
     from prototok.geometry.paths import connect as connect
     from prototok.geometry.paths import interpolate as interpolate
+    from prototok.learn_shared import learn_shared as learn_shared
     from prototok.metrics import information as information
     from prototok.prior import Prior as Prior
     from prototok.proto_tokens import ProtoTokens as ProtoTokens
@@ -38,6 +39,7 @@ _HOME = {
     "decode": "prototok.decode",
     "fast_fit": "prototok.fast_fit",
     "information": "prototok.metrics",
+    "learn_shared": "prototok.learn_shared",
     "interpolate": "prototok.geometry.paths",
     "load": "prototok.frozen_lm",
 }

@@ -24,7 +24,7 @@ from prototok.engine.rows import Unit, make_units
 from prototok.engine.run import Finished, FitEvent, run
 from prototok.fit_result import FitInterrupted, FitResult
 from prototok.frozen_lm import FrozenLM
-from prototok.prior import Prior
+from prototok.prior import Prior, shipped_prior
 from prototok.progress import Progress
 from prototok.proto_tokens import ProtoTokens
 from prototok.targets import Texts, targets_of
@@ -64,7 +64,8 @@ def fast_fit(
         seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
         arrangement: where e and m stand, see `prototok.arrangement.Arrangement`.
         recipe: "fast", "paper", or a `Recipe`.
-        init: where vectors start, from `prototok.learn_shared`; None leaves it to the recipe.
+        init: where vectors start, from `prototok.learn_shared`; None leaves it to the recipe, and
+            "fast" then starts built-in models from the prior they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -152,6 +153,8 @@ def fit_units(
         return all(c.accuracy >= recipe.accuracy for c in checked)
 
     lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
+    if init is None and recipe.shipped_prior and arrangement.is_pair:
+        init = shipped_prior(lm)
     inputs = OneForward(arrangement, prior=init)
     for finished in run(lm, units, inputs, recipe, batch_size, backend, confirm, observe):
         yield finished, verified.pop(finished.unit.group)

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prototok.frozen_lm import FrozenLM, ModelIdentity
+from prototok.frozen_lm import BUILT_IN, FrozenLM, ModelIdentity
 
+FILE = "prior.safetensors"
 _FORMAT = "prototok.prior"
 _VERSION = 1
 
@@ -97,3 +98,11 @@ class Prior:
         return cls(
             tensors["mean"], tensors["std"], tensors.get("basis"), model, header["provenance"]
         )
+
+
+def shipped_prior(lm: FrozenLM) -> Prior | None:
+    """The prior in the package for the model that `lm` holds; None where there is none."""
+    if lm.identity.name not in BUILT_IN:
+        return None
+    path = Path(__file__).parent / "models" / lm.identity.name / FILE
+    return Prior.load(path) if path.exists() else None

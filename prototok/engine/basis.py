@@ -35,10 +35,8 @@ _known: WeakKeyDictionary[FrozenLM, Tensor] = WeakKeyDictionary()
 
 
 def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> Prior | None:
-    """`init` with a basis just where the recipe asks for one; where none is given, the recipe's."""
-    if not recipe.eigenbasis:
-        return None if init is None else replace(init, basis=None)
-    if init is not None and init.basis is not None:
+    """`init`, or the recipe's own start; with a basis where the recipe asks for one."""
+    if not recipe.eigenbasis or (init is not None and init.basis is not None):
         return init
     basis = eigenbasis(lm, backend)
     if init is not None:
