@@ -149,7 +149,7 @@ def run_cell(lm: FrozenLM, cell: Cell, path: Path, init: Prior | None) -> dict:
         "first_right": first,
         "margin": [round(m, 3) for m in fit.margin[:, 0].tolist()],
         "seconds": [round(s, 3) for s in fit.seconds[:, 0].tolist()],
-        "commit": provenance("")["commit"],
+        "commit": provenance()["commit"],
     }
 
 
@@ -215,7 +215,7 @@ def load(path: Path) -> dict:
 
 
 def save(record: dict, path: Path) -> None:
-    record |= provenance("python benchmarks/recipes.py --shared ../shared test")
+    record |= provenance()
     record["summary"] = [summary_of(row) for row in record["cells"].values()]
     temporary = path.with_suffix(".tmp")
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]

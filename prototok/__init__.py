@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prototok import autoregressive as autoregressive
+    from prototok.capacity import capacity as capacity
     from prototok.decode import decode as decode
     from prototok.engine.recipe import Recipe as Recipe
     from prototok.fast_fit import fast_fit as fast_fit
@@ -35,6 +36,7 @@ _HOME = {
     "ProtoTokens": "prototok.proto_tokens",
     "Recipe": "prototok.engine.recipe",
     "autoregressive": "prototok.autoregressive",
+    "capacity": "prototok.capacity",
     "connect": "prototok.geometry.paths",
     "decode": "prototok.decode",
     "fast_fit": "prototok.fast_fit",

@@ -136,6 +136,43 @@ def decode(
 
 
 @app.command()
+def capacity(
+    book: Annotated[Path, typer.Argument(help="A plain-text file in UTF-8.")],
+    model: Model = "tiny-llama",
+    texts: Annotated[int, typer.Option(help="Texts, cut from the book one after another.")] = 8,
+    longest: Annotated[int, typer.Option(help="Tokens a text.")] = 128,
+    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    restarts: Annotated[int, typer.Option(help="Fresh starts after a failure.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV, one line a text.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Find the longest prefix of each text that comes back, exactly and at accuracy 0.99."""
+    from prototok.capacity import GRID
+    from prototok.capacity import capacity as find_capacity
+    from prototok.data import chunks, read_text
+    from prototok.frozen_lm import load
+
+    if texts < 1:
+        raise ValueError(f"texts: {texts} is not a positive integer")
+    if longest < GRID[0]:
+        raise ValueError(f"longest: {longest} is less than {GRID[0]}, the first of the grid")
+    text = read_text(book)
+    lm = load(model, device, dtype)
+    pieces = chunks(lm, text, longest, texts)
+    found = find_capacity(lm, pieces, recipe=recipe, restarts=restarts, progress=True)
+    lines = ["text,exact,at_099,ended,steps,seconds"]
+    for t in range(len(pieces)):
+        lines.append(
+            f"{t},{int(found.exact[t])},{int(found.at_099[t])},{int(found.ended[t])},"
+            f"{int(found.steps[t])},{float(found.seconds[t]):.2f}"
+        )
+    if out is not None:
+        out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+@app.command()
 def bench(
     model: Annotated[list[str] | None, typer.Option(help=_BENCH_MODEL)] = None,
     shape: Annotated[str | None, typer.Option(help=_SHAPE)] = None,

@@ -165,7 +165,9 @@ class Slots:
 
     def _initial(self, unit: Unit) -> tuple[Tensor, Tensor]:
         """e (n_e, K, d) and m (n_m, d) of a unit, fp32, on the CPU."""
-        prior = self.inputs.prior
+        prior, start = self.inputs.prior, unit.rows[0].start
+        if start is not None:
+            return start[None, : self.inputs.leading], start[-1:]
         if prior is None:
             return initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
         e, m = initial_vectors(unit, self.inputs.leading, self.width, 1.0)
