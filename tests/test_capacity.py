@@ -29,7 +29,7 @@ def test_agrees_with_one_fit_a_length(small_lm: FrozenLM, ids: torch.Tensor) -> 
         by_grid[fit.exact[:, 0]] = place
     place = torch.tensor([GRID.index(n) for n in found.exact.tolist()])
     assert int((place - by_grid).abs().max()) <= 1
-    assert 1 <= int(place.min()) and int(place.min()) < len(GRID) - 1  # a capacity, not an end
+    assert 1 <= int(place.min()) < len(GRID) - 1  # a capacity, not an end
     assert torch.equal(found.exact, found.at_099)  # below 100 tokens 0.99 is all of them
     assert torch.equal(found.ended, found.exact == GRID[-1])
 
