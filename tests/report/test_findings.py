@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
 from prototok.geometry import pair_distances
-from prototok.report.findings import _gap
+from prototok.report.findings import _curve_stays, _gap
+from prototok.report.results import Results
+from report.made_up import PATHS
 
 
 def fits_of(texts: int, contexts: int) -> list[dict]:
@@ -37,3 +41,13 @@ def test_what_the_texts_explain_is_taken_out_first() -> None:
     gap, _ = _gap(follows, fits, texts)
     assert abs(gap) < 1e-9
     assert _gap(follows, fits, None)[0] > 0.1
+
+
+def test_curves_cut_short_refute_nothing() -> None:
+    def verdict(updates: int) -> str:
+        group = copy.deepcopy(PATHS["groups"][0])
+        group["curve"]["accuracy"][0] = group["curve"]["accuracy"][1] = [1.0, 0.75, 1.0]
+        group["settings"]["max_steps"] = updates
+        return _curve_stays(Results(None, {}, {"paths": {"groups": [group]}}))[0]  # type: ignore[arg-type]
+
+    assert verdict(100) == "undecided" and verdict(5000) == "does not hold"

@@ -134,8 +134,11 @@ def test_findings_follow_the_numbers(results: Results) -> None:
     assert found["A text with an m of its own reaches further than with a shared one."].verdict == (
         "not measured"
     )
+    # The novel has a unit missing and one failed: what is there would be better than it is.
+    assert found["Random text: fewer tokens come back, and more nats."].verdict == "not measured"
+    assert found["A quadratic Bezier curve stays inside."].verdict == "holds"
     assert found["The curve is at most 1.2 times as long as the segment."].evidence == (
-        "tiny-llama: at most 1.15"
+        "tiny-llama: at most 1.15 (3 curves that stay)"
     )
 
 
