@@ -104,8 +104,7 @@ inline float softmax_row(float* x, std::int64_t first, std::int64_t last, std::i
     store(x + j, value);
     best = larger(value, best);
   }
-  float top = -kInfinity;
-  for (int i = 0; i < kLanes; ++i) top = best[i] > top ? best[i] : top;
+  const float top = lane_maximum<kLanes>(best);
   Floats sum = {};
   for (std::int64_t j = 0; j < columns; j += kLanes) {
     const Floats value = exp2_nonpositive(load(x + j) - top);

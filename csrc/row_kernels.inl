@@ -99,6 +99,17 @@ inline float lane_sum(typename Lanes<kCount>::type value) {
   }
 }
 
+template <int kCount>
+inline float lane_maximum(typename Lanes<kCount>::type value) {
+  if constexpr (kCount == 2) {
+    return value[0] > value[1] ? value[0] : value[1];
+  } else {
+    typename Lanes<kCount / 2>::type halves[2];
+    __builtin_memcpy(halves, &value, sizeof value);
+    return lane_maximum<kCount / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  }
+}
+
 inline float load_one(const float* from) { return *from; }
 
 inline float load_one(const bf16* from) {
