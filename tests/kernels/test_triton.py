@@ -110,8 +110,7 @@ CASES |= {
          "BLOCK": 1024},
         4,
     )
-    for kind in ("silu", "gelu")
-    for backward in (False, True)
+    for kind, backward in (("silu", False), ("silu", True), ("gelu", True))
 }  # fmt: skip
 MODULES = {
     "head": linear_cross_entropy,
