@@ -91,7 +91,7 @@ if command -v compute-sanitizer >/dev/null && compute-sanitizer --help 2>&1 | gr
 fi
 for tool in memcheck racecheck; do
     if [ $dry ]; then
-        step $tool 60 "${launch[@]}"
+        step $tool 60 "${launch[@]}" $([ $tool = memcheck ] || echo --names) # once is enough
     elif have compute-sanitizer $tool; then
         # Every allocation by itself, or a write past the end of one stays within torch's pool.
         step $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
@@ -100,12 +100,12 @@ for tool in memcheck racecheck; do
 done
 
 step throughput 90 "$python" benchmarks/throughput.py \
-    $(either "" "--shape smoke") --out "$out/throughput.json"
+    --shape $(either "llama-3.2-1b --lengths 128,256" "smoke --lengths 4") --out "$out/throughput.json"
 step slots 60 "$python" benchmarks/slots.py --texts $(either 512 4) --slots $(either 64 2) \
     --length $(either 8 2) --singles $(either 8 1) --max-steps $(either 1500 5) --out "$out/slots.json"
 
 if [ $dry ]; then
-    step ncu 60 "${launch[@]}" --size small
+    step ncu 60 "${launch[@]}" --size real --names
 elif have ncu ncu; then
     step ncu 60 ncu --clock-control none --set detailed --kernel-name "regex:^($(paste -sd'|' <<<"$names"))" \
         --launch-count 12 "${launch[@]}" --size real
