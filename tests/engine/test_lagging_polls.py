@@ -46,11 +46,12 @@ def fit(lm: FrozenLM, share: str | None, **changes: object) -> FitResult:
 def test_results_are_the_same(
     small_lm: FrozenLM, share: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = fit(small_lm, share)
+    steps = 400 if share is None else 100
+    at_once = fit(small_lm, share, max_steps=steps)
     as_on_cuda(monkeypatch)
-    late = fit(small_lm, share)
+    late = fit(small_lm, share, max_steps=steps)
     assert torch.equal(late.exact, at_once.exact)
-    assert int(late.exact.sum()) >= 5
+    assert int(late.exact.sum()) >= (5 if share is None else 2)
     # Not one update more: what is done on the device moves no further until it is seen.
     apart = (late.steps - at_once.steps)[at_once.exact].abs()
     assert float(apart.float().median()) == 0 and int(apart.max()) <= 3
