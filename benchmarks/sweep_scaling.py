@@ -5,8 +5,9 @@
 The same units, all of exactly as many steps (their goal cannot be reached), are done by one worker
 on one core and by two workers on two, in turn. `ratio` is of the rates between each worker's first
 batch and the last commit, so it leaves out starting Python and loading the model; `ratio_whole` is
-of the whole command's wall time. Processor seconds tell the one cause of a low ratio from the other:
-where both take the same, the workers do not hinder each other and other work had the cores.
+of the whole command's wall time. Processor seconds tell the causes of a low
+ratio apart: where two workers need no more of them but for one more start, they do not hinder each
+other, and other work had the cores.
 """
 
 from __future__ import annotations
