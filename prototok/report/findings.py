@@ -281,14 +281,19 @@ def _curve_stays(results: Results) -> Verdict:
 
 
 def _curve_short(results: Results) -> Verdict:
-    """The greatest ratio of lengths among curves that stay is at most 1.2, as in the paper."""
+    """The greatest ratio of lengths is at most 1.2, as in the paper.
+
+    Of curves that stay where their segment leaves: a curve that need not bend is no evidence.
+    """
     held, evidence = [], []
     for group, name in zip(*_paths(results), strict=True):
         curve = group["curve"]
         inside = [
             ratio
-            for ratio, row in zip(curve["length_ratio"], curve["accuracy"], strict=True)
-            if min(row) >= 0.99
+            for ratio, row, straight in zip(
+                curve["length_ratio"], curve["accuracy"], group["straight"]["accuracy"], strict=True
+            )
+            if min(row) >= 0.99 > min(straight)
         ]
         if inside:
             held.append(max(inside) <= 1.2)

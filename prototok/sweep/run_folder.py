@@ -66,6 +66,8 @@ class RunFolder:
             raise ValueError(
                 f"run: {path / 'run.json'} is not of a sweep of format version {schema.VERSION}"
             )
+        for name in _FOLDERS:  # version control and some copies leave empty folders out
+            (path / name).mkdir(exist_ok=True)
         return run
 
     # What was planned.
