@@ -27,7 +27,6 @@ from prototok.data import chunks, read_text
 from prototok.engine.recipe import FAST, Recipe
 from prototok.frozen_lm import FrozenLM
 
-GRID = (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64)
 # Texts, cut, to which of them are exact.
 Fit = Callable[[list[list[int]]], list[bool]]
 
@@ -38,17 +37,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="paragraphs are the texts")
     parser.add_argument("--book", action="store_true", help="cut the file into chunks instead")
     parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=45)
+    parser.add_argument("--grid", default="1,2,3,4,6,8,11,16,22,32", help="lengths to try")
     parser.add_argument("--modes", default="ar1,ar2,shared,own", help="arK, shared, own")
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=RESULTS / "figure2.json")
     a = parser.parse_args()
     recipe = dataclasses.replace(FAST, max_steps=a.max_steps)
-    grid = [n for n in GRID if n <= a.longest]
+    grid = [int(n) for n in a.grid.split(",")]
     cases = []
     for name in a.model:
         lm = prototok.load(name)
-        texts = texts_of(lm, a.text, a.book, a.longest, a.texts)
+        texts = texts_of(lm, a.text, a.book, max(grid), a.texts)
         for mode in a.modes.split(","):
             clock = time.perf_counter()
             longest = longest_exact(texts, grid, fit_of(lm, mode, recipe), mode == "shared")
