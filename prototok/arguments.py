@@ -22,3 +22,9 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
             f"seeds: {seeds!r} is not a positive integer or a list of different integers"
         )
     return listed
+
+
+def require_batch_size(batch_size: object) -> None:
+    """ValueError unless `batch_size` is "auto" or a positive integer."""
+    if batch_size != "auto" and not is_count(batch_size):
+        raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import prototok
-from prototok.arguments import is_count, seed_list
+from prototok.arguments import is_count, require_batch_size, seed_list
 from prototok.arrangement import Arrangement
 from prototok.callable_module import make_callable
 from prototok.decode import decode_vectors, require_length
@@ -23,7 +23,7 @@ from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import Unit, make_units
 from prototok.engine.run import Finished, FitEvent, run
 from prototok.fit_result import FitInterrupted, FitResult
-from prototok.frozen_lm import FrozenLM
+from prototok.frozen_lm import FrozenLM, require_frozen
 from prototok.prior import Prior, shipped_prior
 from prototok.progress import Progress
 from prototok.proto_tokens import ProtoTokens
@@ -81,8 +81,7 @@ def fast_fit(
     """
     layout = Arrangement.parse(arrangement)
     settings = recipe_of(recipe)
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
     if share not in (None, "m", "e"):
         raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
     if share == "m" and not layout.has_m:
@@ -94,8 +93,7 @@ def fast_fit(
             raise ValueError(f"init: {type(init).__name__} is not a Prior; see learn_shared")
         init.require_model(lm)
     resolved = resolve_backend(backend, lm.device)
-    if batch_size != "auto" and not is_count(batch_size):
-        raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
+    require_batch_size(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
     for i, ids in enumerate(targets):

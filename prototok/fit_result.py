@@ -22,6 +22,8 @@ from prototok.proto_tokens import ProtoTokens
 if TYPE_CHECKING:
     import pandas
 
+    from prototok.autoregressive.result import MemFit
+
 _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
@@ -141,9 +143,10 @@ def require_writable(folder: Path) -> None:
 class FitInterrupted(KeyboardInterrupt):
     """Ctrl-C during a fit; `result` holds the texts whose fits had ended, None where none had.
 
-    `texts` are their places in the list that was being fitted.
+    It is a MemFit from `autoregressive.fit`. `texts` are their places in the list that was being
+    fitted.
     """
 
-    def __init__(self, result: FitResult | None, texts: list[int]) -> None:
+    def __init__(self, result: FitResult | MemFit | None, texts: list[int]) -> None:
         super().__init__(f"interrupted with {len(texts)} texts fitted")
         self.result, self.texts = result, texts

@@ -133,6 +133,12 @@ class FrozenLM:
         return found if found is not None else getattr(self.config, "bos_token_id", None)
 
 
+def require_frozen(lm: object) -> None:
+    """ValueError unless `lm` is a FrozenLM."""
+    if not isinstance(lm, FrozenLM):
+        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+
+
 def load(
     model: str | Path | PreTrainedModel,
     device: str | torch.device = "auto",

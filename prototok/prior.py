@@ -6,16 +6,15 @@ Letters: d hidden size.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prototok.frozen_lm import BUILT_IN, FrozenLM, ModelIdentity
+from prototok.tensor_file import require_model, write_tensors
 
 FILE = "prior.safetensors"
 _FORMAT = "prototok.prior"
@@ -40,15 +39,10 @@ class Prior:
 
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless this was learned on the model that `lm` holds."""
-        if self.model.fingerprint != lm.identity.fingerprint:
-            raise ValueError(
-                f"init: learned on {self.model.name} (weights {self.model.fingerprint[:8]}), "
-                f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
-            )
+        require_model("init", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        path = Path(path)
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -56,14 +50,7 @@ class Prior:
             "provenance": self.provenance,
         }
         tensors = {"mean": self.mean, "std": self.std, "basis": self.basis}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items() if t is not None},
-            temporary,
-            metadata={"prototok": json.dumps(header)},
-        )
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:

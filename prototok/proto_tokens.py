@@ -6,17 +6,16 @@ Letters: T texts, S seeds, K leading vectors, d hidden size, G sharing groups, N
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prototok.arrangement import Arrangement
 from prototok.frozen_lm import FrozenLM, ModelIdentity
+from prototok.tensor_file import require_model, write_tensors
 
 _FORMAT = "prototok.proto_tokens"
 _VERSION = 1
@@ -87,15 +86,10 @@ class ProtoTokens:
 
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
-        if self.model.fingerprint != lm.identity.fingerprint:
-            raise ValueError(
-                f"tokens: fitted on {self.model.name} (weights {self.model.fingerprint[:8]}), "
-                f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
-            )
+        require_model("tokens", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        path = Path(path)
         tensors = {"e": self.e, "m": self.m, "lengths": self.lengths, "groups": self.groups}
         header = {
             "format": _FORMAT,
@@ -106,14 +100,7 @@ class ProtoTokens:
             "model": asdict(self.model),
             "provenance": self.provenance,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items() if v is not None},
-            temporary,
-            metadata={"prototok": json.dumps(header)},
-        )
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> ProtoTokens:

@@ -14,14 +14,15 @@ import transformers
 from torch import Tensor
 
 import prototok
-from prototok.arguments import is_count, seed_list
+from prototok.arguments import is_count, require_batch_size, seed_list
 from prototok.autoregressive.generate import generate, require_room
 from prototok.autoregressive.result import MemFit
 from prototok.engine.inputs import TeacherForced
 from prototok.engine.recipe import Recipe, recipe_of
 from prototok.engine.rows import make_units
 from prototok.engine.run import Finished, FitEvent, run
-from prototok.frozen_lm import FrozenLM
+from prototok.fit_result import FitInterrupted
+from prototok.frozen_lm import FrozenLM, require_frozen
 from prototok.progress import Progress
 from prototok.targets import Texts, targets_of
 from prototok_kernels.backend import resolve_backend
@@ -65,17 +66,16 @@ def fit(
 
     Raises:
         ValueError: an argument that cannot be met, named.
+        FitInterrupted: Ctrl-C; carries the texts whose fits had ended.
     """
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
     settings = kuratov(lm) if recipe == "kuratov" else recipe_of(recipe)
     if not is_count(k):
         raise ValueError(f"k: {k!r} is not a positive integer")
     if first not in ("predicted", "given"):
         raise ValueError(f"first: {first!r} is not 'predicted' or 'given'")
     resolved = resolve_backend(backend, lm.device)
-    if batch_size != "auto" and not is_count(batch_size):
-        raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
+    require_batch_size(batch_size)
     chosen = seed_list(seeds)
     given = int(first == "given")
     targets = targets_of(lm, texts, length)
@@ -88,52 +88,78 @@ def fit(
             raise ValueError(f"texts: text {i} is too long; {error}") from None
 
     units = make_units(targets, chosen, None, None)
-    verified: dict[int, _Verified] = {}  # by row
+    verified: dict[int, _Verified] = {}  # by row, as is the next
+    again_at: dict[int, int] = {}  # the step from which a refused row may ask once more
+
+    def verify(finished: Finished) -> _Verified:
+        (row,) = finished.unit.rows
+        return _verify(lm, row.targets, finished.vectors[0][0], given)
 
     def confirm(finished: Finished) -> bool:
         (row,) = finished.unit.rows
-        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given)
+        if finished.steps < again_at.get(row.index, 0):
+            verified.pop(row.index, None)
+            return False
+        verified[row.index] = verify(finished)
+        if settings.accuracy < 1.0:
+            # No margin keeps a row that may have wrong tokens from counting as done at every step
+            # without being generated: it is tried again a tenth of its steps later.
+            again_at[row.index] = finished.steps + finished.steps // 10 + 1
         return verified[row.index].accuracy >= settings.accuracy
 
-    shape = (len(targets), len(chosen))
-    mem = torch.zeros(*shape, k, lm.hidden_size)
-    steps, seconds = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     inputs = TeacherForced(lm.embedding, k, given)
-    done = exact = 0
+    ended: dict[int, tuple[Finished, _Verified]] = {}  # by row
+    exact = 0
 
     def observe(event: FitEvent) -> None:
-        bar.update(done, f"{exact} exact, the oldest at step {int(event.steps.max())}")
+        bar.update(len(ended), f"{exact} exact, the oldest at step {int(event.steps.max())}")
         if callback is not None:
             callback(event)
 
-    with Progress(len(units), "fit [mem]", progress) as bar:
-        ended = run(lm, units, inputs, settings, batch_size, resolved, confirm, observe)
-        for done, finished in enumerate(ended, start=1):  # noqa: B007  (observe reads it)
-            (row,) = finished.unit.rows
-            at = divmod(row.index, len(chosen))
-            mem[at] = finished.vectors[0][0]
-            steps[at], seconds[at] = finished.steps, finished.seconds
-            exact += verified[row.index].accuracy == 1.0
+    def result(texts: list[int]) -> MemFit:
+        rows = [ended[t * len(chosen) + s] for t in texts for s in range(len(chosen))]
+        shape = (len(texts), len(chosen))
 
-    def column(name: str) -> Tensor:
-        return torch.tensor([getattr(verified[i], name) for i in range(len(units))]).view(shape)
+        def column(values: list[float] | list[int]) -> Tensor:
+            return torch.tensor(values).view(shape)
 
-    return MemFit(
-        mem=mem, targets=targets, first=first, model=lm.identity,
-        accuracy=column("accuracy"), exact=column("accuracy") == 1.0, margin=column("margin"),
-        accuracy_teacher_forced=column("teacher_forced"), steps=steps, seconds=seconds,
-        provenance={
-            "recipe": json.dumps(dataclasses.asdict(settings)),
-            "seeds": json.dumps(chosen),
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "device": lm.device.type,
-            "backend": resolved,
-            "verified with": _cache(lm),
-            "prototok": prototok.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    )  # fmt: skip
+        accuracy = column([v.accuracy for _, v in rows])
+        return MemFit(
+            mem=torch.stack([f.vectors[0][0] for f, _ in rows]).view(*shape, k, lm.hidden_size),
+            targets=[targets[t] for t in texts], first=first, model=lm.identity,
+            accuracy=accuracy, exact=accuracy == 1.0,
+            margin=column([v.margin for _, v in rows]),
+            accuracy_teacher_forced=column([v.teacher_forced for _, v in rows]),
+            steps=column([f.steps for f, _ in rows]),
+            seconds=column([f.seconds for f, _ in rows]),
+            provenance={
+                "recipe": json.dumps(dataclasses.asdict(settings)),
+                "seeds": json.dumps(chosen),
+                "dtype": str(lm.dtype).removeprefix("torch."),
+                "device": lm.device.type,
+                "backend": resolved,
+                "verified with": _cache(lm),
+                "prototok": prototok.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )  # fmt: skip
+
+    try:
+        with Progress(len(units), "fit [mem]", progress) as bar:
+            fits = run(lm, units, inputs, settings, batch_size, resolved, confirm, observe)
+            for finished in fits:
+                (row,) = finished.unit.rows
+                check = verified.pop(row.index, None) or verify(finished)
+                ended[row.index] = (finished, check)
+                exact += check.accuracy == 1.0
+    except KeyboardInterrupt:
+        seeds_of = range(len(chosen))
+        whole = [
+            t for t in range(len(targets)) if all(t * len(chosen) + s in ended for s in seeds_of)
+        ]
+        raise FitInterrupted(result(whole) if whole else None, whole) from None
+    return result(list(range(len(targets))))
 
 
 def kuratov(lm: FrozenLM) -> Recipe:

@@ -19,7 +19,7 @@ from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.cpu_decoder import FEW, cpu_decoder
 from prototok.families.body import DecoderBody
 from prototok.families.general import GeneralBody
-from prototok.frozen_lm import FrozenLM
+from prototok.frozen_lm import FrozenLM, require_frozen
 from prototok_kernels.decoder import POSITIONS
 from prototok_kernels.layers import inner_projection
 
@@ -47,8 +47,7 @@ def generate(
     Raises:
         ValueError: an argument that cannot be met; "engine" for a model of the general family.
     """
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
     if cache not in CACHES:
         raise ValueError(f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}")
     if not isinstance(mem, Tensor) or mem.ndim < 2 or mem.shape[-1] != lm.hidden_size:

@@ -6,16 +6,15 @@ Letters: T texts, S seeds, K vectors in front, d hidden size, N targets of a tex
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prototok.frozen_lm import FrozenLM, ModelIdentity
+from prototok.tensor_file import require_model, write_tensors
 
 _FORMAT = "prototok.mem_fit"
 _VERSION = 1
@@ -62,16 +61,11 @@ class MemFit:
 
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
-        if self.model.fingerprint != lm.identity.fingerprint:
-            raise ValueError(
-                f"mem: fitted on {self.model.name} (weights {self.model.fingerprint[:8]}), "
-                f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
-            )
+        require_model("mem", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        path = Path(path)
-        tensors = {name: getattr(self, name).contiguous() for name in ("mem", *_MEASURED)}
+        tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor([len(ids) for ids in self.targets])
         header = {
@@ -81,10 +75,7 @@ class MemFit:
             "model": asdict(self.model),
             "provenance": self.provenance,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"prototok": json.dumps(header)})
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> MemFit:

@@ -16,6 +16,8 @@ from prototok import FrozenLM, Recipe, autoregressive
 from prototok.autoregressive import MemFit
 from prototok.engine.recipe import PAPER
 from prototok.engine.rows import initial_vectors, make_units
+from prototok.engine.run import FitEvent
+from prototok.fit_result import FitInterrupted
 from support import shared, stories
 
 fit_module = importlib.import_module("prototok.autoregressive.fit")
@@ -134,6 +136,44 @@ def test_teacher_forcing_alone_is_no_success(
     assert fit.accuracy_teacher_forced.item() == 1.0
     assert fit.accuracy.item() == 0.5 and not fit.exact.item() and fit.margin.item() == 0.0
     assert fit.steps.item() == 80
+
+
+def test_a_row_that_is_refused_at_lower_accuracy_is_not_generated_at_every_step(
+    small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher-forced it has enough right tokens at once; generated it never has."""
+    calls: list[int] = []
+
+    def wrong(lm: FrozenLM, mem: Tensor, length: int, *rest: object) -> Tensor:
+        calls.append(1)
+        return autoregressive.generate(lm, mem, length, *rest) * 0 + 96
+
+    monkeypatch.setattr(fit_module, "generate", wrong)
+    recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=120, accuracy=0.5)
+    fit = autoregressive.fit(small_lm, [[5, 9]], recipe=recipe)
+    assert fit.steps.item() == 120 and fit.accuracy.item() == 0.0
+    assert fit.accuracy_teacher_forced.item() >= 0.5
+    assert 4 <= len(calls) <= 2 * 60  # two dtypes each time
+
+
+def test_interrupted_fit_carries_what_had_ended(small_lm: FrozenLM) -> None:
+    seen: list[int] = []
+
+    def stop(event: FitEvent) -> None:
+        seen.append(len(event.rows))
+        if len(event.rows) < 3:  # one of three texts has left
+            raise KeyboardInterrupt
+
+    texts = [[7], *targets(2, 12).tolist()]
+    with pytest.raises(FitInterrupted, match="interrupted with 1 texts fitted") as caught:
+        autoregressive.fit(small_lm, texts, recipe=QUICK, batch_size=3, callback=stop)
+    assert caught.value.texts == [0]
+    result = caught.value.result
+    assert isinstance(result, MemFit) and result.mem.shape == (1, 1, 1, small_lm.hidden_size)
+    assert result.targets[0].tolist() == [7] and bool(result.exact.all())
+    with pytest.raises(FitInterrupted) as caught:
+        autoregressive.fit(small_lm, texts[1:], recipe=QUICK, callback=stop)
+    assert caught.value.result is None and caught.value.texts == []
 
 
 def test_one_token_is_predicted(small_lm: FrozenLM) -> None:
