@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed results, so that no figure is typed by hand.
+"""Write the tables of README and docs from the committed results; no figure is typed by hand.
 
 python benchmarks/readme_tables.py            # rewrite what stands between the markers
-python benchmarks/readme_tables.py --check    # exit code 1 where the README says otherwise
+python benchmarks/readme_tables.py --check    # exit code 1 where a document says otherwise
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 from prototok.bench import table
+from prototok.timing import Peak, ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,28 +92,76 @@ def models() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    for make in (bench, reconstruction, table1, models):
+# Dense bf16 FLOP/s and bytes/s, from the makers' data sheets.
+GPUS = {
+    "H200 SXM": (989e12, 4.8e12),
+    "H100 SXM": (989e12, 3.35e12),
+    "A100 SXM 80 GB": (312e12, 2.039e12),
+    "A100 PCIe 80 GB": (312e12, 1.935e12),
+}
+
+
+def ceilings() -> str:
+    lines = ["| GPU | dense bf16 TFLOP/s | TB/s | ceiling |", "|---|---|---|---|"]
+    for name, (flops, rate) in GPUS.items():
+        most = ceiling(1 << 30, torch.bfloat16, Peak(flops, rate))
+        lines.append(f"| {name} | {flops / 1e12:.0f} | {rate / 1e12:.2f} | {most:.0f}× |")
+    return "\n".join(lines)
+
+
+MODES = {"shared": "one forward, m shared", "own": "one forward, m not shared"}
+
+
+def figure2() -> str:
+    lines = [
+        "| model | mode | N: max / median / mean | H_LM, nats | texts | most steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    sources = []
+    for path in sorted(RESULTS.glob("figure2_*.json")):
+        record = json.loads(path.read_text())
+        for c in record["cases"]:
+            longest, nats = c["longest"], statistics.fmean(c["h_lm_nats"])
+            mode = MODES.get(c["mode"]) or f"autoregressive, K = {c['mode'][2:]}"
+            lines.append(
+                f"| {c['model']} | {mode} | {max(longest)} / {statistics.median(longest):g} / "
+                f"{statistics.fmean(longest):.1f} | {nats:.1f} | {len(longest)} "
+                f"| {record['recipe']['max_steps']} |"
+            )
+        sources.append(f"`{record['command']}`: {source(record)}")
+    return "\n".join([*lines, "", *sources])
+
+
+DOCUMENTS = {
+    "README.md": (bench, reconstruction, table1, models),
+    "docs/claim.md": (ceilings, figure2),
+}
+
+
+def filled(text: str, document: str) -> str:
+    for make in DOCUMENTS[document]:
         name = make.__name__
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         body = make()
         text, count = re.subn(
             pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL
         )
-        assert count == 1, f"README has no markers for {name}"
+        assert count == 1, f"{document} has no markers for {name}"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if not parser.parse_args().check:
-        readme.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit("README.md does not say what the results say; run benchmarks/readme_tables.py")
+    check = parser.parse_args().check
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, document)
+        if not check:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"{document} does not say what the results say; run benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":
