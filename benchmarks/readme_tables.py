@@ -161,7 +161,9 @@ def main() -> None:
         if not check:
             path.write_text(after, encoding="utf-8")
         elif before != after:
-            sys.exit(f"{document} does not say what the results say; run benchmarks/readme_tables.py")
+            sys.exit(
+                f"{document} does not say what the results say; run benchmarks/readme_tables.py"
+            )
 
 
 if __name__ == "__main__":

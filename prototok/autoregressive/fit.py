@@ -88,23 +88,11 @@ def fit(
             raise ValueError(f"texts: text {i} is too long; {error}") from None
 
     units = make_units(targets, chosen, None, None)
-    verified: dict[int, _Verified] = {}  # by row, as is the next
-    again_at: dict[int, int] = {}  # the step from which a refused row may ask once more
-
-    def verify(finished: Finished) -> _Verified:
-        (row,) = finished.unit.rows
-        return _verify(lm, row.targets, finished.vectors[0][0], given)
+    verified: dict[int, _Verified] = {}  # by row
 
     def confirm(finished: Finished) -> bool:
         (row,) = finished.unit.rows
-        if finished.steps < again_at.get(row.index, 0):
-            verified.pop(row.index, None)
-            return False
-        verified[row.index] = verify(finished)
-        if settings.accuracy < 1.0:
-            # No margin keeps a row that may have wrong tokens from counting as done at every step
-            # without being generated: it is tried again a tenth of its steps later.
-            again_at[row.index] = finished.steps + finished.steps // 10 + 1
+        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given)
         return verified[row.index].accuracy >= settings.accuracy
 
     inputs = TeacherForced(lm.embedding, k, given)
@@ -150,7 +138,7 @@ def fit(
             fits = run(lm, units, inputs, settings, batch_size, resolved, confirm, observe)
             for finished in fits:
                 (row,) = finished.unit.rows
-                check = verified.pop(row.index, None) or verify(finished)
+                check = verified.pop(row.index)
                 ended[row.index] = (finished, check)
                 exact += check.accuracy == 1.0
     except KeyboardInterrupt:

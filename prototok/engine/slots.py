@@ -206,9 +206,16 @@ class Slots:
         self.unit_of_row[len(moved) : rows] = 0
 
     def reopen(self, unit: int, margin: float) -> None:
-        """Let a unit that was done go on, now with `margin` to clear."""
+        """Let a unit that was done go on, now with `margin` to clear.
+
+        Where less than all tokens are asked for no margin counts: then it is one more right token
+        than it had, or the same vectors would be done again before they are updated.
+        """
         self.done[unit] = False
         self.margin_bound[unit] = margin
+        if self.recipe.accuracy < 1.0:
+            mine = self.unit_of_row == unit
+            self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
 
     def spent(self) -> Tensor:
         """(capacity,) bool: units that have made all the updates their recipe grants them."""

@@ -138,7 +138,7 @@ def test_teacher_forcing_alone_is_no_success(
     assert fit.steps.item() == 80
 
 
-def test_a_row_that_is_refused_at_lower_accuracy_is_not_generated_at_every_step(
+def test_a_row_that_is_refused_at_lower_accuracy_goes_on(
     small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Teacher-forced it has enough right tokens at once; generated it never has."""
@@ -153,7 +153,7 @@ def test_a_row_that_is_refused_at_lower_accuracy_is_not_generated_at_every_step(
     fit = autoregressive.fit(small_lm, [[5, 9]], recipe=recipe)
     assert fit.steps.item() == 120 and fit.accuracy.item() == 0.0
     assert fit.accuracy_teacher_forced.item() >= 0.5
-    assert 4 <= len(calls) <= 2 * 60  # two dtypes each time
+    assert 4 <= len(calls) <= 2 * 3  # two dtypes, at one token right, at two and at the end
 
 
 def test_interrupted_fit_carries_what_had_ended(small_lm: FrozenLM) -> None:
