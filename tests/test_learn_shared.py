@@ -94,7 +94,7 @@ def test_bad_arguments_are_named(small_lm: FrozenLM, prior: Prior) -> None:
     with pytest.raises(ValueError, match="^init: str is not a Prior"):
         prototok.fast_fit(small_lm, [[1, 2]], init="m")
     other = load(small_llama(num_hidden_layers=3), dtype="float32")
-    with pytest.raises(ValueError, match="^init: learned on"):
+    with pytest.raises(ValueError, match="^init: fitted on"):
         prototok.fast_fit(other, [[1, 2]], init=prior)
 
 

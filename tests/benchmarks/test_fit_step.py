@@ -33,8 +33,8 @@ def test_reports_ratios_on_the_smallest_preset(fit_step, monkeypatch, capsys, tm
     for other in ("batched", "paper"):
         low, middle, high = record["ratio"][other]
         assert 0 < low <= middle <= high
-    # 2 blocks of 4 · 32² for q, k, v, o with two key-value heads and 3 · 32 · 64, and the head
-    assert record["flops_per_text_step"] == 4 * 8 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 128 * 32)
+    # two blocks of 4 · 64² for the attention and 8 · 64² for the MLP, and the head
+    assert record["flops_per_text_step"] == 4 * 8 * (2 * 12 * 64**2 + 50304 * 64)
     assert record["flatness"]["steps"] == 10
 
 
