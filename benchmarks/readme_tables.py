@@ -73,6 +73,28 @@ def table1() -> str:
     return "\n".join([*lines, "", what])
 
 
+def fit_step() -> str:
+    lines = [
+        "| model | B, N | against the best batched loop | against the paper's, batch 1 | ms a step "
+        "(batched loop) | MFU |",
+        "|---|---|---|---|---|---|",
+    ]
+    sources = []
+    for path in sorted(RESULTS.glob("fit-step-*.json")):
+        r = json.loads(path.read_text())
+        ratios = (
+            f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+            for low, middle, high in (r["ratio"]["batched"], r["ratio"]["paper"])
+        )
+        lines.append(
+            f"| {r['model']} | {r['rows']}, {r['length']} | {' | '.join(ratios)} "
+            f"| {r['step_ms']['ours']:.0f} ({r['step_ms']['batched']:.0f}) "
+            f"| {100 * r['mfu']['ours']:.0f} % |"
+        )
+        sources.append(f"`{r['command']}`: {source(r)}")
+    return "\n".join([*lines, "", *sources])
+
+
 def models() -> str:
     lines = [
         "| model | shape | parameters | held-out loss | training |",
@@ -133,7 +155,7 @@ def figure2() -> str:
 
 
 DOCUMENTS = {
-    "README.md": (bench, reconstruction, table1, models),
+    "README.md": (bench, reconstruction, table1, fit_step, models),
     "docs/claim.md": (ceilings, figure2),
 }
 
