@@ -235,10 +235,11 @@ class _AffineScan(torch.autograd.Function):
         coef = span.new_empty(rows, heads + 2, length)
         w, prefix = torch.empty_like(a), torch.empty_like(a)
         tiles = _tiles(length, heads, size)
-        affine_scan_forward_kernel[(rows, triton.cdiv(length, tiles["BN"]))](
-            a, b, span, x, coef, w, prefix, heads, length,
-            D=size, PRECISION=_precision(span.dtype), **tiles,
-        )  # fmt: skip
+        with torch.cuda.device_of(span):
+            affine_scan_forward_kernel[(rows, triton.cdiv(length, tiles["BN"]))](
+                a, b, span, x, coef, w, prefix, heads, length,
+                D=size, PRECISION=_precision(span.dtype), **tiles,
+            )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, prefix, w, span)
         return x, coef
@@ -253,16 +254,17 @@ class _AffineScan(torch.autograd.Function):
         blocks = triton.cdiv(length, tiles["BN"])
         partial = span.new_empty(rows, blocks, heads + 2, size, dtype=torch.float32)
         grad_w, grad_a, grad_b = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
-        affine_backward_kernel[(rows, blocks)](
-            grad_x.contiguous(), span, w, grad_w, partial, heads, length,
-            D=size, PRECISION=_precision(span.dtype), **tiles,
-        )  # fmt: skip
-        scan_backward_kernel[(rows, heads)](
-            grad_w, grad_w if grad_coef is None else grad_coef.contiguous(), a, prefix, w,
-            grad_a, grad_b, heads, length,
-            HAS_GRAD_COEF=grad_coef is not None,
-            BN=min(1024, max(16, triton.next_power_of_2(length))),
-        )  # fmt: skip
+        with torch.cuda.device_of(span):
+            affine_backward_kernel[(rows, blocks)](
+                grad_x.contiguous(), span, w, grad_w, partial, heads, length,
+                D=size, PRECISION=_precision(span.dtype), **tiles,
+            )  # fmt: skip
+            scan_backward_kernel[(rows, heads)](
+                grad_w, grad_w if grad_coef is None else grad_coef.contiguous(), a, prefix, w,
+                grad_a, grad_b, heads, length,
+                HAS_GRAD_COEF=grad_coef is not None,
+                BN=min(1024, max(16, triton.next_power_of_2(length))),
+            )  # fmt: skip
         return grad_a, grad_b, partial.sum(1).to(span.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Compile every kernel of first_layer_triton.py for the GPUs named; needs none. Prints a line each.
+"""Compile every kernel of first_layer_triton.py for the GPUs named; needs none. Prints JSON lines.
 
     python compile_first_layer.py 80 90 100
 
@@ -8,13 +8,17 @@ A process of its own: under TRITON_INTERPRET=1, which the tests set, nothing can
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cubin import resource_usage
 from prototok_kernels import first_layer_triton as kernels
 
 POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad_coef_ptr"}
@@ -56,7 +60,10 @@ def main() -> None:
         for name, dtype, constexprs in EVERYWHERE + (ONCE if capability == 90 else []):
             target = GPUTarget("cuda", capability, 32)
             binary = triton.compile(source(name, dtype, constexprs), target=target)
-            print(capability, dtype, name, len(binary.asm["cubin"]), binary.metadata.shared)
+            with tempfile.TemporaryDirectory() as folder:
+                usage = resource_usage(binary.asm["cubin"], Path(folder))
+            case = {"capability": capability, "dtype": dtype, "kernel": name}
+            print(json.dumps(case | {"shared": binary.metadata.shared, "usage": usage}))
 
 
 if __name__ == "__main__":

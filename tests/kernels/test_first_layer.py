@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -386,13 +387,15 @@ def test_triton_compiles_without_gpu(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines() if "_kernel" in line]
-    assert {(line[0], line[2]) for line in lines} == {
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {(case["capability"], case["kernel"]) for case in cases} == {
         (capability, f"{name}_kernel")
-        for capability in ("80", "90", "100")
+        for capability in (80, 90, 100)
         for name in ("affine_scan_forward", "affine_backward", "scan_backward")
     }
-    assert all(int(line[-1]) <= 99 << 10 for line in lines)  # shared memory, bytes
+    assert all(case["shared"] <= 99 << 10 for case in cases)  # bytes
+    for case in cases:  # spilled registers would lie on the stack
+        assert case["usage"] is None or case["usage"]["STACK"] == case["usage"]["LOCAL"] == 0, case
 
 
 class Outputs(TorchDispatchMode):
