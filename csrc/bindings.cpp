@@ -1,13 +1,13 @@
 // The only file that knows of Python. Tensors arrive as addresses: building needs no torch, and
 // the callers in kernels/prototok_kernels have checked dtype, shape and contiguity.
 #include "decoder.h"
+#include "decoder_blocks.h"
 #include "ops.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -69,13 +69,12 @@ prototok::Activation activation_of(const std::string& name) {
 }
 
 // `blocks`: the addresses of a DecoderBlock in its order, then the window.
-std::unique_ptr<prototok::Decoder> decoder(
+prototok::DecoderModel decoder_model(
     const std::vector<std::array<Address, 15>>& blocks, Address norm, Address norm_bias,
     Address head, Address embedding, Address cos, Address sin, std::int64_t hidden,
     std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size, std::int64_t rotated,
     std::int64_t inner, std::int64_t vocabulary, float scaling, float eps,
-    const std::string& activation, bool gated, bool parallel, bool is_bf16, std::int64_t rows,
-    std::int64_t positions, std::int64_t longest_pass, const std::string& instruction_set) {
+    const std::string& activation, bool gated, bool parallel, bool is_bf16) {
   prototok::DecoderModel model;
   for (const auto& b : blocks) {
     const auto address = [&](int i) { return at<const void>(b[std::size_t(i)]); };
@@ -102,8 +101,15 @@ std::unique_ptr<prototok::Decoder> decoder(
   model.gated = gated;
   model.parallel = parallel;
   model.is_bf16 = is_bf16;
-  return std::make_unique<prototok::Decoder>(std::move(model), rows, positions, longest_pass,
-                                             instruction_set);
+  return model;
+}
+
+// texts, length, the first block, texts a tile.
+prototok::BlocksInput blocks_input(Address x, const std::array<std::int64_t, 4>& shape, Address cos,
+                                   Address sin, std::int64_t table_row) {
+  const auto [texts, length, first, tile] = shape;
+  return {first, texts, length, tile, at<const float>(cos), at<const float>(sin), table_row,
+          at<const prototok::bf16>(x)};
 }
 
 prototok::Element element_of(bool is_bf16) {
@@ -166,12 +172,16 @@ PYBIND11_MODULE(_cpu, m) {
         "lr"_a, "active"_a, "rows"_a, "coordinates"_a, "betas"_a, "eps"_a, "weight_decay"_a,
         "threads"_a, "instruction_set"_a = "", py::call_guard<py::gil_scoped_release>());
   using prototok::Decoder;
-  py::class_<Decoder>(m, "Decoder")
-      .def(py::init(&decoder), py::kw_only(), "blocks"_a, "norm"_a, "norm_bias"_a, "head"_a,
+  using prototok::DecoderBlocks;
+  using prototok::DecoderModel;
+  py::class_<DecoderModel>(m, "DecoderModel")
+      .def(py::init(&decoder_model), py::kw_only(), "blocks"_a, "norm"_a, "norm_bias"_a, "head"_a,
            "embedding"_a, "cos"_a, "sin"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
            "rotated"_a, "inner"_a, "vocabulary"_a, "scaling"_a, "eps"_a, "activation"_a, "gated"_a,
-           "parallel"_a, "is_bf16"_a, "rows"_a, "positions"_a, "longest_pass"_a,
-           "instruction_set"_a = "")
+           "parallel"_a, "is_bf16"_a);
+  py::class_<Decoder>(m, "Decoder")
+      .def(py::init<DecoderModel, std::int64_t, std::int64_t, std::int64_t, std::string>(),
+           "model"_a, "rows"_a, "positions"_a, "longest_pass"_a, "instruction_set"_a = "")
       .def("pass_", [](Decoder& self, Address inputs, std::int64_t length, std::int64_t start,
                        int threads) { self.pass(at<const float>(inputs), length, start, threads); },
            py::call_guard<py::gil_scoped_release>())
@@ -184,6 +194,23 @@ PYBIND11_MODULE(_cpu, m) {
       .def("generate", [](Decoder& self, Address ids, std::int64_t begin, std::int64_t end,
                           std::int64_t start, int threads) {
              self.generate(at<std::int64_t>(ids), begin, end, start, threads); },
+           py::call_guard<py::gil_scoped_release>());
+  py::class_<DecoderBlocks>(m, "DecoderBlocks")
+      .def(py::init<DecoderModel>(), "model"_a, py::call_guard<py::gil_scoped_release>())
+      .def("saved_bytes", [](const DecoderBlocks& self, const std::array<std::int64_t, 4>& shape) {
+             return self.saved_bytes(blocks_input(0, shape, 0, 0, 0)); })
+      .def("forward", [](const DecoderBlocks& self, Address x, Address out, Address saved,
+                         const std::array<std::int64_t, 4>& shape, Address cos, Address sin,
+                         std::int64_t table_row, int threads) {
+             self.forward(blocks_input(x, shape, cos, sin, table_row), at<prototok::bf16>(out),
+                          at<unsigned char>(saved), threads); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("backward", [](DecoderBlocks& self, Address x, Address grad, Address grad_x,
+                          Address saved, const std::array<std::int64_t, 4>& shape, Address cos,
+                          Address sin, std::int64_t table_row, int threads) {
+             self.backward(blocks_input(x, shape, cos, sin, table_row),
+                           at<const prototok::bf16>(grad), at<prototok::bf16>(grad_x),
+                           at<unsigned char>(saved), threads); },
            py::call_guard<py::gil_scoped_release>());
   m.def("residual_norm", &residual_norm, "x"_a, "delta"_a, "sum"_a, "normed"_a, "weight"_a,
         "bias"_a, "statistics"_a, "rows"_a, "coordinates"_a, "eps"_a, "is_bf16"_a, "threads"_a,

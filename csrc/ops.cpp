@@ -19,14 +19,6 @@ std::int64_t grain_for(std::int64_t row_length) {
   return std::max<std::int64_t>(1, kElementsPerRange / std::max<std::int64_t>(1, row_length));
 }
 
-// Floats of scratch memory that attention of one key-value head needs, either pass, with rows
-// padded to the widest vectors.
-std::int64_t attention_memory(const AttentionShape& shape) {
-  const auto padded = [](std::int64_t count) { return (count + 15) / 16 * 16; };
-  const std::int64_t wide = padded(shape.length), size = padded(shape.size);
-  return 5 * wide * size + kQueryBlock * (3 * size + 2 * wide);
-}
-
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -151,6 +143,12 @@ void activation(const ActivationPass& pass, const RowKernels& kernels, int threa
         run(kernels.activation_bf16, kernels.activation_backward_bf16, bf16{}, row);
     }
   });
+}
+
+std::int64_t attention_memory(const AttentionShape& shape) {
+  const auto padded = [](std::int64_t count) { return (count + 15) / 16 * 16; };
+  const std::int64_t wide = padded(shape.length), size = padded(shape.size);
+  return 5 * wide * size + kQueryBlock * (3 * size + 2 * wide);
 }
 
 void attention(const Attention& attention, const RowKernels& kernels, int threads) {

@@ -99,6 +99,9 @@ struct Attention {
   Element element;
 };
 
+// Floats of scratch memory for one key-value head in either pass, rows padded to the widest vectors.
+std::int64_t attention_memory(const AttentionShape& shape);
+
 void attention(const Attention& attention, const RowKernels& kernels, int threads);
 
 }  // namespace prototok

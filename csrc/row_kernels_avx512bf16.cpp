@@ -1,6 +1,7 @@
 // Compiled for AVX-512 with bfloat16 instructions whatever the build's flags; called only where the
 // processor has it.
 #include "decoder_kernels.h"
+#include "packed_product.h"
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
@@ -27,10 +28,12 @@ constexpr int kLanes = 16;
 #define PROTOTOK_BF16_INSTRUCTIONS
 #include "all_kernels.inl"
 #include "decoder_kernels.inl"
+#include "packed_product.inl"
 }  // namespace
 
 const RowKernels& avx512bf16_kernels() { return kKernels; }
 const DecoderKernelSets& avx512bf16_decoder_kernels() { return kDecoderKernels; }
+void packed_product_avx512bf16(const PackedProduct& product) { packed_product(product); }
 
 }  // namespace prototok
 

@@ -33,6 +33,57 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return _cpu is not None and device.type == "cpu" and dtype in _DTYPES
 
 
+def decoder_model(
+    layers: Sequence[DecoderLayer],
+    norm: tuple[Tensor, Tensor | None],  # (d,)
+    rotated: int,
+    ends: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # head, embedding, cos and sin (T, r / 2)
+) -> tuple[Any, list[Tensor]]:
+    """A model as C++ knows it, by addresses, and the tensors that must live as long.
+
+    Raises ValueError for weights that are not of one dtype, on the CPU.
+    """
+    first, dtype = layers[0], norm[0].dtype
+    kept: list[Tensor] = []
+
+    def address(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        if tensor.device.type != "cpu" or tensor.dtype not in (dtype, torch.float32):
+            raise ValueError(f"layers: a weight is {tensor.dtype} on {tensor.device}")
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
+
+    def weight(tensor: Tensor | None) -> int:
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"layers: a weight is {tensor.dtype} and the norm {dtype}")
+        return address(tensor)
+
+    def block(layer: DecoderLayer) -> list[int]:
+        norm_bias = mlp_bias = None
+        if isinstance(layer, NeoXLayer):
+            norm_bias, mlp_bias = layer.input_norm_bias, layer.post_norm_bias
+        tensors = (
+            layer.input_norm, norm_bias, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm,
+            layer.o, layer.o_bias, layer.post_norm, mlp_bias, *inner_projection(layer),
+            layer.down, layer.down_bias,
+        )  # fmt: skip
+        return [*map(weight, tensors), layer.window or 0]
+
+    head, embedding, cos, sin = ends if ends is not None else (None, None, None, None)
+    model = _cpu.DecoderModel(
+        blocks=[block(layer) for layer in layers],
+        norm=weight(norm[0]), norm_bias=weight(norm[1]), head=weight(head),
+        embedding=weight(embedding), cos=address(cos), sin=address(sin),
+        hidden=first.hidden_size, heads=first.heads, kv_heads=first.kv_heads,
+        head_size=first.head_size, rotated=rotated, inner=first.down.shape[1],
+        vocabulary=0 if head is None else len(head), scaling=first.scaling, eps=first.eps,
+        activation=ACTIVATIONS[first.activation], gated=isinstance(first, LlamaLayer),
+        parallel=isinstance(first, NeoXLayer) and first.parallel, is_bf16=dtype == torch.bfloat16,
+    )  # fmt: skip
+    return model, kept
+
+
 class Decoder:
     """A frozen decoder over R rows with room for T positions, passes of at most `longest` of them.
 
@@ -57,48 +108,13 @@ class Decoder:
             raise ValueError(f"head: {head.dtype} on {head.device} has no C++ decoder here")
         self.rows, capacity, longest = shape
         self.positions = -(-capacity // POSITIONS) * POSITIONS
-        first = layers[0]
         # The halves of a rotary table are the same.
         cos, sin = (t[:, : t.shape[1] // 2].float().contiguous() for t in rotary)
         self.longest, self._vocabulary = longest, len(head)
-        self._kept: list[Tensor] = []  # addresses are all that C++ knows
-
-        def address(tensor: Tensor | None) -> int:
-            if tensor is None:
-                return 0
-            if tensor.device.type != "cpu" or tensor.dtype not in (head.dtype, torch.float32):
-                raise ValueError(f"layers: a weight is {tensor.dtype} on {tensor.device}")
-            self._kept.append(tensor.contiguous())
-            return self._kept[-1].data_ptr()
-
-        def weight(tensor: Tensor | None) -> int:
-            if tensor is not None and tensor.dtype != head.dtype:
-                raise ValueError(f"layers: a weight is {tensor.dtype} and the head {head.dtype}")
-            return address(tensor)
-
-        def block(layer: DecoderLayer) -> list[int]:
-            norm_bias = mlp_bias = None
-            if isinstance(layer, NeoXLayer):
-                norm_bias, mlp_bias = layer.input_norm_bias, layer.post_norm_bias
-            tensors = (
-                layer.input_norm, norm_bias, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm,
-                layer.o, layer.o_bias, layer.post_norm, mlp_bias, *inner_projection(layer),
-                layer.down, layer.down_bias,
-            )  # fmt: skip
-            return [*map(weight, tensors), layer.window or 0]
-
-        self._cpp: Any = _cpu.Decoder(
-            blocks=[block(layer) for layer in layers],
-            norm=weight(norm[0]), norm_bias=weight(norm[1]), head=weight(head),
-            embedding=weight(embedding), cos=address(cos), sin=address(sin),
-            hidden=first.hidden_size, heads=first.heads, kv_heads=first.kv_heads,
-            head_size=first.head_size, rotated=2 * cos.shape[1], inner=first.down.shape[1],
-            vocabulary=len(head), scaling=first.scaling, eps=first.eps,
-            activation=ACTIVATIONS[first.activation], gated=isinstance(first, LlamaLayer),
-            parallel=isinstance(first, NeoXLayer) and first.parallel,
-            is_bf16=head.dtype == torch.bfloat16, rows=self.rows, positions=self.positions,
-            longest_pass=longest, instruction_set=instruction_set,
-        )  # fmt: skip
+        model, self._kept = decoder_model(
+            layers, norm, 2 * cos.shape[1], (head, embedding, cos, sin)
+        )
+        self._cpp: Any = _cpu.Decoder(model, self.rows, self.positions, longest, instruction_set)
 
     def pass_(self, inputs: Tensor, start: int) -> None:
         """Inputs (R, P, d), embeddings of positions start … start + P − 1, through all blocks."""

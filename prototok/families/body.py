@@ -7,13 +7,14 @@ part of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from prototok.families.rotary import RotaryTables
+from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.first_layer import first_layer
-from prototok_kernels.layers import DecoderLayer, decoder_block
-from prototok_kernels.residual_norm import residual_norm
+from prototok_kernels.layers import DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class DecoderBody:
 
     def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
         """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
-        return self._through(self.layers, inputs_embeds, backend)
+        rotary = self.rotary(inputs_embeds.shape[1])
+        return self._blocks(inputs_embeds, *rotary, backend=backend)
 
     def hidden_of_pair(
         self,
@@ -47,9 +49,9 @@ class DecoderBody:
 
         Only where `collapses(length)`. e and m may be of any floating dtype.
         """
-        first, *rest = self.layers
-        x = first_layer(e, m, group, length, first, *self.rotary(length), backend)
-        return self._through(rest, x, backend)
+        rotary = self.rotary(length)
+        x = first_layer(e, m, group, length, self.layers[0], *rotary, backend)
+        return self._blocks(x, *rotary, start=1, backend=backend)
 
     def collapses(self, length: int) -> bool:
         """Whether the first block of [e, m, …, m] (N positions) has its closed form.
@@ -59,10 +61,6 @@ class DecoderBody:
         window = self.layers[0].window
         return window is None or window >= length
 
-    def _through(self, layers: list[DecoderLayer], x: Tensor, backend: str) -> Tensor:
-        cos, sin = self.rotary(x.shape[1])
-        delta: Tensor | None = None
-        for layer in layers:
-            x, delta = decoder_block(x, delta, layer, cos, sin, backend)
-        eps = self.layers[0].eps
-        return residual_norm(x, delta, self.norm, self.norm_bias, eps, backend)[1]
+    @cached_property
+    def _blocks(self) -> DecoderBlocks:
+        return DecoderBlocks(self.layers, self.norm, self.norm_bias)

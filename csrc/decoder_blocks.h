@@ -1,0 +1,82 @@
+// A tile of texts through many frozen blocks and the norm behind them, and the gradient of that
+// back to the blocks' input; bf16, for processors with AVX-512 BF16.
+//
+// A thread takes a tile (one text, or some short ones) through all blocks before the next one:
+// activations stay in its second cache and threads never wait for each other. Kept for the way back
+// is what is cheap to read and costly to make: the stream in front of each norm with its
+// statistics, the stacked product of q, k, v and what the activation reads. Norms and activations
+// are made again.
+// Letters: R texts, N positions, d hidden size, H heads, K key-value heads, c head size, f width of
+// the MLP; M positions of a tile.
+#pragma once
+
+#include "decoder.h"
+#include "packed_product.h"
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace prototok {
+
+struct BlocksInput {
+  std::int64_t first;          // the block that the input enters
+  std::int64_t texts, length;  // R, N
+  std::int64_t tile;           // texts a tile; the same in both directions
+  const float* cos;            // (>= N, >= r / 2), rows `table_row` apart
+  const float* sin;
+  std::int64_t table_row;
+  const bf16* x;  // (R, N, d)
+};
+
+class DecoderBlocks {
+ public:
+  // Of `model` it needs the blocks, the norm behind them and the sizes. Weights are packed here,
+  // those of the way back when they are first needed: from then on no call allocates.
+  // Throws std::invalid_argument for a model or a processor that it is not for.
+  explicit DecoderBlocks(DecoderModel model);
+
+  std::int64_t saved_bytes(const BlocksInput& input) const;
+  // out (R, N, d): the normed stream. `saved` may be null where no gradient is wanted.
+  void forward(const BlocksInput& input, bf16* out, unsigned char* saved, int threads) const;
+  // grad (R, N, d) of `out` -> grad_x (R, N, d).
+  void backward(const BlocksInput& input, const bf16* grad, bf16* grad_x, unsigned char* saved,
+                int threads);
+
+ private:
+  struct Saved;
+  struct Scratch;
+  struct Products {
+    PackedMatrix qkv, out, up, down;
+  };
+
+  // body(tile, its first number in x, its saved memory) on all tiles.
+  template <class Body>
+  void tiles(const BlocksInput& input, unsigned char* saved, int threads, const Body& body) const;
+  void forward_tile(const BlocksInput& tile, bf16* out, unsigned char* memory) const;
+  void backward_tile(const BlocksInput& tile, const bf16* grad_out, bf16* grad,
+                     unsigned char* memory) const;
+  void norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed, const void* weight,
+            const void* bias, NormStatistics* statistics, std::int64_t M) const;
+  void norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight, const void* bias,
+                     const NormStatistics* statistics, bf16* grad, bool along,
+                     std::int64_t M) const;
+  void attend(const BlocksInput& tile, const DecoderBlock& block, const bf16* qkv,
+              const bf16* grad_mixed, bf16* out) const;
+  Saved saved_at(std::int64_t M, std::uintptr_t memory) const;
+  Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
+  std::int64_t tile_bytes(const BlocksInput& input) const;
+  Scratch scratch_of(std::int64_t M) const;
+  std::int64_t stacked() const {  // (H + 2 K) c
+    return (model_.heads + 2 * model_.kv_heads) * model_.head_size;
+  }
+  std::int64_t mixed() const { return model_.heads * model_.head_size; }
+  std::int64_t up() const { return model_.gated ? 2 * model_.inner : model_.inner; }
+
+  DecoderModel model_;
+  const RowKernels& kernels_;
+  std::vector<Products> forward_, backward_;
+  std::once_flag packed_backward_;
+};
+
+}  // namespace prototok

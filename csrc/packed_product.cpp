@@ -1,0 +1,22 @@
+#include "packed_product.h"
+
+#include <new>
+
+namespace prototok {
+
+PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_t inputs,
+                           std::int64_t output_stride, std::int64_t input_stride)
+    : inputs_(inputs), outputs_(outputs) {
+  const std::int64_t panels = (outputs + kPanel - 1) / kPanel;
+  const std::size_t bytes = std::size_t(panels * kPanel * inputs) * sizeof(bf16);
+  data_.reset(static_cast<bf16*>(std::aligned_alloc(64, bytes)));
+  if (!data_ && bytes > 0) throw std::bad_alloc();
+  bf16* to = data_.get();
+  for (std::int64_t first = 0; first < outputs; first += kPanel)
+    for (std::int64_t i = 0; i < inputs; i += 2)
+      for (std::int64_t o = first; o < first + kPanel; ++o)
+        for (std::int64_t pair = 0; pair < 2; ++pair)
+          *to++ = o < outputs ? weight[o * output_stride + (i + pair) * input_stride] : bf16{0};
+}
+
+}  // namespace prototok

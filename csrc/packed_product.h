@@ -1,0 +1,51 @@
+// A product with a frozen bf16 weight that was laid out once for it. Sums are fp32 and run over the
+// inputs in pairs, in one order whatever the rows around, so that a row's result is its own.
+// Letters: M rows, I inputs, O outputs.
+#pragma once
+
+#include "row_kernels.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace prototok {
+
+constexpr std::int64_t kPanel = 64;  // outputs that are computed side by side
+
+// Panels of kPanel outputs, each (I / 2, kPanel, 2), so that a vector holds pairs of inputs of
+// neighbouring outputs; the outputs that are missing in the last panel are zero.
+class PackedMatrix {
+ public:
+  PackedMatrix() = default;
+  // Element (o, i) stands at weight[o * output_stride + i * input_stride]; `inputs` is even.
+  PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_t inputs,
+               std::int64_t output_stride, std::int64_t input_stride);
+
+  const bf16* data() const { return data_.get(); }
+  std::int64_t inputs() const { return inputs_; }
+  std::int64_t outputs() const { return outputs_; }
+
+ private:
+  struct Free {
+    void operator()(bf16* data) const { std::free(data); }
+  };
+  std::unique_ptr<bf16[], Free> data_;
+  std::int64_t inputs_ = 0, outputs_ = 0;
+};
+
+struct PackedProduct {
+  const bf16* inputs;  // (M, I)
+  const bf16* weight;  // PackedMatrix::data()
+  const bf16* bias;    // (O,); null = none
+  bf16* out;           // (M, O)
+  std::int64_t rows, depth, outputs;
+  bool add;  // to what `out` holds
+};
+
+#if defined(__x86_64__)
+void packed_product_avx512bf16(const PackedProduct& product);
+#endif
+
+}  // namespace prototok

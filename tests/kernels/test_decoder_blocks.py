@@ -1,0 +1,159 @@
+"""All blocks as one C++ op against the loop of blocks, in bfloat16, and both against float64."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import prototok
+from against_fp64 import assert_as_close_as_torch, with_gradients
+from prototok.allocator import keep_freed_memory
+from prototok.families.body import DecoderBody
+from prototok_kernels.backend import _cpu
+from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
+from zoo import OWN, made
+
+needs_bf16 = pytest.mark.skipif(
+    _cpu is None or "avx512bf16" not in _cpu.instruction_sets(),
+    reason="needs the C++ kernels and AVX-512 BF16",
+)
+COVERED = [name for name in OWN if "qwen3" not in name]
+
+
+def body_of(name: str, dtype: torch.dtype = torch.bfloat16) -> DecoderBody:
+    body = prototok.load(made(OWN[name]), device="cpu", dtype=dtype).body
+    assert isinstance(body, DecoderBody)
+    return body
+
+
+def blocks_of(body: DecoderBody) -> DecoderBlocks:
+    return DecoderBlocks(body.layers, body.norm, body.norm_bias)
+
+
+def stream(texts: int, length: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(texts, length, width, generator=generator).bfloat16()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize(("texts", "length"), [(3, 19), (1, 70), (5, 1)])
+@pytest.mark.parametrize("name", COVERED)
+def test_errors_are_no_larger_than_those_of_the_loop(
+    name: str, texts: int, length: int, start: int
+) -> None:
+    body, exact_body = body_of(name), body_of(name, torch.float64)
+    blocks, exact_blocks = blocks_of(body), blocks_of(exact_body)
+    x, tables = stream(texts, length, body.norm.numel()), body.rotary(length)
+    found = with_gradients(lambda x: blocks(x, *tables, start=start), [x], torch.bfloat16)
+    assert blocks._cpp is not None
+    loop = with_gradients(
+        lambda x: decoder_blocks_ref(blocks, x, *tables, start=start), [x], torch.bfloat16
+    )
+    exact_tables = exact_body.rotary(length)
+    exact = with_gradients(
+        lambda x: decoder_blocks_ref(exact_blocks, x, *(t.double() for t in exact_tables), start),
+        [x], torch.float64,
+    )  # fmt: skip
+    assert_as_close_as_torch(found, loop, exact)
+    with torch.no_grad():  # nothing is kept, and nothing else changes
+        assert torch.equal(blocks(x, *tables, start=start), found[0])
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
+def test_a_text_is_the_same_beside_any_others_on_any_threads(name: str) -> None:
+    body = body_of(name)
+    blocks, tables = blocks_of(body), body.rotary(13)
+    x = stream(9, 13, body.norm.numel())
+    run = lambda x: blocks(x, *tables)  # noqa: E731
+    whole = with_gradients(run, [x], torch.bfloat16)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for found, expected in zip(with_gradients(run, [x], torch.bfloat16), whole, strict=True):
+            assert torch.equal(found, expected)
+    torch.set_num_threads(1)
+    for part in (slice(0, 1), slice(3, 8)):
+        # A probe of its own for each size: outputs only.
+        assert torch.equal(run(x[part]), whole[0][part])
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
+def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
+    body = body_of("mistral, window shorter than the text")
+    blocks, tables = blocks_of(body), body.rotary(13)
+    x, probe = stream(6, 13, body.norm.numel()), stream(6, 13, body.norm.numel()).flip(0)
+
+    def gradient(part: slice) -> Tensor:
+        leaf = x[part].clone().requires_grad_()
+        return torch.autograd.grad(blocks(leaf, *tables), leaf, probe[part])[0]
+
+    whole = gradient(slice(None))
+    assert torch.equal(gradient(slice(4, 5)), whole[4:5])
+    assert torch.equal(gradient(slice(1, 4)), whole[1:4])
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_the_op_is_not_for_takes_the_loop() -> None:
+    qwen3, llama = body_of("qwen3, tied"), body_of("llama, grouped, tied")
+    single = body_of("llama, grouped, tied", torch.float32)
+    cases = [
+        (qwen3, torch.bfloat16, "auto"), (single, torch.float32, "auto"),
+        (llama, torch.bfloat16, "torch"),
+    ]  # fmt: skip
+    for body, dtype, backend in cases:
+        blocks, tables = blocks_of(body), body.rotary(7)
+        x = stream(2, 7, body.norm.numel()).to(dtype)
+        found = blocks(x, *tables, backend=backend)
+        assert blocks._cpp is None
+        assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, backend=backend))
+    torch.set_num_threads(3)  # more than there are texts
+    blocks = blocks_of(llama)
+    blocks(stream(2, 7, llama.norm.numel()), *llama.rotary(7))
+    assert blocks._cpp is None
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
+def test_a_step_makes_no_fresh_page() -> None:
+    keep_freed_memory()
+    lm = prototok.load("tiny-llama", device="cpu", dtype=torch.bfloat16)
+    body = lm.body
+    assert isinstance(body, DecoderBody)
+    leaf = stream(8, 64, lm.hidden_size).requires_grad_()
+    probe = torch.ones_like(leaf)
+
+    def both_ways() -> None:
+        torch.autograd.grad(body.hidden(leaf), leaf, probe)
+
+    for _ in range(15):  # until the heap has places for all of it
+        both_ways()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        both_ways()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20
+
+
+@needs_bf16
+def test_models_that_it_cannot_take_are_refused() -> None:
+    from prototok_kernels.decoder_blocks import _packed
+
+    for name, dtype in (("qwen3, tied", torch.bfloat16), ("qwen2", torch.float32)):
+        body = body_of(name, dtype)
+        with pytest.raises(ValueError, match="model: "):
+            _packed(body.layers, body.norm, body.norm_bias, 12)
