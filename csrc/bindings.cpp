@@ -3,11 +3,13 @@
 #include "decoder.h"
 #include "decoder_blocks.h"
 #include "ops.h"
+#include "packed_head.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -21,21 +23,29 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void head(Address logits, Address gradient, Address targets, Address token_weight, Address loss,
-          Address predicted, Address margin, std::int64_t rows, std::int64_t vocabulary,
-          float temperature, bool is_bf16, int threads, const std::string& instruction_set) {
-  prototok::Head head;
-  head.logits = at<const void>(logits);
-  head.gradient = at<void>(gradient);
+prototok::Head head_of(Address targets, Address token_weight, Address loss, Address predicted,
+                       Address margin, std::int64_t rows, float temperature) {
+  prototok::Head head{};
   head.targets = at<const std::int64_t>(targets);
   head.token_weight = at<const float>(token_weight);
   head.temperature = temperature;
   head.rows = rows;
-  head.vocabulary = vocabulary;
-  head.element = is_bf16 ? prototok::Element::bf16 : prototok::Element::f32;
+  head.element = prototok::Element::bf16;
   head.loss = at<float>(loss);
   head.predicted = at<std::int64_t>(predicted);
   head.margin = at<float>(margin);
+  return head;
+}
+
+void head(Address logits, Address gradient, Address targets, Address token_weight, Address loss,
+          Address predicted, Address margin, std::int64_t rows, std::int64_t vocabulary,
+          float temperature, bool is_bf16, int threads, const std::string& instruction_set) {
+  prototok::Head head =
+      head_of(targets, token_weight, loss, predicted, margin, rows, temperature);
+  head.logits = at<const void>(logits);
+  head.gradient = at<void>(gradient);
+  head.vocabulary = vocabulary;
+  head.element = is_bf16 ? prototok::Element::bf16 : prototok::Element::f32;
   prototok::head(head, prototok::kernels_for(instruction_set), threads);
 }
 
@@ -171,6 +181,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &adamw, py::kw_only(), "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a,
         "lr"_a, "active"_a, "rows"_a, "coordinates"_a, "betas"_a, "eps"_a, "weight_decay"_a,
         "threads"_a, "instruction_set"_a = "", py::call_guard<py::gil_scoped_release>());
+  using prototok::PackedHead;
+  py::class_<PackedHead>(m, "PackedHead")
+      .def(py::init([](Address weight, std::int64_t vocabulary, std::int64_t hidden) {
+             return std::make_unique<PackedHead>(at<const prototok::bf16>(weight), vocabulary,
+                                                 hidden); }),
+           "weight"_a, "vocabulary"_a, "hidden"_a)
+      .def("run", [](PackedHead& self, Address hidden, Address grad_hidden, Address targets,
+                     Address token_weight, Address loss, Address predicted, Address margin,
+                     std::int64_t rows, float temperature, std::int64_t tile, int threads) {
+             self.run(at<const prototok::bf16>(hidden), at<prototok::bf16>(grad_hidden),
+                      head_of(targets, token_weight, loss, predicted, margin, rows, temperature),
+                      tile, threads); },
+           py::kw_only(), "hidden"_a, "grad_hidden"_a, "targets"_a, "token_weight"_a, "loss"_a,
+           "predicted"_a, "margin"_a, "rows"_a, "temperature"_a, "tile"_a, "threads"_a,
+           py::call_guard<py::gil_scoped_release>());
   using prototok::Decoder;
   using prototok::DecoderBlocks;
   using prototok::DecoderModel;

@@ -21,30 +21,7 @@ struct Area {
   }
 };
 
-// Memory of this thread that outlives the call.
-unsigned char* thread_memory(std::vector<unsigned char>& memory, std::uintptr_t bytes) {
-  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
-  const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
-  return memory.data() + (misplaced == 0 ? 0 : 64 - misplaced);
-}
-
 const bf16* of(const void* weight) { return static_cast<const bf16*>(weight); }
-
-// A matrix (outputs, inputs) for products with rows of its inputs, and with those of its outputs.
-PackedMatrix packed(const void* weight, std::int64_t outputs, std::int64_t inputs) {
-  return {of(weight), outputs, inputs, inputs, 1};
-}
-PackedMatrix packed_transposed(const void* weight, std::int64_t outputs, std::int64_t inputs) {
-  return {of(weight), inputs, outputs, 1, inputs};
-}
-
-void multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias, bf16* out,
-              std::int64_t rows, bool add = false) {
-#if defined(__x86_64__)
-  packed_product_avx512bf16({inputs, weight.data(), of(bias), out, rows, weight.inputs(),
-                             weight.outputs(), add});
-#endif
-}
 
 }  // namespace
 
@@ -76,9 +53,9 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
   if (!m.is_bf16 || m.hidden % 2 || mixed() % 2 || stacked() % 2 || m.inner % 2)
     throw std::invalid_argument("model: must be bfloat16 of even sizes");
   for (const DecoderBlock& block : m.blocks)
-    forward_.push_back({packed(block.qkv, stacked(), m.hidden),
-                        packed(block.out, m.hidden, mixed()), packed(block.up, up(), m.hidden),
-                        packed(block.down, m.hidden, m.inner)});
+    forward_.push_back({packed(of(block.qkv), stacked(), m.hidden),
+                        packed(of(block.out), m.hidden, mixed()), packed(of(block.up), up(), m.hidden),
+                        packed(of(block.down), m.hidden, m.inner)});
 }
 
 // Where a block's part of a tile's memory lies; the stream comes first, for the norm behind the last.
@@ -125,7 +102,7 @@ DecoderBlocks::Scratch DecoderBlocks::scratch_of(std::int64_t M) const {
   };
   Scratch scratch;
   const std::uintptr_t bytes = carved(0, scratch);
-  carved(reinterpret_cast<std::uintptr_t>(thread_memory(memory, bytes)), scratch);
+  carved(reinterpret_cast<std::uintptr_t>(at_least(memory, bytes)), scratch);
   return scratch;
 }
 
@@ -159,7 +136,7 @@ void DecoderBlocks::attend(const BlocksInput& tile, const DecoderBlock& block, c
                              block.window > 0 ? std::min(block.window, N) : N,
                              m.scaling, tile.cos, tile.sin, tile.table_row};
   float* scratch = reinterpret_cast<float*>(
-      thread_memory(memory, std::uintptr_t(attention_memory(shape)) * sizeof(float)));
+      at_least(memory, std::uintptr_t(attention_memory(shape)) * sizeof(float)));
   for (std::int64_t text = 0; text < tile.texts; ++text)
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
       const bf16* of_text = qkv + text * N * stacked();
@@ -186,10 +163,10 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     const Saved saved = saved_of(tile, b, memory);
     norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
     if (delta != nullptr) x = saved.stream;
-    multiply(normed, products.qkv, block.qkv_bias, saved.qkv, M);
+    multiply(normed, products.qkv, of(block.qkv_bias), saved.qkv, M);
     attend(tile, block, saved.qkv, nullptr, scratch.heads);
     delta = scratch.narrow[1];
-    multiply(scratch.heads, products.out, block.out_bias, delta, M);
+    multiply(scratch.heads, products.out, of(block.out_bias), delta, M);
     norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
          block.mlp_norm_bias, saved.middle_statistics, M);
     if (!m.parallel) x = saved.middle;
@@ -197,7 +174,7 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     for (std::int64_t row = 0; row < M; ++row)
       kernels_.activation_bf16(saved.z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
-    multiply(scratch.inner, products.down, block.down_bias, delta, M, m.parallel);
+    multiply(scratch.inner, products.down, of(block.down_bias), delta, M, m.parallel);
   }
   const Saved last = saved_of(tile, blocks, memory);
   norm(x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics, M);
@@ -254,7 +231,7 @@ void DecoderBlocks::tiles(const BlocksInput& input, unsigned char* saved, int th
       tile.texts = std::min(input.tile, input.texts - text);
       tile.x += text * row;
       body(tile, text * row,
-           saved == nullptr ? thread_memory(unsaved, std::uintptr_t(bytes)) : saved + index * bytes);
+           saved == nullptr ? at_least(unsaved, std::uintptr_t(bytes)) : saved + index * bytes);
     }
   });
 }
@@ -272,10 +249,10 @@ void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad, bf16* g
   std::call_once(packed_backward_, [&] {
     const DecoderModel& m = model_;
     for (const DecoderBlock& block : m.blocks)
-      backward_.push_back({packed_transposed(block.qkv, stacked(), m.hidden),
-                           packed_transposed(block.out, m.hidden, mixed()),
-                           packed_transposed(block.up, up(), m.hidden),
-                           packed_transposed(block.down, m.hidden, m.inner)});
+      backward_.push_back({packed_transposed(of(block.qkv), stacked(), m.hidden),
+                           packed_transposed(of(block.out), m.hidden, mixed()),
+                           packed_transposed(of(block.up), up(), m.hidden),
+                           packed_transposed(of(block.down), m.hidden, m.inner)});
   });
   tiles(input, saved, threads,
         [&](const BlocksInput& tile, std::int64_t offset, unsigned char* memory) {

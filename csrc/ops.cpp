@@ -48,12 +48,16 @@ const RowKernels& kernels_for(const std::string& instruction_set) {
   return baseline_kernels();
 }
 
-void head(const Head& head, const RowKernels& kernels, int threads) {
+void check_targets(const Head& head) {
   for (std::int64_t row = 0; row < head.rows; ++row)
     if (head.targets[row] < 0 || head.targets[row] >= head.vocabulary)
       throw std::out_of_range("targets: " + std::to_string(head.targets[row]) + " in row " +
                               std::to_string(row) + " is not in [0, " +
                               std::to_string(head.vocabulary) + ")");
+}
+
+void head(const Head& head, const RowKernels& kernels, int threads) {
+  check_targets(head);
   const auto run = [&](auto kernel, auto* logits, auto* gradient, std::int64_t row) {
     const std::int64_t offset = row * head.vocabulary;
     return kernel(logits + offset, gradient == nullptr ? nullptr : gradient + offset,
@@ -166,14 +170,11 @@ void attention(const Attention& attention, const RowKernels& kernels, int thread
     else
       backward(shape, qkv, grad_out + row * out_row, out + row * qkv_row, kv_head, memory);
   };
-  const std::size_t floats = std::size_t(attention_memory(shape));
+  const std::uintptr_t bytes = std::uintptr_t(attention_memory(shape)) * sizeof(float);
   parallel_rows(attention.rows * shape.kv_heads, 1, threads,
                 [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<float> memory;  // outlives the call
-    if (memory.size() < floats + 16) memory.resize(floats + 16);
-    // Whole cache lines: a vector across two of them is read at half the speed.
-    const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
-    float* aligned = memory.data() + (misplaced == 0 ? 0 : (64 - misplaced) / sizeof(float));
+    static thread_local std::vector<unsigned char> memory;
+    float* aligned = reinterpret_cast<float*>(at_least(memory, bytes));
     for (std::int64_t task = begin; task < end; ++task) {
       if (attention.element == Element::f32)
         run(kernels.attention_f32, kernels.attention_backward_f32, float{}, task, aligned);

@@ -31,7 +31,10 @@ struct Head {
   float* margin;             // (R,)
 };
 
-// Throws std::out_of_range, with nothing written, when a target is not in [0, V).
+// Throws std::out_of_range when a target is not in [0, V).
+void check_targets(const Head& head);
+
+// Throws as `check_targets` does, with nothing written.
 void head(const Head& head, const RowKernels& kernels, int threads);
 
 struct AdamW {

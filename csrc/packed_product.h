@@ -44,8 +44,26 @@ struct PackedProduct {
   bool add;  // to what `out` holds
 };
 
+// Of a weight (outputs, inputs): for rows of its inputs, and for rows of its outputs (a gradient).
+inline PackedMatrix packed(const bf16* weight, std::int64_t outputs, std::int64_t inputs) {
+  return {weight, outputs, inputs, inputs, 1};
+}
+inline PackedMatrix packed_transposed(const bf16* weight, std::int64_t outputs,
+                                      std::int64_t inputs) {
+  return {weight, inputs, outputs, 1, inputs};
+}
+
 #if defined(__x86_64__)
 void packed_product_avx512bf16(const PackedProduct& product);
 #endif
+
+// Only where the processor has "avx512bf16".
+inline void multiply(const bf16* inputs, const PackedMatrix& weight, const bf16* bias, bf16* out,
+                     std::int64_t rows, bool add = false) {
+#if defined(__x86_64__)
+  packed_product_avx512bf16({inputs, weight.data(), bias, out, rows, weight.inputs(),
+                             weight.outputs(), add});
+#endif
+}
 
 }  // namespace prototok

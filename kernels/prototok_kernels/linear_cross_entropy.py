@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prototok_kernels.backend import _cpu, resolve_for
 
@@ -179,6 +181,68 @@ def _cpu_pass(
         raise ValueError(str(error)) from None
 
 
+# bf16 weights as the C++ product reads them, and what of the tensor they were laid out from.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Rows whose logits a thread keeps between the products: they read the weight once for all of them.
+_CPU_TILE = 64
+
+
+def _packed_head(weight: Tensor) -> Any:
+    """The C++ head of a weight (V, d), laid out when it is first seen, or seen to have changed."""
+    state = weight.data_ptr(), weight._version
+    head, known = _packed.get(weight, (None, None))
+    if known != state:
+        head = _cpu.PackedHead(weight.data_ptr(), *weight.shape)
+        _packed[weight] = head, state
+    return head
+
+
+def _can_be_packed(weight: Tensor | None) -> bool:
+    return (
+        weight is not None
+        and weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and not weight.is_inference()  # has no version
+        and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
+        and "avx512bf16" in _cpu.instruction_sets()
+    )
+
+
+def _linear_cross_entropy_packed(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    temperature: float,
+    need_grad: bool,
+    workspace_bytes: int,
+) -> HeadOutput:
+    """Product, pass and product tile by tile, each in one thread's cache."""
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    if token_weight is not None:
+        token_weight = token_weight.to(torch.float32).contiguous()
+    out = _empty_output(hidden, targets, need_grad)
+    rows, threads = len(targets), torch.get_num_threads()
+    fitting = workspace_bytes // (threads * len(weight) * hidden.element_size())
+    try:
+        _packed_head(weight).run(
+            hidden=hidden.data_ptr(),
+            grad_hidden=0 if out.grad_hidden is None else out.grad_hidden.data_ptr(),
+            targets=targets.data_ptr(),
+            token_weight=0 if token_weight is None else token_weight.data_ptr(),
+            loss=out.loss.data_ptr(),
+            predicted=out.predicted.data_ptr(),
+            margin=out.margin.data_ptr(),
+            rows=rows,
+            temperature=temperature,
+            tile=max(1, min(_CPU_TILE, -(-rows // threads), fitting)),
+            threads=threads,
+        )
+    except IndexError as error:
+        raise ValueError(str(error)) from None
+    return out
+
+
 def _linear_cross_entropy_fused(
     hidden: Tensor,
     weight: Tensor | None,
@@ -302,6 +366,11 @@ def linear_cross_entropy(
     resolved = resolve_for(backend, hidden)
     if resolved == "torch":
         return _linear_cross_entropy_torch(
+            hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
+        )
+    if resolved == "cpu" and _can_be_packed(weight):
+        assert weight is not None
+        return _linear_cross_entropy_packed(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
         )
     return _linear_cross_entropy_fused(

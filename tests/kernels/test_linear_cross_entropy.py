@@ -120,7 +120,9 @@ def test_logits_given_edges_of_rows_vectors_and_blocks(backend, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(monkeypatch, instruction_set, dtype):
     head = functools.partial(module._cpu.head, instruction_set=instruction_set)
-    monkeypatch.setattr(module, "_cpu", types.SimpleNamespace(head=head))
+    # No instruction sets: the products stay torch's, so that only the pass is another.
+    stand_in = types.SimpleNamespace(head=head, instruction_sets=list)
+    monkeypatch.setattr(module, "_cpu", stand_in)
     test_logits_given_edges_of_rows_vectors_and_blocks("cpu", "cpu", dtype)
     for shape in SHAPES:
         test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, dtype, 0.5)
@@ -217,6 +219,28 @@ def test_chunks_do_not_change_the_result(backend, device, dtype):
         # Products of another height may be summed in another order, nothing else may differ.
         torch.testing.assert_close(parts.loss, whole.loss, rtol=unit, atol=8 * unit)
         torch.testing.assert_close(parts.grad_hidden, whole.grad_hidden, rtol=unit, atol=8 * unit)
+
+
+@pytest.mark.skipif(
+    module._cpu is None or "avx512bf16" not in module._cpu.instruction_sets(),
+    reason="needs the C++ kernels and AVX-512 BF16",
+)
+def test_a_row_of_the_packed_head_is_its_own_and_follows_its_weight():
+    hidden, weight, targets, _ = make_inputs(70, 32, 130, torch.bfloat16, "cpu")
+    packed = len(module._packed)
+    whole = linear_cross_entropy(hidden, weight, targets)
+    assert len(module._packed) == packed + 1
+    for part in (slice(0, 1), slice(5, 13)):
+        alone = linear_cross_entropy(hidden[part], weight, targets[part])
+        for name in ("loss", "predicted", "margin", "grad_hidden"):
+            assert torch.equal(getattr(alone, name), getattr(whole, name)[part])
+    weight.mul_(2)
+    doubled = linear_cross_entropy(hidden, weight, targets)
+    fresh = linear_cross_entropy(hidden, weight.clone(), targets)
+    assert torch.equal(doubled.loss, fresh.loss) and not torch.equal(doubled.loss, whole.loss)
+    assert torch.equal(doubled.grad_hidden, fresh.grad_hidden)
+    del weight
+    assert len(module._packed) == packed
 
 
 def test_same_bits_again_and_with_another_number_of_threads(backend, device):
