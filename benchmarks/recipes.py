@@ -2,12 +2,14 @@
 
     python benchmarks/recipes.py --shared ../shared dev     # choosing: development texts
     python benchmarks/recipes.py --shared ../shared test    # what is reported: test texts
+    python benchmarks/recipes.py --unseen FOLDER test       # and a model not used for choosing
     python benchmarks/recipes.py summary                    # tables and the figure from the results
 
 Every cell (part, model, length, recipe) is written to results/recipes.json as soon as it is done,
-and one that is there is not run again. The test texts are those of benchmarks/reconstruction.py;
-the development texts come from the other end of the same source. A text counts as solved when it
-comes back whole from a decoding at batch 1, in the model's dtype and in float32.
+and one that is there with the same settings is not run again. The test texts are those of
+benchmarks/reconstruction.py; the development texts come from the other end of the same source. A
+text counts as solved when it comes back whole from a decoding at batch 1, in the model's dtype and
+in float32.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ MODELS = {
     "tiny-llama": ("held_out", 16, (8, 11, 16, 22)),
     "tiny-neox": ("held_out", 8, (8, 11, 16, 22)),
 }
+# Trained by benchmarks/train_builtin.py at another width, after `fast` was chosen; its folder is
+# named by --unseen and holds its held-out text.
+UNSEEN = "unseen"
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,21 @@ def candidates() -> Iterator[Recipe]:
         yield dataclasses.replace(base, name=name, **changes)
 
 
+# `fast` as it was before it went slower from a prior.
+BEFORE = dataclasses.replace(
+    FAST, name="fast, lr 0.1", betas=(0.9, 0.99), warmup=20, prior_rate=None, max_steps=900
+)
+
+
 def dev_cells() -> Iterator[Cell]:
     for model, (_, middle, _) in MODELS.items():
         for recipe in candidates():
             yield Cell("dev", model, middle, recipe, 8)
-        for lr in (0.05, 0.07, 0.1):
-            recipe = dataclasses.replace(FAST, name=f"fast, lr {lr}", lr=lr, max_steps=900)
-            yield Cell("dev", model, middle, recipe, 8, prior=True)
+        yield Cell("dev", model, middle, BEFORE, 16, prior=True)
+        for rate in (0.2, 0.3, 0.4, 0.7):
+            name = f"fast, prior rate {rate}"
+            recipe = dataclasses.replace(FAST, name=name, prior_rate=rate, max_steps=900)
+            yield Cell("dev", model, middle, recipe, 16, prior=True)
 
 
 def test_cells() -> Iterator[Cell]:
@@ -105,6 +118,9 @@ def test_cells() -> Iterator[Cell]:
                 yield Cell("test", model, length, FAST, texts, prior=True)
                 if middle:
                     yield Cell("test", model, length, plain, texts)
+    yield Cell("test", UNSEEN, 8, PAPER, 16)
+    yield Cell("test", UNSEEN, 8, FAST, 16, prior=True)
+    yield Cell("test", UNSEEN, 8, plain, 16)
 
 
 def texts_of(lm: FrozenLM, path: Path, cell: Cell) -> list[list[int]]:
@@ -214,6 +230,14 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"cells": {}}
 
 
+def is_known(cell: Cell, record: dict) -> bool:
+    """Whether it was run with these settings; those it does not name did not exist then."""
+    if cell.key not in record["cells"]:
+        return False
+    settings = json.loads(json.dumps(dataclasses.asdict(cell.recipe)))
+    return all(settings.get(k) == v for k, v in record["cells"][cell.key]["recipe"].items())
+
+
 def save(record: dict, path: Path) -> None:
     record |= provenance()
     record["summary"] = [summary_of(row) for row in record["cells"].values()]
@@ -250,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=["dev", "test", "summary"])
     parser.add_argument("--shared", type=Path, help="folder with models/ and corpora/")
+    parser.add_argument("--unseen", type=Path, help="a model folder with its held_out.txt")
     parser.add_argument("--only", default="", help="cells whose key holds this")
     parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipes.json")
@@ -260,14 +285,21 @@ def main() -> None:
     cells = [] if a.part == "summary" else dev_cells() if a.part == "dev" else test_cells()
     for cell in cells:
         record = load(a.out)
-        own = cell.model in BUILT_IN
-        if cell.key in record["cells"] or a.only not in cell.key or (a.shared is None and not own):
+        if a.only not in cell.key or is_known(cell, record):
             continue
-        folder = built_in / cell.model if own else a.shared / "models" / cell.model
+        own = cell.model in BUILT_IN
+        if own:
+            folder = built_in / cell.model
+        elif cell.model == UNSEEN and a.unseen is not None:
+            folder = a.unseen
+        elif cell.model in MODELS and a.shared is not None:
+            folder = a.shared / "models" / cell.model
+        else:
+            continue
         if cell.model not in models:
             models[cell.model] = prototok.load(cell.model if own else folder)
-        source = MODELS[cell.model][0]
-        path = folder / "held_out.txt" if own else a.shared / source
+        source = MODELS[cell.model][0] if cell.model in MODELS else "held_out"
+        path = folder / "held_out.txt" if source == "held_out" else a.shared / source
         init = prior_of(models[cell.model], a.priors / f"{cell.model}.safetensors", cell)
         row = run_cell(models[cell.model], cell, path, init)
         record = load(a.out)

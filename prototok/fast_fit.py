@@ -153,6 +153,8 @@ def fit_units(
     lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     if init is None and recipe.shipped_prior and arrangement.is_pair:
         init = shipped_prior(lm)
+    if init is not None:
+        recipe = recipe.from_prior(lm.hidden_size)
     inputs = OneForward(arrangement, prior=init)
     for finished in run(lm, units, inputs, recipe, batch_size, backend, confirm, observe):
         yield finished, verified.pop(finished.unit.group)

@@ -62,6 +62,19 @@ def test_a_fit_starts_where_the_prior_says(small_lm: FrozenLM, prior: Prior) -> 
     assert not torch.equal(seeds.e[0, 0], seeds.e[0, 1])
 
 
+def test_a_fit_from_a_prior_goes_at_its_rate(small_lm: FrozenLM, prior: Prior) -> None:
+    def spread(rate: float | None) -> float:
+        losses: list[float] = []
+        recipe = Recipe(lr=1.0, weight_decay=0.0, prior_rate=rate, max_steps=3, margin=1e9)
+        prototok.fast_fit(
+            small_lm, [[1, 2, 3]], recipe=recipe, init=prior, progress=False,
+            callback=lambda event: losses.append(float(event.loss)),
+        )  # fmt: skip
+        return max(losses) - min(losses)
+
+    assert spread(1e-9) < 1e-4 < spread(None)
+
+
 def test_file_round_trip(prior: Prior, tmp_path: Path) -> None:
     path = tmp_path / "prior.safetensors"
     prior.save(path)

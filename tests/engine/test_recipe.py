@@ -38,6 +38,14 @@ def test_cycles_double_and_start_anew() -> None:
     assert rates[70] == pytest.approx(0.2)
 
 
+def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
+    recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
+    near = recipe.from_prior(256)
+    assert near.lr == pytest.approx(0.3 / 16)
+    assert near.lr * near.weight_decay == pytest.approx(recipe.lr * recipe.weight_decay)
+    assert PAPER.from_prior(256) is PAPER and near.from_prior(64) is near
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -55,6 +63,7 @@ def test_cycles_double_and_start_anew() -> None:
         ({"warmup": -1}, "warmup"),
         ({"schedule": "cosine", "cycle": 0}, "cycle"),
         ({"cycle": 10}, "cycle"),
+        ({"prior_rate": 0.0}, "prior_rate"),
     ],
 )
 def test_bad_settings_are_named(changes: dict, named: str) -> None:
