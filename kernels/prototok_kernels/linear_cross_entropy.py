@@ -358,8 +358,8 @@ def linear_cross_entropy(
 
     `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "auto". In
     the last two the logits have hidden's dtype, and all arithmetic on them is fp32.
-    "cpu" lays a bf16 weight out for its products when it first sees it (AVX-512 BF16 only) and keeps
-    that, twice the weight's size with gradients, as long as the weight lives.
+    "cpu" lays a bf16 weight out for its products when it first sees it (AVX-512 BF16 only) and
+    keeps that, twice the weight's size with gradients, as long as the weight lives.
 
     Raises ValueError for a shape, dtype, temperature or backend that cannot be met, and on the CPU
     for a target outside [0, V); on a GPU such a row's loss is NaN.
