@@ -23,6 +23,9 @@ from prototok.prior import Prior
 from prototok.progress import Progress
 from prototok.targets import Texts, targets_of
 
+# Below this token accuracy a warm start is too far off for a fresh one to be worth its cost.
+_NEAR = 0.9
+
 # The paper's Table 3.
 GRID = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024, 1448)
 
@@ -59,9 +62,9 @@ def capacity(
 ) -> Capacity:
     """Grow each text's prefix along the grid until it no longer comes back (Table 3's C_tokens).
 
-    A prefix starts from the vectors of the one before it; where that fails, from fresh ones, with
-    another seed. All texts go through the same slots. A prefix that fails every time ends its text,
-    so of all the fits of a grid that would fail only the first is made.
+    A prefix starts from the vectors of the one before it; where that fails with nine tokens of ten
+    right, from fresh ones, with another seed. All texts go through the same slots. A prefix that
+    fails ends its text, so of all the fits of a grid that would fail only the first is made.
 
     Args:
         lm: the frozen model, from `prototok.load`.
@@ -69,7 +72,7 @@ def capacity(
         lengths: the grid, rising.
         recipe: "fast", "paper", or a `Recipe`; its `max_steps` are those of one fit.
         init: where fresh vectors start, as in `fast_fit`.
-        restarts: fresh starts after a warm one has failed.
+        restarts: fresh starts after a warm one has come near and failed.
         batch_size, progress: as in `fast_fit`.
 
     Raises:
@@ -115,8 +118,11 @@ def capacity(
                     growth.stage, growth.failed = growth.stage + 1, 0
                     ended[t] = growth.stage == growth.reaches
                 else:
+                    warm = growth.start is not None
                     # The first failure was that of the warm start, which the first prefix has not.
-                    growth.failed += 1 + (growth.start is None and growth.failed == 0)
+                    growth.failed += 1 + (not warm and growth.failed == 0)
+                    if warm and check.accuracy < _NEAR:
+                        growth.failed = restarts + 1
                     growth.start = None
             growing = [
                 g for g in growing if g.failed <= restarts and g.stage < g.reaches

@@ -54,6 +54,15 @@ def test_failures_are_tried_again_and_counted(small_lm: FrozenLM, ids: torch.Ten
         assert found.steps.tolist() == [3 * max(1, restarts)] * 6
 
 
+def test_far_off_is_not_tried_again(small_lm: FrozenLM) -> None:
+    """Thirty tokens are out of reach of this model, and one fit at that length shows it."""
+    ids = torch.randint(small_lm.vocab_size, (6, 30), generator=torch.Generator().manual_seed(6))
+    alone = prototok.fast_fit(small_lm, ids, length=1, recipe=QUICK)
+    found = prototok.capacity(small_lm, ids, lengths=(1, 30), recipe=QUICK, restarts=2)
+    assert alone.exact.all() and found.exact.tolist() == [1] * 6
+    assert torch.equal(found.steps, alone.steps[:, 0] + QUICK.max_steps)
+
+
 def test_short_texts_end_before_their_capacity(small_lm: FrozenLM) -> None:
     found = prototok.capacity(small_lm, [[7], [7, 9, 11]], lengths=(2, 3), recipe=QUICK)
     assert found.exact.tolist() == [0, 3]
