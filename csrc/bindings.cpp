@@ -114,12 +114,21 @@ prototok::DecoderModel decoder_model(
   return model;
 }
 
+// The stream and the products of a block's input, 0 where not given.
+using BlockAddresses = std::array<Address, 3>;
+
+template <class T>
+prototok::BlockInput<T> block_input(const BlockAddresses& of) {
+  return {at<T>(of[0]), at<T>(of[1]), at<T>(of[2])};
+}
+
 // texts, length, the first block, texts a tile.
-prototok::BlocksInput blocks_input(Address x, const std::array<std::int64_t, 4>& shape, Address cos,
+prototok::BlocksInput blocks_input(const BlockAddresses& of,
+                                   const std::array<std::int64_t, 4>& shape, Address cos,
                                    Address sin, std::int64_t table_row) {
   const auto [texts, length, first, tile] = shape;
   return {first, texts, length, tile, at<const float>(cos), at<const float>(sin), table_row,
-          at<const prototok::bf16>(x)};
+          block_input<const prototok::bf16>(of)};
 }
 
 prototok::Element element_of(bool is_bf16) {
@@ -223,18 +232,19 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<DecoderBlocks>(m, "DecoderBlocks")
       .def(py::init<DecoderModel>(), "model"_a, py::call_guard<py::gil_scoped_release>())
       .def("saved_bytes", [](const DecoderBlocks& self, const std::array<std::int64_t, 4>& shape) {
-             return self.saved_bytes(blocks_input(0, shape, 0, 0, 0)); })
-      .def("forward", [](const DecoderBlocks& self, Address x, Address out, Address saved,
-                         const std::array<std::int64_t, 4>& shape, Address cos, Address sin,
-                         std::int64_t table_row, int threads) {
-             self.forward(blocks_input(x, shape, cos, sin, table_row), at<prototok::bf16>(out),
+             return self.saved_bytes(blocks_input({}, shape, 0, 0, 0)); })
+      .def("forward", [](const DecoderBlocks& self, const BlockAddresses& of, Address out,
+                         Address saved, const std::array<std::int64_t, 4>& shape, Address cos,
+                         Address sin, std::int64_t table_row, int threads) {
+             self.forward(blocks_input(of, shape, cos, sin, table_row), at<prototok::bf16>(out),
                           at<unsigned char>(saved), threads); },
            py::call_guard<py::gil_scoped_release>())
-      .def("backward", [](DecoderBlocks& self, Address x, Address grad, Address grad_x,
-                          Address saved, const std::array<std::int64_t, 4>& shape, Address cos,
-                          Address sin, std::int64_t table_row, int threads) {
-             self.backward(blocks_input(x, shape, cos, sin, table_row),
-                           at<const prototok::bf16>(grad), at<prototok::bf16>(grad_x),
+      .def("backward", [](DecoderBlocks& self, const BlockAddresses& of, Address grad,
+                          const BlockAddresses& grads, Address saved,
+                          const std::array<std::int64_t, 4>& shape, Address cos, Address sin,
+                          std::int64_t table_row, int threads) {
+             self.backward(blocks_input(of, shape, cos, sin, table_row),
+                           at<const prototok::bf16>(grad), block_input<prototok::bf16>(grads),
                            at<unsigned char>(saved), threads); },
            py::call_guard<py::gil_scoped_release>());
   m.def("residual_norm", &residual_norm, "x"_a, "delta"_a, "sum"_a, "normed"_a, "weight"_a,

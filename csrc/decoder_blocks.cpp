@@ -154,25 +154,31 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
   const ActivationShape activation{m.inner, m.activation, m.gated};
   const Scratch scratch = scratch_of(M);
   bf16* normed = scratch.narrow[0];
-  const bf16* x = tile.x;
+  const bf16* x = tile.of.x;
   bf16* delta = nullptr;  // what is still to be added to x
   const std::int64_t blocks = std::int64_t(m.blocks.size());
   for (std::int64_t b = tile.first; b < blocks; ++b) {
     const DecoderBlock& block = m.blocks[std::size_t(b)];
     const Products& products = forward_[std::size_t(b)];
     const Saved saved = saved_of(tile, b, memory);
-    norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
-    if (delta != nullptr) x = saved.stream;
-    multiply(normed, products.qkv, of(block.qkv_bias), saved.qkv, M);
-    attend(tile, block, saved.qkv, nullptr, scratch.heads);
+    const bool given = b == tile.first && tile.of.qkv != nullptr;
+    const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
+    if (!given) {
+      norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
+      if (delta != nullptr) x = saved.stream;
+      multiply(normed, products.qkv, of(block.qkv_bias), saved.qkv, M);
+    }
+    attend(tile, block, qkv, nullptr, scratch.heads);
     delta = scratch.narrow[1];
     multiply(scratch.heads, products.out, of(block.out_bias), delta, M);
-    norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
-         block.mlp_norm_bias, saved.middle_statistics, M);
-    if (!m.parallel) x = saved.middle;
-    multiply(normed, products.up, nullptr, saved.z, M);
+    if (!given) {
+      norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
+           block.mlp_norm_bias, saved.middle_statistics, M);
+      if (!m.parallel) x = saved.middle;
+      multiply(normed, products.up, nullptr, saved.z, M);
+    }
     for (std::int64_t row = 0; row < M; ++row)
-      kernels_.activation_bf16(saved.z + row * up(), of(block.up_bias),
+      kernels_.activation_bf16(z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
     multiply(scratch.inner, products.down, of(block.down_bias), delta, M, m.parallel);
   }
@@ -180,16 +186,17 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
   norm(x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics, M);
 }
 
-void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out, bf16* grad,
-                                  unsigned char* memory) const {
+void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
+                                  const BlockInput<bf16>& grads, unsigned char* memory) const {
   const DecoderModel& m = model_;
   const std::int64_t M = tile.texts * tile.length;
   const ActivationShape activation{m.inner, m.activation, m.gated};
   const Scratch scratch = scratch_of(M);
   const std::int64_t blocks = std::int64_t(m.blocks.size());
   const auto stream = [&](std::int64_t b, const Saved& saved) {
-    return b == tile.first ? tile.x : saved.stream;
+    return b == tile.first ? tile.of.x : saved.stream;
   };
+  bf16* grad = grads.x;
   const Saved last = saved_of(tile, blocks, memory);
   norm_backward(grad_out, stream(blocks, last), m.norm, m.norm_bias, last.statistics, grad, false,
                 M);
@@ -200,17 +207,21 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
     const Saved saved = saved_of(tile, b, memory);
     const bf16* x = stream(b, saved);
     bf16 *of_mlp_norm = scratch.narrow[0], *of_norm = scratch.narrow[1];
+    const bool given = b == tile.first && tile.of.qkv != nullptr;
+    const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
+    bf16 *grad_qkv = given ? grads.qkv : scratch.wide, *grad_z = given ? grads.z : scratch.wide;
     multiply(grad, products.down, nullptr, scratch.inner, M);
     for (std::int64_t row = 0; row < M; ++row)
-      kernels_.activation_backward_bf16(scratch.inner + row * m.inner, saved.z + row * up(),
-                                        of(block.up_bias), scratch.wide + row * up(), activation);
-    multiply(scratch.wide, products.up, nullptr, of_mlp_norm, M);
+      kernels_.activation_backward_bf16(scratch.inner + row * m.inner, z + row * up(),
+                                        of(block.up_bias), grad_z + row * up(), activation);
+    if (!given) multiply(grad_z, products.up, nullptr, of_mlp_norm, M);
     if (!m.parallel)
       norm_backward(of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true, M);
     multiply(grad, products.out, nullptr, scratch.heads, M);
-    attend(tile, block, saved.qkv, scratch.heads, scratch.wide);
-    multiply(scratch.wide, products.qkv, nullptr, of_norm, M);
+    attend(tile, block, qkv, scratch.heads, grad_qkv);
+    if (given) break;  // the first block: `grad` is that of the stream alone
+    multiply(grad_qkv, products.qkv, nullptr, of_norm, M);
     if (m.parallel)
       norm_backward(of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias, saved.middle_statistics,
                     grad, true, M);
@@ -218,19 +229,27 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
   }
 }
 
+template <class T>
+BlockInput<T> DecoderBlocks::from_position(const BlockInput<T>& all, std::int64_t position) const {
+  const auto from = [&](T* stream, std::int64_t width) {
+    return stream == nullptr ? nullptr : stream + position * width;
+  };
+  return {from(all.x, model_.hidden), from(all.qkv, stacked()), from(all.z, up())};
+}
+
 template <class Body>
 void DecoderBlocks::tiles(const BlocksInput& input, unsigned char* saved, int threads,
                           const Body& body) const {
-  const std::int64_t bytes = tile_bytes(input), row = input.length * model_.hidden;
+  const std::int64_t bytes = tile_bytes(input);
   const std::int64_t count = (input.texts + input.tile - 1) / input.tile;
   parallel_rows(count, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     static thread_local std::vector<unsigned char> unsaved;
     for (std::int64_t index = begin; index < end; ++index) {
       BlocksInput tile = input;
-      const std::int64_t text = index * input.tile;
+      const std::int64_t text = index * input.tile, position = text * input.length;
       tile.texts = std::min(input.tile, input.texts - text);
-      tile.x += text * row;
-      body(tile, text * row,
+      tile.of = from_position(input.of, position);
+      body(tile, position,
            saved == nullptr ? at_least(unsaved, std::uintptr_t(bytes)) : saved + index * bytes);
     }
   });
@@ -239,13 +258,13 @@ void DecoderBlocks::tiles(const BlocksInput& input, unsigned char* saved, int th
 void DecoderBlocks::forward(const BlocksInput& input, bf16* out, unsigned char* saved,
                             int threads) const {
   tiles(input, saved, threads,
-        [&](const BlocksInput& tile, std::int64_t offset, unsigned char* memory) {
-          forward_tile(tile, out + offset, memory);
+        [&](const BlocksInput& tile, std::int64_t position, unsigned char* memory) {
+          forward_tile(tile, out + position * model_.hidden, memory);
         });
 }
 
-void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad, bf16* grad_x,
-                             unsigned char* saved, int threads) {
+void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad,
+                             const BlockInput<bf16>& grads, unsigned char* saved, int threads) {
   std::call_once(packed_backward_, [&] {
     const DecoderModel& m = model_;
     for (const DecoderBlock& block : m.blocks)
@@ -255,8 +274,9 @@ void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad, bf16* g
                            packed_transposed(of(block.down), m.hidden, m.inner)});
   });
   tiles(input, saved, threads,
-        [&](const BlocksInput& tile, std::int64_t offset, unsigned char* memory) {
-          backward_tile(tile, grad + offset, grad_x + offset, memory);
+        [&](const BlocksInput& tile, std::int64_t position, unsigned char* memory) {
+          backward_tile(tile, grad + position * model_.hidden, from_position(grads, position),
+                        memory);
         });
 }
 

@@ -19,6 +19,15 @@
 
 namespace prototok {
 
+// What enters a block: the stream, and for a parallel block its products with qkv and up where they
+// are given instead of made; or the gradients of these.
+template <class T>
+struct BlockInput {
+  T* x;    // (R, N, d)
+  T* qkv;  // (R, N, (H + 2 K) c), or null
+  T* z;    // (R, N, f), or null
+};
+
 struct BlocksInput {
   std::int64_t first;          // the block that the input enters
   std::int64_t texts, length;  // R, N
@@ -26,7 +35,7 @@ struct BlocksInput {
   const float* cos;            // (>= N, >= r / 2), rows `table_row` apart
   const float* sin;
   std::int64_t table_row;
-  const bf16* x;  // (R, N, d)
+  BlockInput<const bf16> of;
 };
 
 class DecoderBlocks {
@@ -39,9 +48,9 @@ class DecoderBlocks {
   std::int64_t saved_bytes(const BlocksInput& input) const;
   // out (R, N, d): the normed stream. `saved` may be null where no gradient is wanted.
   void forward(const BlocksInput& input, bf16* out, unsigned char* saved, int threads) const;
-  // grad (R, N, d) of `out` -> grad_x (R, N, d).
-  void backward(const BlocksInput& input, const bf16* grad, bf16* grad_x, unsigned char* saved,
-                int threads);
+  // grad (R, N, d) of `out` -> those of what entered.
+  void backward(const BlocksInput& input, const bf16* grad, const BlockInput<bf16>& grads,
+                unsigned char* saved, int threads);
 
  private:
   struct Saved;
@@ -50,12 +59,14 @@ class DecoderBlocks {
     PackedMatrix qkv, out, up, down;
   };
 
-  // body(tile, its first number in x, its saved memory) on all tiles.
+  // body(tile, its first position of all texts, its saved memory) on all tiles.
   template <class Body>
   void tiles(const BlocksInput& input, unsigned char* saved, int threads, const Body& body) const;
   void forward_tile(const BlocksInput& tile, bf16* out, unsigned char* memory) const;
-  void backward_tile(const BlocksInput& tile, const bf16* grad_out, bf16* grad,
+  void backward_tile(const BlocksInput& tile, const bf16* grad_out, const BlockInput<bf16>& grads,
                      unsigned char* memory) const;
+  template <class T>
+  BlockInput<T> from_position(const BlockInput<T>& all, std::int64_t position) const;
   void norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed, const void* weight,
             const void* bias, NormStatistics* statistics, std::int64_t M) const;
   void norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight, const void* bias,

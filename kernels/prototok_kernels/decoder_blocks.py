@@ -3,7 +3,11 @@
 In bfloat16 on a CPU with AVX-512 BF16 that is one C++ call each way, in which a thread takes a text
 through all blocks before the next one. Everywhere else it is the loop of `layers.decoder_block`.
 
-Letters: B rows, N positions, d hidden size, r rotary size.
+The first of the blocks may take its first products (`layers.parallel_block_end`) instead of making
+them: those of GPT-NeoX's second block are cheaper from the first one's span (second_layer.py).
+
+Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP, r rotary
+size.
 """
 
 from __future__ import annotations
@@ -16,7 +20,12 @@ from torch import Tensor
 
 from prototok_kernels.backend import _cpu, resolve_for
 from prototok_kernels.decoder import decoder_model
-from prototok_kernels.layers import DecoderLayer, decoder_block
+from prototok_kernels.layers import (
+    DecoderLayer,
+    decoder_block,
+    is_parallel,
+    parallel_block_end,
+)
 from prototok_kernels.residual_norm import residual_norm
 
 # Positions a thread takes through the blocks at a time, where texts are shorter than that.
@@ -46,16 +55,26 @@ class DecoderBlocks:
         sin: Tensor,  # (≥ N, r)
         start: int = 0,  # the block that x enters
         backend: str = "auto",
+        products: tuple[Tensor, Tensor] | None = None,  # (B, N, 3 H·c), (B, N, I)
     ) -> Tensor:  # (B, N, d)
-        """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal."""
+        """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
+
+        `products`: q, k, v and the up-projection of block `start`, which must be a parallel one;
+        "triton" overwrites them.
+
+        Raises ValueError for products that are not this block's.
+        """
+        if products is not None:
+            _check(products, x, self.layers[start])
         if not self._covers(x, backend):
-            return decoder_blocks_ref(self, x, cos, sin, start, backend)
+            return decoder_blocks_ref(self, x, cos, sin, start, backend, products)
         if self._cpp is None:
             self._cpp, self._kept = _packed(self.layers, self.norm, self.norm_bias, cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        qkv, z = (None, None) if products is None else (t.contiguous() for t in products)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _CpuBlocks.apply(x, cos, sin, self._cpp, start)
-        return _forward(x.contiguous(), None, cos, sin, self._cpp, _shape(x, start))
+            return _CpuBlocks.apply(x, qkv, z, cos, sin, self._cpp, start)
+        return _forward((x.contiguous(), qkv, z), None, cos, sin, self._cpp, _shape(x, start))
 
     def _covers(self, x: Tensor, backend: str) -> bool:
         return (
@@ -67,6 +86,18 @@ class DecoderBlocks:
             and "avx512bf16" in _cpu.instruction_sets()
             and all(_plain(layer) for layer in self.layers)
         )
+
+
+def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:
+    if not is_parallel(layer):
+        raise ValueError("products: only a block with a parallel residual takes them")
+    for product, weight in zip(products, (layer.qkv, layer.up), strict=True):
+        expected = (*x.shape[:2], len(weight))
+        if product.shape != expected or product.dtype != x.dtype:
+            raise ValueError(
+                f"products: must be {expected} of {x.dtype}, saw {tuple(product.shape)} of "
+                f"{product.dtype}"
+            )
 
 
 def _plain(layer: DecoderLayer) -> bool:
@@ -88,12 +119,21 @@ def _shape(x: Tensor, start: int) -> list[int]:
     return [texts, length, start, max(1, min(_TILE // length, share))]
 
 
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
 def _forward(
-    x: Tensor, saved: Tensor | None, cos: Tensor, sin: Tensor, cpp: Any, shape: list[int]
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],  # x, and the products where given
+    saved: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    cpp: Any,
+    shape: list[int],
 ) -> Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty_like(inputs[0])
     cpp.forward(
-        x.data_ptr(), out.data_ptr(), 0 if saved is None else saved.data_ptr(), shape,
+        _addresses(inputs), out.data_ptr(), 0 if saved is None else saved.data_ptr(), shape,
         cos.data_ptr(), sin.data_ptr(), cos.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -101,32 +141,39 @@ def _forward(
 
 class _CpuBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, cpp: Any, start: int) -> Tensor:
-        x, shape = x.contiguous(), _shape(x, start)
+    def forward(
+        ctx: Any, x: Tensor, qkv: Tensor | None, z: Tensor | None, cos: Tensor, sin: Tensor,
+        cpp: Any, start: int,
+    ) -> Tensor:  # fmt: skip
+        inputs, shape = (x.contiguous(), qkv, z), _shape(x, start)
         saved = torch.empty(cpp.saved_bytes(shape), dtype=torch.uint8)
-        out = _forward(x, saved, cos, sin, cpp, shape)
-        ctx.save_for_backward(x, saved, cos, sin)
+        out = _forward(inputs, saved, cos, sin, cpp, shape)
+        ctx.save_for_backward(*inputs, saved, cos, sin)
         ctx.cpp, ctx.shape = cpp, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved, cos, sin = ctx.saved_tensors
-        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        x, qkv, z, saved, cos, sin = ctx.saved_tensors
+        grad, inputs = grad.contiguous(), (x, qkv, z)
+        grads = [None if t is None else torch.empty_like(t) for t in inputs]
         ctx.cpp.backward(
-            x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), saved.data_ptr(), ctx.shape,
+            _addresses(inputs), grad.data_ptr(), _addresses(grads), saved.data_ptr(), ctx.shape,
             cos.data_ptr(), sin.data_ptr(), cos.shape[1], torch.get_num_threads(),
         )  # fmt: skip
-        return grad_x, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def decoder_blocks_ref(
     blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, start: int = 0,
-    backend: str = "torch",
+    backend: str = "torch", products: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The same block by block, each of its ops by `backend`."""
     delta: Tensor | None = None
-    for layer in blocks.layers[start:]:
-        x, delta = decoder_block(x, delta, layer, cos, sin, backend)
+    for index, layer in enumerate(blocks.layers[start:]):
+        if index == 0 and products is not None:
+            delta = parallel_block_end(products, layer, cos, sin, backend)
+        else:
+            x, delta = decoder_block(x, delta, layer, cos, sin, backend)
     eps = blocks.layers[0].eps
     return residual_norm(x, delta, blocks.norm, blocks.norm_bias, eps, backend)[1]

@@ -7,7 +7,7 @@ Letters: B rows, N positions, d hidden size, H heads, K key-value heads, c head 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,11 @@ class NeoXLayer(DecoderLayer):
     parallel: bool
 
 
+def is_parallel(layer: DecoderLayer) -> TypeGuard[NeoXLayer]:
+    """Whether attention and MLP both read the block's input."""
+    return isinstance(layer, NeoXLayer) and layer.parallel
+
+
 def inner_activation(
     z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str = "auto"
 ) -> Tensor:
@@ -176,6 +181,17 @@ def self_attention(
         q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
         k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, layer.eps)
         qkv = torch.cat([q, k, v], dim=2).flatten(2)
+    return _attended(qkv, layer, cos, sin, backend)
+
+
+def _attended(
+    qkv: Tensor,  # (B, N, (H + 2 K)·c)
+    layer: DecoderLayer,
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+    backend: str,
+) -> Tensor:  # (B, N, d)
+    """Self-attention behind its input projections."""
     mixed = attention(
         qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
         window=layer.window, flash=layer.flash, backend=backend,
@@ -193,8 +209,12 @@ def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
 
 def mlp(normed: Tensor, layer: DecoderLayer, backend: str = "auto") -> Tensor:
     """The MLP behind its norm, residual not included; (…, d)."""
-    weight, bias = inner_projection(layer)
-    inner = inner_activation(F.linear(normed, weight), bias, layer, backend)
+    return _mlp_end(F.linear(normed, inner_projection(layer)[0]), layer, backend)
+
+
+def _mlp_end(z: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
+    """The MLP behind its first product, (…, I) or gated (…, 2 I), bias not yet added."""
+    inner = inner_activation(z, inner_projection(layer)[1], layer, backend)
     return F.linear(inner, layer.down, layer.down_bias)
 
 
@@ -213,11 +233,23 @@ def decoder_block(
     """
     x, normed = input_norm(x, delta, layer, backend)
     attended = self_attention(normed, layer, cos, sin, backend)
-    if isinstance(layer, NeoXLayer) and layer.parallel:
+    if is_parallel(layer):
         x, normed = post_norm(x, None, layer, backend)
         return x, mlp(normed, layer, backend) + attended
     x, normed = post_norm(x, attended, layer, backend)
     return x, mlp(normed, layer, backend)
+
+
+def parallel_block_end(
+    products: tuple[Tensor, Tensor],  # (B, N, (H + 2 K)·c) with its bias, (B, N, I) without
+    layer: DecoderLayer,
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+    backend: str = "auto",
+) -> Tensor:  # (B, N, d)
+    """What a parallel block adds to the stream, from its stacked q, k, v and its up-projection."""
+    qkv, z = products
+    return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
 
 
 def decoder_layer(
