@@ -25,6 +25,7 @@ from prototok_kernels.layers import (
     inner_activation_backward,
     inner_projection,
     input_norm,
+    is_parallel,
     mlp,
     post_norm,
     project_heads,
@@ -50,7 +51,7 @@ def _span(
     if layer.kv_heads != heads:
         k, v = (t.repeat_interleave(heads // layer.kv_heads, dim=1) for t in (k, v))
     base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
-    if isinstance(layer, NeoXLayer) and layer.parallel:
+    if is_parallel(layer):
         base = base + mlp(post_norm(x, None, layer)[1], layer)
     v_e, v_m = v[:rows], _per_row(v[rows:], group)
     o = layer.o.unflatten(1, (heads, layer.head_size)).permute(1, 2, 0)  # (H, c, d)
@@ -136,7 +137,7 @@ class _AffineScan(torch.autograd.Function):
         w = torch.sigmoid(b[..., 1:] - prefix)
         coef = _coefficients(w, span.dtype)
         ctx.save_for_backward(a, prefix, w, coef, span)
-        return torch.bmm(coef.transpose(1, 2), span), coef
+        return combined(coef, span), coef
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,12 +165,12 @@ def _scan_backward(
     return F.pad(suffix[1] - suffix[0], (0, 1)), F.pad(z, (1, 0))
 
 
-def _inner(
-    scaled: Tensor,  # (B, S, N)
-    projected: Tensor,  # (B, S, I), gated (B, S, 2 I)
-) -> Tensor:  # (B, N, I), gated (B, N, 2 I)
-    """The MLP's inner projections, before bias and activation, from those of the span."""
-    return torch.bmm(scaled.transpose(1, 2), projected)
+def combined(
+    coef: Tensor,  # (B, S, N)
+    vectors: Tensor,  # (B, S, O)
+) -> Tensor:  # (B, N, O)
+    """coefᵀ · vectors."""
+    return torch.bmm(coef.transpose(1, 2), vectors)
 
 
 def _inner_bias(layer: DecoderLayer) -> Tensor | None:
@@ -179,14 +180,41 @@ def _inner_bias(layer: DecoderLayer) -> Tensor | None:
     return F.linear(layer.post_norm_bias, weight, bias) if isinstance(layer, NeoXLayer) else bias
 
 
-def _rms_inverse(x: Tensor, layer: DecoderLayer) -> Tensor:
+def rms_inverse_of(x: Tensor, layer: DecoderLayer) -> Tensor:
     """1 / √(mean x² + eps) (about the mean for a LayerNorm), (B, N), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if isinstance(layer, NeoXLayer):
-        square = x.to(dtype).var(-1, correction=0)
-    else:
-        square = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square() / x.shape[-1]
+    # Not var: on the CPU it takes fifteen times as long.
+    x = centred_for(x.to(dtype), layer) if isinstance(layer, NeoXLayer) else x
+    square = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square() / x.shape[-1]
     return torch.rsqrt(square + layer.eps)
+
+
+def centred_for(span: Tensor, layer: DecoderLayer) -> Tensor:
+    """What the layer's norms scale of the spanning vectors: a LayerNorm takes their mean off."""
+    return span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
+
+
+def affine_norm_backward(
+    grad_scaled: Tensor,  # (B, S, N)
+    grad_centred: Tensor,  # (B, S, d), through the products alone
+    coef: Tensor,  # (B, S, N)
+    rms_inverse: Tensor,  # (B, N), of x = coefᵀ · span
+    centred: Tensor,  # (B, S, d)
+    layer: DecoderLayer,
+) -> tuple[Tensor, Tensor]:  # ∂coef (B, S, N), ∂span (B, S, d)
+    """From the gradients of scaled = coef · rms_inverse and of the centred span, x's norm included.
+
+    ⟨coef_i, ∂coef_i⟩ is rms_inverse_i times its gradient; ‖x_i‖² = coef_iᵀ Gram coef_i carries that
+    on to coef and span without another look at x.
+    """
+    grad_coef = grad_scaled * rms_inverse[:, None]
+    wide, wide_coef = centred.to(grad_coef.dtype), coef.to(grad_coef.dtype)
+    pull = (wide_coef * grad_coef).sum(1, keepdim=True) * rms_inverse[:, None].square()
+    pulled = wide_coef * (pull / centred.shape[-1])  # (B, S, N)
+    gram = torch.bmm(wide, wide.transpose(1, 2))
+    grad_coef = grad_coef - torch.bmm(gram, pulled)
+    grad_span = grad_centred - torch.bmm(torch.bmm(pulled, wide_coef.transpose(1, 2)), wide)
+    return grad_coef.to(coef.dtype), centred_for(grad_span, layer).to(centred.dtype)
 
 
 class _AffineMLP(torch.autograd.Function):
@@ -204,13 +232,13 @@ class _AffineMLP(torch.autograd.Function):
         span: Tensor,  # (B, S, d)
         layer: DecoderLayer,
     ) -> Tensor:  # (B, N, d)
-        centred = span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
+        centred = centred_for(span, layer)
         projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
-        rms_inverse = _rms_inverse(x, layer)
+        rms_inverse = rms_inverse_of(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer = layer
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(_inner(scaled, projected), _inner_bias(layer), layer)
+        inner = inner_activation(combined(scaled, projected), _inner_bias(layer), layer)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
@@ -219,22 +247,42 @@ class _AffineMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
-        z, bias = _inner(scaled, projected), _inner_bias(layer)
+        z, bias = combined(scaled, projected), _inner_bias(layer)
         grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer)
-        grad_coef = torch.bmm(projected, grad_z.transpose(1, 2)) * rms_inverse[:, None]
+        grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
         grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
-        # ⟨coef_i, ∂coef_i⟩ is rms_inverse_i times its gradient; ‖x_i‖² = coef_iᵀ Gram coef_i
-        # carries that on to coef and span without another look at x.
-        wide, wide_coef = centred.to(grad_coef.dtype), coef.to(grad_coef.dtype)
-        pull = (wide_coef * grad_coef).sum(1, keepdim=True) * rms_inverse[:, None].square()
-        pulled = wide_coef * (pull / centred.shape[-1])  # (B, S, N)
-        gram = torch.bmm(wide, wide.transpose(1, 2))
-        grad_coef = grad_coef - torch.bmm(gram, pulled)
-        grad_span = grad_normed * layer.post_norm
-        grad_span = grad_span - torch.bmm(torch.bmm(pulled, wide_coef.transpose(1, 2)), wide)
-        if isinstance(layer, NeoXLayer):
-            grad_span = grad_span - grad_span.mean(-1, keepdim=True)
-        return grad, grad_coef.to(coef.dtype), grad_span.to(centred.dtype), None
+        grad_coef, grad_span = affine_norm_backward(
+            grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
+        )
+        return grad, grad_coef, grad_span, None
+
+
+def first_layer_spanned(
+    e: Tensor,  # (B, d)
+    m: Tensor,  # (B, d), or (G, d) with `group`
+    group: Tensor | None,  # (B,)
+    length: int,  # N
+    layer: DecoderLayer,
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # x (B, N, d), coef (B, S, N), span (B, S, d)
+    """`first_layer` up to where it leaves the span: x = coefᵀ · span, and its two factors.
+
+    x is the output of a parallel block, and what a sequential one hands to its MLP. Arguments and
+    errors are those of `first_layer`.
+    """
+    _check(e, m, group, length, cos)
+    # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
+    wide = backend == "auto" and layer.dtype == torch.float64
+    if not wide and resolve_backend(backend, e.device) == "triton":
+        from prototok_kernels.first_layer_triton import affine_scan
+    else:
+        affine_scan = _AffineScan.apply
+    q_m, k_m, k_e, span = _span(e, m, group, layer)
+    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
+    x, coef = affine_scan(_per_row(a, group), b, span)
+    return x, coef, span
 
 
 def first_layer(
@@ -254,17 +302,8 @@ def first_layer(
 
     Raises ValueError for shapes that do not fit and for a backend that cannot be had.
     """
-    _check(e, m, group, length, cos)
-    # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
-    wide = backend == "auto" and layer.dtype == torch.float64
-    if not wide and resolve_backend(backend, e.device) == "triton":
-        from prototok_kernels.first_layer_triton import affine_scan
-    else:
-        affine_scan = _AffineScan.apply
-    q_m, k_m, k_e, span = _span(e, m, group, layer)
-    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
-    x, coef = affine_scan(_per_row(a, group), b, span)
-    if isinstance(layer, NeoXLayer) and layer.parallel:
+    x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, backend)
+    if is_parallel(layer):
         return x
     if _low_rank_pays(length, layer):
         return _AffineMLP.apply(x, coef, span, layer)
@@ -300,13 +339,12 @@ def first_layer_ref(
     a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
     prefix = _per_row(torch.logcumsumexp(a[..., :-1], dim=-1), group)
     coef = _coefficients(torch.sigmoid(b[..., 1:] - prefix), span.dtype)
-    x = torch.bmm(coef.transpose(1, 2), span)
-    if isinstance(layer, NeoXLayer) and layer.parallel:
+    x = combined(coef, span)
+    if is_parallel(layer):
         return x
     if not _low_rank_pays(length, layer):
         return x + mlp(post_norm(x, None, layer)[1], layer)
-    centred = span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
-    scaled = (coef * _rms_inverse(x, layer)[:, None]).to(coef.dtype)
-    projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
-    inner = inner_activation(_inner(scaled, projected), _inner_bias(layer), layer)
+    scaled = (coef * rms_inverse_of(x, layer)[:, None]).to(coef.dtype)
+    projected = F.linear(centred_for(span, layer) * layer.post_norm, inner_projection(layer)[0])
+    inner = inner_activation(combined(scaled, projected), _inner_bias(layer), layer)
     return x + F.linear(inner, layer.down, layer.down_bias)

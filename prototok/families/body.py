@@ -13,8 +13,9 @@ from torch import Tensor
 
 from prototok.families.rotary import RotaryTables
 from prototok_kernels.decoder_blocks import DecoderBlocks
-from prototok_kernels.first_layer import first_layer
+from prototok_kernels.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.layers import DecoderLayer
+from prototok_kernels.second_layer import second_layer_collapses, second_layer_products
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class DecoderBody:
     ) -> Tensor:  # (B, N, d)
         """`hidden` of the input [e, m, …, m] (N positions), its first block in closed form.
 
-        Only where `collapses(length)`. e and m may be of any floating dtype.
+        And, where that pays, the first products of the second block. Only where
+        `collapses(length)`. e and m may be of any floating dtype.
         """
         rotary = self.rotary(length)
-        x = first_layer(e, m, group, length, self.layers[0], *rotary, backend)
-        return self._blocks(x, *rotary, start=1, backend=backend)
+        pair = (e, m, group, length, self.layers[0], *rotary, backend)
+        if not second_layer_collapses(self.layers, length):
+            return self._blocks(first_layer(*pair), *rotary, start=1, backend=backend)
+        x, coef, span = first_layer_spanned(*pair)
+        products = second_layer_products(x, coef, span, self.layers[1])
+        return self._blocks(x, *rotary, start=1, backend=backend, products=products)
 
     def collapses(self, length: int) -> bool:
         """Whether the first block of [e, m, …, m] (N positions) has its closed form.

@@ -1,0 +1,107 @@
+"""The products in front of GPT-NeoX's second block, from the span of the first one's output.
+
+A parallel first block of [e, m, m, …, m] gives x = coefᵀ · span (first_layer.py), and a LayerNorm
+of that is a shift and a scale per position. So the second block's q, k, v and its up-projection are
+combinations of S projected vectors a row, instead of products at N positions. docs/kernels.md
+derives it.
+
+Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP,
+S = H + 2 spanning vectors per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prototok_kernels.first_layer import (
+    affine_norm_backward,
+    centred_for,
+    combined,
+    rms_inverse_of,
+)
+from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, is_parallel, post_norm
+
+
+def second_layer_collapses(layers: Sequence[DecoderLayer], length: int) -> bool:
+    """Whether `second_layer_products` covers the first two blocks, and pays at N positions.
+
+    Up to 3 S positions it is no faster than the products it replaces (docs/log.md).
+    """
+    two = layers[:2]
+    return len(two) == 2 and all(map(is_parallel, two)) and length > 3 * (two[0].heads + 2)
+
+
+# Weight and bias of a LayerNorm, weight and bias of the product behind it.
+_Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _parts(layer: DecoderLayer) -> list[_Part]:
+    """Of q, k, v, and of the up-projection, whose bias the activation adds in its own pass."""
+    assert isinstance(layer, NeoXLayer)
+    return [
+        (layer.input_norm, layer.input_norm_bias, layer.qkv, layer.qkv_bias),
+        (layer.post_norm, layer.post_norm_bias, layer.up, None),
+    ]
+
+
+def _projected(centred: Tensor, part: _Part) -> Tensor:
+    """(B, S, d) → (B, S + 1, O): each spanning vector's share, and what every position has."""
+    norm, norm_bias, weight, bias = part
+    fixed = norm_bias.expand(len(centred), 1, -1)
+    out = F.linear(torch.cat([centred * norm, fixed], dim=1), weight)
+    if bias is not None:
+        out[:, -1] += bias
+    return out
+
+
+class _SecondLayerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, coef: Tensor, span: Tensor, layer: DecoderLayer
+    ) -> tuple[Tensor, ...]:
+        rms_inverse, centred = rms_inverse_of(x, layer), centred_for(span, layer)
+        scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
+        scaled = F.pad(scaled, (0, 0, 0, 1), value=1.0)  # (B, S + 1, N)
+        projected = [_projected(centred, part) for part in _parts(layer)]
+        ctx.layer = layer
+        ctx.save_for_backward(coef, scaled, rms_inverse, centred, *projected)
+        return tuple(combined(scaled, p) for p in projected)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: DecoderLayer = ctx.layer
+        coef, scaled, rms_inverse, centred, *projected = ctx.saved_tensors
+        scaled = scaled[:, :-1]
+        grad_scaled, grad_centred = torch.zeros_like(scaled), torch.zeros_like(centred)
+        for grad, p, (norm, _, weight, _) in zip(grads, projected, _parts(layer), strict=True):
+            grad_scaled += torch.bmm(p[:, :-1], grad.transpose(1, 2))
+            grad_centred += (torch.bmm(scaled, grad) @ weight) * norm
+        grad_coef, grad_span = affine_norm_backward(
+            grad_scaled, grad_centred, coef, rms_inverse, centred, layer
+        )
+        return None, grad_coef, grad_span, None
+
+
+def second_layer_products(
+    x: Tensor,  # (B, N, d)
+    coef: Tensor,  # (B, S, N)
+    span: Tensor,  # (B, S, d)
+    layer: DecoderLayer,  # the parallel block that x enters
+) -> tuple[Tensor, Tensor]:  # (B, N, 3 H·c) with its bias, (B, N, I) without
+    """The block's stacked q, k, v and its up-projection, each behind its LayerNorm of x.
+
+    x = coefᵀ · span, all three from `first_layer_spanned`. Differentiable in coef and span: x is
+    read for its deviation alone, and the gradient of that goes to coef and span as well.
+    """
+    return _SecondLayerProducts.apply(x, coef, span, layer)
+
+
+def second_layer_products_ref(x: Tensor, layer: NeoXLayer) -> tuple[Tensor, Tensor]:
+    """The same products at all N positions in plain torch, differentiable in x."""
+    qkv = F.linear(input_norm(x, None, layer, "torch")[1], layer.qkv, layer.qkv_bias)
+    return qkv, F.linear(post_norm(x, None, layer, "torch")[1], layer.up)

@@ -1,0 +1,192 @@
+"""The second block's products from the span of the first, against those at every position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import prototok
+from against_fp64 import assert_as_close_as_torch, with_gradients
+from prototok.families.body import DecoderBody
+from prototok_kernels.backend import _cpu, unavailable
+from prototok_kernels.first_layer import first_layer_spanned
+from prototok_kernels.second_layer import (
+    second_layer_collapses,
+    second_layer_products,
+    second_layer_products_ref,
+)
+from zoo import OWN, made
+
+PARALLEL = [name for name in OWN if name.startswith("gpt-neox") and "sequential" not in name]
+ROWS = 5
+SHORTEST = 19  # four heads, so six spanning vectors
+
+
+def body_of(name: str, dtype: torch.dtype, device: str = "cpu") -> DecoderBody:
+    """The model's blocks, with rotary tables in float64 where the blocks are."""
+    body = prototok.load(made(OWN[name]), device=device, dtype=dtype).body
+    assert isinstance(body, DecoderBody)
+    if dtype == torch.float64:
+        angle = torch.outer(torch.arange(64).double(), body.rotary.inv_freq.double()).repeat(1, 2)
+        body.rotary.cos, body.rotary.sin = angle.cos(), angle.sin()
+    return body
+
+
+def vectors(
+    width: int, groups: int | None, rows: int = ROWS
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """e, m and the row of m that each row reads."""
+    generator = torch.Generator().manual_seed(3)
+    e = torch.randn(rows, width, generator=generator)
+    m = torch.randn(groups or rows, width, generator=generator)
+    return e, m, None if groups is None else torch.arange(rows) % groups
+
+
+def pair(
+    body: DecoderBody, group: Tensor | None, length: int, backend: str, device: str = "cpu"
+) -> Callable[..., Tensor]:
+    group = None if group is None else group.to(device)
+    return lambda e, m: body.hidden_of_pair(e.to(device), m.to(device), group, length, backend)
+
+
+def laid_out(
+    body: DecoderBody, group: Tensor | None, length: int, backend: str, device: str = "cpu"
+) -> Callable[..., Tensor]:
+    def run(e: Tensor, m: Tensor) -> Tensor:
+        m = m if group is None else m[group]
+        x = torch.cat([e[:, None], m[:, None].expand(-1, length - 1, -1)], dim=1)
+        return body.hidden(x.to(device, body.norm.dtype), backend)
+
+    return run
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("length", [1, 2, 33])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_equal_the_products_at_every_position(name: str, length: int, groups: int | None) -> None:
+    """Forward and gradients, those of the stream x beside them included."""
+    body = body_of(name, torch.float64)
+    e, m, group = vectors(body.norm.numel(), groups)
+
+    def run(e: Tensor, m: Tensor, ref: bool) -> tuple[Tensor, ...]:
+        first, second = body.layers[:2]
+        x, coef, span = first_layer_spanned(e, m, group, length, first, *body.rotary(length))
+        if ref:
+            return x, *second_layer_products_ref(x, second)
+        return x, *second_layer_products(x, coef, span, second)
+
+    found, expected = (
+        with_gradients(lambda e, m, ref=ref: run(e, m, ref), [e, m], torch.float64)
+        for ref in (False, True)
+    )
+    for f, x in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_the_model_is_the_general_one(name: str, groups: int | None) -> None:
+    body = body_of(name, torch.float64)
+    e, m, group = vectors(body.norm.numel(), groups)
+    for length in (SHORTEST - 1, SHORTEST, 40):
+        assert second_layer_collapses(body.layers, length) == (length >= SHORTEST)
+        found, expected = (
+            with_gradients(way(body, group, length, "torch"), [e, m], torch.float64)
+            for way in (pair, laid_out)
+        )
+        for f, x in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, x, rtol=1e-9, atol=1e-9)
+
+
+def errors_are_no_larger(
+    name: str, length: int, groups: int | None, dtype: torch.dtype, backend: str,
+    device: str = "cpu", rows: int = ROWS,
+) -> DecoderBody:  # fmt: skip
+    """Assert it of hidden states and gradients, for the body that is returned."""
+    body, exact_body = body_of(name, dtype, device), body_of(name, torch.float64)
+    e, m, group = vectors(body.norm.numel(), groups, rows)
+    found, general = (
+        with_gradients(way(body, group, length, backend, device), [e, m], torch.float32)
+        for way in (pair, laid_out)
+    )
+    exact = with_gradients(laid_out(exact_body, group, length, "torch"), [e, m], torch.float64)
+    assert_as_close_as_torch(found, general, exact)
+    return body
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "groups"), [(SHORTEST, None), (60, 2)])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_errors_are_no_larger_than_those_of_the_general_way(
+    name: str, backend: str, length: int, groups: int | None, dtype: torch.dtype
+) -> None:
+    """A model of three blocks, so that the C++ op has one behind the one that takes products."""
+    missing = unavailable(backend, "cpu")
+    if missing:
+        pytest.skip(missing)
+    body = errors_are_no_larger(name, length, groups, dtype, backend)
+    if backend == "cpu" and dtype == torch.bfloat16 and "avx512bf16" in _cpu.instruction_sets():
+        assert body._blocks._cpp is not None
+
+
+def test_triton() -> None:
+    """One case: Triton's interpreter is slow."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    errors_are_no_larger(PARALLEL[0], SHORTEST, 2, torch.bfloat16, "triton", device, rows=2)
+
+
+def test_only_two_parallel_blocks_collapse() -> None:
+    parallel = body_of("gpt-neox, parallel", torch.float32).layers
+    sequential = body_of("gpt-neox, sequential", torch.float32).layers
+    llama = body_of("llama, grouped, tied", torch.float32).layers
+    assert second_layer_collapses(parallel, 60)
+    for layers in (parallel[:1], sequential, llama, [parallel[0], sequential[1]]):
+        assert not second_layer_collapses(layers, 60)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of anything that is computed (views left out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs:
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_nothing_is_larger_than_the_products() -> None:
+    """No copies of a weight for each row, for one: a batched product makes them unasked."""
+    body, length = body_of("gpt-neox, parallel", torch.float32), SHORTEST
+    e, m, _ = vectors(body.norm.numel(), None)
+    first, second = body.layers[:2]
+    x, coef, span = (
+        t.detach().requires_grad_()
+        for t in first_layer_spanned(e, m, None, length, first, *body.rotary(length))
+    )
+    with Largest() as seen:
+        qkv, z = second_layer_products(x, coef, span, second)
+        torch.autograd.grad([qkv.sum(), z.sum()], [coef, span])
+    assert seen.elements == max(qkv.numel(), z.numel()) < ROWS * second.qkv.numel()
+
+
+def test_products_of_another_block_are_refused() -> None:
+    body, llama = (body_of(n, torch.float32) for n in ("gpt-neox, parallel", "qwen2"))
+    width, tables = body.norm.numel(), body.rotary(7)
+    x, qkv = torch.randn(2, 7, width), torch.randn(2, 7, 3 * width)
+    with pytest.raises(ValueError, match=r"products: must be \(2, 7, 80\) of torch.float32, saw"):
+        body._blocks(x, *tables, start=1, products=(qkv, qkv))
+    with pytest.raises(ValueError, match="products: only a block with a parallel residual"):
+        llama._blocks(x, *llama.rotary(7), start=1, products=(qkv, qkv))
