@@ -75,6 +75,23 @@ def test_a_fit_from_a_prior_goes_at_its_rate(small_lm: FrozenLM, prior: Prior) -
     assert spread(1e-9) < 1e-4 < spread(None)
 
 
+@pytest.mark.parametrize("share", [None, "m"])
+def test_m_moves_at_its_own_rate(small_lm: FrozenLM, prior: Prior, share: str | None) -> None:
+    def moved(rate: float) -> tuple[float, float]:
+        tokens = prototok.fast_fit(
+            small_lm, [[1, 2, 3], [4, 5, 6]], share=share, init=prior,
+            recipe=Recipe(m_rate=rate, max_steps=2, margin=1e9), progress=False,
+        ).tokens  # fmt: skip
+        assert tokens.m is not None
+        return (
+            float((tokens.e - prior.mean[0]).abs().max()),
+            float((tokens.m - prior.mean[1]).abs().max()),
+        )
+
+    assert moved(0.0)[1] == 0.0 < moved(0.0)[0]
+    assert 0 < moved(0.1)[1] < 0.5 * moved(1.0)[1]
+
+
 def test_file_round_trip(prior: Prior, tmp_path: Path) -> None:
     path = tmp_path / "prior.safetensors"
     prior.save(path)

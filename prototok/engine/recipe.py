@@ -30,6 +30,7 @@ class Recipe:
         prior_rate: with a `Prior` the peak rate is prior_rate / √d (d: hidden size) in place of lr,
             and weight_decay is scaled so that an update takes as much off as before; None: lr
             with a prior too.
+        m_rate: the rate of m as a multiple of that of e; 0 leaves m where it starts.
         shipped_prior: start from the `Prior` that comes with a built-in model, where none is given.
         temperature: T of the loss CE(logits / T); predictions and margins are at T = 1.
         max_steps: most updates of one row.
@@ -49,6 +50,7 @@ class Recipe:
     init_std: float = 1.0
     eigenbasis: bool = False
     prior_rate: float | None = None
+    m_rate: float = 1.0
     shipped_prior: bool = False
     temperature: float = 1.0
     max_steps: int = 5000
@@ -67,7 +69,7 @@ class Recipe:
             math.isfinite(self.prior_rate) and self.prior_rate > 0
         ):
             raise ValueError(f"prior_rate: {self.prior_rate!r} is not None or a positive number")
-        for name in ("weight_decay", "margin"):
+        for name in ("weight_decay", "margin", "m_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: {value!r} is negative or not a number")

@@ -125,8 +125,9 @@ def _keep_best(slots: Slots, window: Window) -> Tensor:
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> None:
     """AdamW for the vectors of active units; each unit is at a step of its own."""
     step, owner = slots.step[: window.units], slots.unit_of_row[: window.rows]
-    rate = slots.recipe.lr_at(step)
-    for bank, n in zip(slots.banks, counts, strict=True):
+    rate_of_e = slots.recipe.lr_at(step)
+    for name, bank, n in zip("em", slots.banks, counts, strict=False):
+        rate = rate_of_e if name == "e" else rate_of_e * slots.recipe.m_rate
         adam = AdamWState(bank.adam.exp_avg[:n], bank.adam.exp_avg_sq[:n], bank.adam.step[:n])
         of_vector = slice(None) if bank.shared else owner
         values, grad = bank.values[:n], bank.grad[:n]

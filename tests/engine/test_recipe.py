@@ -64,6 +64,7 @@ def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
         ({"schedule": "cosine", "cycle": 0}, "cycle"),
         ({"cycle": 10}, "cycle"),
         ({"prior_rate": 0.0}, "prior_rate"),
+        ({"m_rate": -0.1}, "m_rate"),
     ],
 )
 def test_bad_settings_are_named(changes: dict, named: str) -> None:
