@@ -1,12 +1,15 @@
 """The collapsed first layer against the general layer, forward and backward, N = 256.
 
+And the first layer with the products of GPT-NeoX's second that read its span, against the first
+layer with those products at every position.
+
     pytest benchmarks/kernels/test_first_layer.py -s
 
 Every case first checks that the numbers agree, then times the variants in turn, one run of each
 per round. The record (extra_info) holds medians and quartiles of both clocks: wall time, and this
 process's CPU time, which neighbours on a shared machine disturb less. `flop_ratio` is the bound
-that counting floating-point operations sets (of the autograd form: the counter misses the
-in-place product of the other). The last line of each case is JSON.
+that counting floating-point operations sets (of the first layer's autograd form: the counter misses
+the in-place product of the other). The last line of each case is JSON.
 
 Letters: B rows, N positions, d hidden size, H heads, K key-value heads, c head size, I inner size.
 """
@@ -27,8 +30,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prototok.allocator import keep_freed_memory
-from prototok_kernels.first_layer import first_layer, first_layer_ref
+from prototok_kernels.first_layer import first_layer, first_layer_ref, first_layer_spanned
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
+from prototok_kernels.second_layer import second_layer_products, second_layer_products_ref
 
 LENGTH, ROUNDS = 256, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,34 +95,35 @@ def quartiles(milliseconds: list[float]) -> list[float]:
     return [round(q, 3) for q in statistics.quantiles(milliseconds, n=4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_first_layer(benchmark: Any, name: str, dtype: torch.dtype) -> None:
-    keep_freed_memory()
-    s = SHAPES[name]
-    layer = random_layer(s, dtype)
-    cos, sin = rotary_tables(s.head_size if s.parallel is None else s.head_size // 4)
+Results = tuple[Tensor, ...]
+
+
+def vectors(s: Shape) -> tuple[Tensor, Tensor]:
+    """e and m, (B, d)."""
     generator = torch.Generator().manual_seed(1)
     e, m = (torch.randn(s.rows, s.d, generator=generator).to(DEVICE) for _ in range(2))
-    grad = torch.randn(s.rows, LENGTH, s.d, generator=generator).to(DEVICE)
-    e.requires_grad_()
-    m.requires_grad_()
+    return e.requires_grad_(), m.requires_grad_()
 
-    def general(layer: DecoderLayer) -> tuple[Tensor, ...]:
-        x = torch.cat([e[:, None], m[:, None].expand(-1, LENGTH - 1, -1)], dim=1)
-        h = decoder_layer(x.to(layer.dtype), layer, cos, sin)
-        return h, *torch.autograd.grad(h, (e, m), grad.to(h.dtype))
 
-    def collapsed(layer: DecoderLayer, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        h = function(e, m, None, LENGTH, layer, cos, sin)
-        return h, *torch.autograd.grad(h, (e, m), grad.to(h.dtype))
+def arriving(s: Shape, *widths: int) -> Results:
+    """A gradient (B, N, width) for each output, the same in every variant."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = (torch.randn(s.rows, LENGTH, width, generator=generator) for width in widths)
+    return tuple(grad.to(DEVICE) for grad in drawn)
 
-    variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "general": lambda: general(layer),
-        "closed form, autograd": lambda: collapsed(layer, first_layer_ref),
-        "first_layer": lambda: collapsed(layer, first_layer),
-    }
-    truth = general(layer.to(torch.float64))
+
+def with_gradients(outs: Results, leaves: Results, grads: Results) -> Results:
+    """The outputs, and the gradients of the leaves."""
+    of_outs = [grad.to(o.dtype) for o, grad in zip(outs, grads, strict=True)]
+    return *(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, of_outs)
+
+
+def compare(
+    benchmark: Any,
+    record: dict[str, Any],
+    variants: dict[str, Callable[[], Results]],  # "general" first, ours last
+    truth: Results,
+) -> None:
     errors = {
         v: [float((x.double() - t).norm() / t.norm()) for x, t in zip(run(), truth, strict=True)]
         for v, run in variants.items()
@@ -142,21 +147,78 @@ def test_first_layer(benchmark: Any, name: str, dtype: torch.dtype) -> None:
             synchronize()
             wall[v].append(1e3 * (time.perf_counter() - at))
             cpu[v].append(1e3 * (time.process_time() - cpu_at))
-    record = {
-        "case": name, "dtype": str(dtype), "rows": s.rows, "length": LENGTH, "device": DEVICE,
+    _, counted, *_ = variants
+    *_, ours = variants
+    record |= {
+        "length": LENGTH, "device": DEVICE,
         "processor": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "flop_ratio": round(flops["general"] / flops["closed form, autograd"], 2),
+        "flop_ratio": round(flops["general"] / flops[counted], 2),
         "wall_ms": {v: quartiles(t) for v, t in wall.items()},
         "cpu_ms": {v: quartiles(t) for v, t in cpu.items()},
         "relative_errors": {v: [float(f"{x:.2g}") for x in found] for v, found in errors.items()},
     }  # fmt: skip
     for clock, times in (("wall", wall), ("cpu", cpu)):
-        median = {v: statistics.median(t) for v, t in times.items()}
-        record[f"{clock}_ratio"] = round(median["general"] / median["first_layer"], 2)
-        record[f"{clock}_ratio_of_autograd"] = round(
-            median["general"] / median["closed form, autograd"], 2
-        )
+        general = statistics.median(times["general"])
+        record[f"{clock}_ratio"] = round(general / statistics.median(times[ours]), 2)
+        if counted != ours:
+            autograd = statistics.median(times[counted])
+            record[f"{clock}_ratio_of_autograd"] = round(general / autograd, 2)
     benchmark.extra_info.update(record)
-    benchmark.pedantic(variants["first_layer"], rounds=3)
+    benchmark.pedantic(variants[ours], rounds=3)
     print(json.dumps(record))
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SHAPES)
+def test_first_layer(benchmark: Any, name: str, dtype: torch.dtype) -> None:
+    keep_freed_memory()
+    s = SHAPES[name]
+    layer = random_layer(s, dtype)
+    cos, sin = rotary_tables(s.head_size if s.parallel is None else s.head_size // 4)
+    e, m = vectors(s)
+    grads = arriving(s, s.d)
+
+    def general(layer: DecoderLayer) -> Results:
+        x = torch.cat([e[:, None], m[:, None].expand(-1, LENGTH - 1, -1)], dim=1)
+        return with_gradients((decoder_layer(x.to(layer.dtype), layer, cos, sin),), (e, m), grads)
+
+    def collapsed(function: Callable[..., Tensor]) -> Results:
+        return with_gradients((function(e, m, None, LENGTH, layer, cos, sin),), (e, m), grads)
+
+    variants: dict[str, Callable[[], Results]] = {
+        "general": lambda: general(layer),
+        "closed form, autograd": lambda: collapsed(first_layer_ref),
+        "first_layer": lambda: collapsed(first_layer),
+    }
+    record = {"case": name, "dtype": str(dtype), "rows": s.rows}
+    compare(benchmark, record, variants, general(layer.to(torch.float64)))
+
+
+@DTYPES
+def test_second_layer(benchmark: Any, dtype: torch.dtype) -> None:
+    """Both variants take the first layer in closed form."""
+    keep_freed_memory()
+    s = SHAPES["pythia-160m"]
+    layer = random_layer(s, dtype)
+    cos, sin = rotary_tables(s.head_size // 4)
+    e, m = vectors(s)
+    grads = arriving(s, len(layer.qkv), s.inner)
+
+    def general(layer: DecoderLayer) -> Results:
+        x = first_layer(e, m, None, LENGTH, layer, cos, sin)
+        return with_gradients(second_layer_products_ref(x, layer), (e, m), grads)
+
+    def collapsed() -> Results:
+        x, coef, span = first_layer_spanned(e, m, None, LENGTH, layer, cos, sin)
+        return with_gradients(second_layer_products(x, coef, span, layer), (e, m), grads)
+
+    variants: dict[str, Callable[[], Results]] = {
+        "general": lambda: general(layer),
+        "second_layer_products": collapsed,
+    }
+    record = {"case": "pythia-160m, second layer", "dtype": str(dtype), "rows": s.rows}
+    compare(benchmark, record, variants, general(layer.to(torch.float64)))
