@@ -131,6 +131,7 @@ def ceilings() -> str:
     return "\n".join(lines)
 
 
+ARMS = ("m as fast as e", "m at a tenth", "m frozen")
 MODES = {"shared": "one forward, m shared", "own": "one forward, m not shared"}
 
 
@@ -154,7 +155,103 @@ def figure2() -> str:
     return "\n".join([*lines, "", *sources])
 
 
+def steps_of(quartiles: list[float | None]) -> str:
+    return " / ".join("–" if q is None else f"{q:.0f}" for q in quartiles)
+
+
+def steps_to_exact() -> str:
+    record = result("recipes.json")
+    lines = [
+        "| model | N | recipe | exact | 95 % | steps | first right | against paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cells = [s for s in record["summary"] if s["part"] == "test" and s["texts"] >= 16]
+    papers = {s["model"]: s["steps_quartiles"][1] for s in cells if s["recipe"] == "paper"}
+    for s in sorted(cells, key=lambda s: list(papers).index(s["model"])):
+        middle, paper = s["steps_quartiles"][1], papers[s["model"]]
+        # A median that was not reached is at least the budget.
+        ratio = f"{paper / middle:.1f}×" if paper else f"> {5000 / middle:.1f}×" if middle else "–"
+        low, high = s["exact_interval"]
+        first = s["first_right_quartiles"][1]
+        lines.append(
+            f"| {s['model']} | {s['length']} | {s['recipe']} | {s['exact']}/{s['texts']} "
+            f"| {low:.2f}–{high:.2f} | {steps_of(s['steps_quartiles'])} "
+            f"| {'–' if first is None else f'{first:.0f}'} "
+            f"| {'1' if s['recipe'] == 'paper' else ratio} |"
+        )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
+def longest() -> str:
+    """From the four texts a length of the study: the longest of them that comes back, a text."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in result("recipes.json")["cells"].values():
+        if row["part"] == "test" and len(row["exact"]) == 4:
+            key = row["model"], row["recipe"]["name"]
+            found.setdefault(key, {})[row["length"]] = row["accuracy"]
+    lines = [
+        "| model | lengths tried | paper, a text | mean | fast + prior, a text | mean | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(model for model, _ in found):
+        most = {
+            recipe: [
+                max((n for n, a in found[model, recipe].items() if a[text] >= 0.99), default=0)
+                for text in range(4)
+            ]
+            for recipe in ("paper", "fast")
+        }
+        mean = {recipe: statistics.fmean(values) for recipe, values in most.items()}
+        tried = ", ".join(map(str, sorted(found[model, "fast"])))
+        lines.append(
+            f"| {model} | {tried} | {', '.join(map(str, most['paper']))} | {mean['paper']:.1f} "
+            f"| {', '.join(map(str, most['fast']))} | {mean['fast']:.1f} "
+            f"| {mean['fast'] / mean['paper']:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+def transfer() -> str:
+    record = result("transfer.json")
+    lines = [
+        "| model | N | m learned on | as fast as e | at a tenth | frozen |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows: dict[tuple, dict[str, str]] = {}
+    for c in record["cells"]:
+        key = c["model"], c["length"], c["learned_on"] or "nothing: no prior"
+        middle = c["steps_quartiles"][1]
+        steps = "–" if middle is None else f"{middle:.0f}"
+        rows.setdefault(key, {})[c["m"]] = f"{steps} ({c['exact']}/{c['texts']})"
+    for (model, length, learned_on), arms in rows.items():
+        # Without a prior there is nothing to leave m at.
+        shown = [
+            arms.get(m, arms.get("no prior", "") if i == 0 else "") for i, m in enumerate(ARMS)
+        ]
+        lines.append(f"| {model} | {length} | {learned_on} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
+def capacity() -> str:
+    record = result("capacity.json")
+    lines = [
+        "| model | grid up to | most steps | capacity, a text | one fit a length | apart "
+        "| updates | CPU time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, c in record["cases"].items():
+        texts, fits = c["capacity"]["exact"], c["one_fit_a_length"]["exact"]
+        ratio = c["cost_ratio"]
+        lines.append(
+            f"| {model} | {c['grid'][-1]} | {c['max_steps']} | {', '.join(map(str, texts))} "
+            f"| {', '.join(map(str, fits))} | {', '.join(map(str, c['grid_steps_apart']))} "
+            f"| {ratio['updates']:.2f} | {ratio['cpu_seconds']:.2f} |"
+        )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
 DOCUMENTS = {
+    "docs/recipes.md": (steps_to_exact, longest, transfer, capacity),
     "README.md": (bench, reconstruction, table1, fit_step, models),
     "docs/claim.md": (ceilings, figure2),
 }

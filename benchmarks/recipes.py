@@ -38,11 +38,11 @@ from prototok.report.svg import Bar, log_bars
 
 # (model, source of text, mid-range length, lengths around the paper recipe's capacity)
 MODELS = {
-    "stories260k": (STORIES, 16, (8, 16, 22, 32)),
+    "stories260k": (STORIES, 16, (8, 16, 22, 24, 27, 32)),
     "stories3m": (STORIES, 16, (22, 32, 45, 64)),
     "neox4m": (NOVEL, 8, (8, 11, 16, 22)),
     "tiny-llama": ("held_out", 16, (8, 11, 16, 22)),
-    "tiny-neox": ("held_out", 8, (8, 11, 16, 22)),
+    "tiny-neox": ("held_out", 8, (8, 11, 16, 22, 32)),
 }
 # Trained by benchmarks/train_builtin.py at another width, after `fast` was chosen; its folder is
 # named by --unseen and holds its held-out text.
