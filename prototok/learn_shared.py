@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import prototok
+from prototok.arguments import is_count
 from prototok.callable_module import make_callable
 from prototok.engine.basis import eigenbasis
 from prototok.engine.recipe import Recipe
@@ -20,6 +21,8 @@ from prototok.frozen_lm import FrozenLM
 from prototok.prior import Prior
 from prototok.targets import Texts, targets_of
 
+# Where one m cannot carry the texts it says little about what carries one of them.
+_LENGTHS, _ENOUGH = (16, 8, 4), 0.9
 _SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
 
 
@@ -27,7 +30,7 @@ def learn_shared(
     lm: FrozenLM,
     texts: Texts | None = None,
     *,
-    length: int = 16,
+    length: int | None = None,
     steps: int = 300,
     backend: str = "auto",
     batch_size: int | str = "auto",
@@ -41,26 +44,34 @@ def learn_shared(
     Args:
         lm: the frozen model, from `prototok.load`.
         texts: what to learn from; None samples 32 texts from the model itself.
-        length: cut every text to this many tokens.
+        length: cut every text to this many tokens; None: to 16, or to 8 or 4 where the joint fit of
+            longer ones gets fewer than 0.9 of their tokens right.
         steps: most updates of the joint fit.
         backend, batch_size, progress: as in `fast_fit`.
 
     Raises:
         ValueError: an argument that cannot be met, named; fewer than two texts among them.
     """
+    if length is not None and not is_count(length):
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    lengths = _LENGTHS if length is None else (length,)
     if texts is None:
-        texts = sample(lm, 32, length)
-    targets = targets_of(lm, texts, length)
+        texts = sample(lm, 32, lengths[0])
+    targets = targets_of(lm, texts, lengths[0])
     if len(targets) < 2:
         raise ValueError("texts: one text has nothing in common with others; pass two or more")
     recipe = Recipe(
         name="joint", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
         init_std=0.3, temperature=0.5, max_steps=steps,
     )  # fmt: skip
-    fit = fast_fit(
-        lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
-        progress=progress,
-    )  # fmt: skip
+    for length in lengths:
+        targets = [ids[:length] for ids in targets]
+        fit = fast_fit(
+            lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+        if float(fit.accuracy.mean()) >= _ENOUGH:
+            break
     assert fit.tokens.m is not None
     e, m = fit.tokens.e[:, 0], fit.tokens.m[0]  # (T, d), (d,)
     return Prior(

@@ -92,6 +92,16 @@ def test_m_moves_at_its_own_rate(small_lm: FrozenLM, prior: Prior, share: str | 
     assert 0 < moved(0.1)[1] < 0.5 * moved(1.0)[1]
 
 
+def test_shorter_texts_where_one_m_cannot_carry_them(small_lm: FrozenLM) -> None:
+    def length_of(**options: object) -> str:
+        return prototok.learn_shared(small_lm, progress=False, **options).provenance["length"]
+
+    repeated = [[1] * 16, [2] * 16, [3] * 16]
+    assert length_of(texts=repeated, steps=200) == "16"
+    assert length_of(steps=1) == "4"
+    assert length_of(steps=1, length=5) == "5"
+
+
 def test_file_round_trip(prior: Prior, tmp_path: Path) -> None:
     path = tmp_path / "prior.safetensors"
     prior.save(path)
@@ -121,6 +131,8 @@ def test_other_files_are_refused(prior: Prior, tmp_path: Path) -> None:
 def test_bad_arguments_are_named(small_lm: FrozenLM, prior: Prior) -> None:
     with pytest.raises(ValueError, match="^texts: one text has nothing in common"):
         prototok.learn_shared(small_lm, [[1, 2, 3]], length=3)
+    with pytest.raises(ValueError, match="^length: 0 is not"):
+        prototok.learn_shared(small_lm, length=0)
     with pytest.raises(ValueError, match="^init: str is not a Prior"):
         prototok.fast_fit(small_lm, [[1, 2]], init="m")
     other = load(small_llama(num_hidden_layers=3), dtype="float32")
