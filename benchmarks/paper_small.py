@@ -16,7 +16,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prototok.geometry.paths import BezierSettings
 from prototok.report.build import build
 from prototok.report.measure import measure
 from prototok.report.results import read
@@ -67,7 +66,7 @@ def main() -> None:
     if a.stop_after != "plan":
         run_local(run, to_do(run, None, False), LocalSettings("auto", 1, "auto", 3))
     if a.stop_after is None:
-        measure(read(a.out), curves=BezierSettings(lr=0.1, max_steps=600), say=print)
+        measure(read(a.out), say=print)
         written = build(read(a.out), a.out / "report.html")
         print(f"written to {written.page}")
 
