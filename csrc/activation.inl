@@ -7,22 +7,20 @@ struct ValueAndSlope {
   Floats value, slope;
 };
 
-// 1 / (1 + exp(-x)) and 1 minus that, both to full precision, by the exponential of -|x|, which
-// cannot overflow.
+// 1 / (1 + exp(-x)) and 1 minus that, both to full precision, for x >= -80.
 inline Floats sigmoid(Floats x, Floats& complement) {
-  const Floats size = magnitude(x);
-  const Floats power = exp2_nonpositive(size * -1.4426950408889634f);
-  const Floats larger_part = 1.0f / (power + 1.0f), smaller_part = power * larger_part;
-  complement = x < 0.0f ? larger_part : smaller_part;
-  return x < 0.0f ? smaller_part : larger_part;
+  const Floats power = exp2_of(x * -1.4426950408889634f);
+  const Floats value = reciprocal(power + 1.0f);
+  complement = power * value;
+  return value;
 }
 
 // The standard normal distribution function and exp(-x^2 / 2). With z = |x| / sqrt(2) and
 // t = 1 / (1 + z / 2), erfc(z) exp(z^2) / t is a polynomial of t to 5e-8 (a fit of our own).
 inline void normal_distribution(Floats x, Floats& below, Floats& power) {
   const Floats size = magnitude(x);
-  power = exp2_nonpositive(size * size * -0.7213475204444817f);
-  const Floats t = 1.0f / (size * 0.35355339059327373f + 1.0f);
+  power = exp2_of(size * size * -0.7213475204444817f);
+  const Floats t = reciprocal(size * 0.35355339059327373f + 1.0f);
   Floats p = splat(-0.058809056878089905f);
   p = p * t + 0.2833007574081421f;
   p = p * t - 0.48454704880714417f;
@@ -38,10 +36,12 @@ inline void normal_distribution(Floats x, Floats& below, Floats& power) {
 
 template <Activation kKind>
 inline ValueAndSlope value_and_slope(Floats x) {
+  // Further out sigmoids are nothing, and the products of x and nothing their limits.
   if constexpr (kKind == Activation::silu) {
+    const Floats kept = no_less(x, -80.0f);
     Floats rest;
-    const Floats s = sigmoid(x, rest);
-    return {x * s, s + x * s * rest};
+    const Floats s = sigmoid(kept, rest);
+    return {kept * s, s * (1.0f + kept * rest)};
   } else if constexpr (kKind == Activation::gelu) {
     Floats below, power;
     normal_distribution(x, below, power);
@@ -49,10 +49,12 @@ inline ValueAndSlope value_and_slope(Floats x) {
   } else if constexpr (kKind == Activation::gelu_tanh) {
     // (1 + tanh u) / 2 = sigmoid(2 u)
     // Beyond 100 the sigmoid has its limits, and the slope must not become 0 times infinity.
-    const Floats squared = x * x, square = squared < 1e4f ? squared : splat(1e4f);
+    const Floats kept = no_less(x, -12.0f);
+    const Floats squared = kept * kept, square = squared < 1e4f ? squared : splat(1e4f);
+    const Floats u = kept * (square * 0.07135481627159236f + 1.5957691216057308f);
     Floats rest;
-    const Floats s = sigmoid(x * (square * 0.07135481627159236f + 1.5957691216057308f), rest);
-    return {x * s, s + x * s * rest * (square * 0.21406444881477708f + 1.5957691216057308f)};
+    const Floats s = sigmoid(no_less(u, -80.0f), rest);
+    return {kept * s, s + kept * s * rest * (square * 0.21406444881477708f + 1.5957691216057308f)};
   } else {
     const Floats one = x > 0.0f ? splat(1.0f) : splat(0.0f);
     return {x > 0.0f ? x : (x != x ? x : splat(0.0f)), one};

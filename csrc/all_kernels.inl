@@ -8,6 +8,10 @@
 
 #include "attention.inl"
 
+#ifdef PROTOTOK_BF16_INSTRUCTIONS
+#include "attention_pairs.inl"
+#endif
+
 const RowKernels kKernels{
     head_row<float>,
     head_row<bf16>,
@@ -21,7 +25,15 @@ const RowKernels kKernels{
     activation_backward_row<float>,
     activation_backward_row<bf16>,
     attention_heads<float>,
+#ifdef PROTOTOK_BF16_INSTRUCTIONS
+    attention_heads_in_pairs,
+#else
     attention_heads<bf16>,
+#endif
     attention_backward_heads<float>,
+#ifdef PROTOTOK_BF16_INSTRUCTIONS
+    attention_backward_heads_in_pairs,
+#else
     attention_backward_heads<bf16>,
+#endif
 };

@@ -107,7 +107,7 @@ inline float softmax_row(float* x, std::int64_t first, std::int64_t last, std::i
   const float top = lane_maximum<kLanes>(best);
   Floats sum = {};
   for (std::int64_t j = 0; j < columns; j += kLanes) {
-    const Floats value = exp2_nonpositive(load(x + j) - top);
+    const Floats value = exp2_of(load(x + j) - top);
     store(x + j, value);
     sum += value;
   }

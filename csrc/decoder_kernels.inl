@@ -235,7 +235,7 @@ void attend(const float* q, const void* keys, const void* values, float scaling,
   for (int lane = 1; lane < kLanes; ++lane) top = best[lane] > top ? best[lane] : top;
   Floats total = {};
   for (std::int64_t t = aligned; t < end; t += kLanes) {
-    const Floats weight = exp2_nonpositive(load(scores + t) - top);
+    const Floats weight = exp2_of(load(scores + t) - top);
     total += weight;
     store(scores + t, weight);
   }

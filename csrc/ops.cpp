@@ -150,8 +150,8 @@ void activation(const ActivationPass& pass, const RowKernels& kernels, int threa
 }
 
 std::int64_t attention_memory(const AttentionShape& shape) {
-  const auto padded = [](std::int64_t count) { return (count + 15) / 16 * 16; };
-  const std::int64_t wide = padded(shape.length), size = padded(shape.size);
+  // Of attention.inl and of attention_pairs.inl, whichever takes more.
+  const std::int64_t wide = (shape.length + 15) / 16 * 16, size = (shape.size + 31) / 32 * 32;
   return 5 * wide * size + kQueryBlock * (3 * size + 2 * wide);
 }
 

@@ -47,6 +47,32 @@ inline void store(bf16* to, Floats value) {
 #endif
 
 // Fewer than kLanes elements; the lanes without one get `fill`.
+#ifdef PROTOTOK_AVX512
+inline __mmask16 first_lanes(std::int64_t count) { return __mmask16((1u << count) - 1u); }
+
+inline Floats load_tail(const float* from, std::int64_t count, float fill) {
+  return (Floats)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(count), from);
+}
+
+inline Floats load_tail(const bf16* from, std::int64_t count, float fill) {
+  const __mmask16 lanes = first_lanes(count);
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
+  return (Floats)_mm512_mask_mov_ps(_mm512_set1_ps(fill), lanes,
+                                    (__m512)_mm512_slli_epi32(words, 16));
+}
+
+inline void store_tail(float* to, std::int64_t count, Floats value) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value);
+}
+
+inline void store_tail(bf16* to, std::int64_t count, Floats value) {
+  bf16 lanes[kLanes];
+  store(lanes, value);
+  __m256i halves;
+  __builtin_memcpy(&halves, lanes, sizeof halves);
+  _mm256_mask_storeu_epi16(to, first_lanes(count), halves);
+}
+#else
 template <class T>
 inline Floats load_tail(const T* from, std::int64_t count, float fill) {
   alignas(64) float lanes[kLanes];
@@ -68,6 +94,7 @@ inline void store_tail(T* to, std::int64_t count, Floats value) {
   store(lanes, value);
   for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
+#endif
 
 // A whole vector, or the `left` elements that are left with `fill` behind them.
 template <class T>
@@ -130,23 +157,51 @@ inline void store_one(bf16* to, float value) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// 2^x for x <= 0 to 1.5 units in the last place; below 2^-127 it is 0; NaN stays NaN.
-inline Floats exp2_nonpositive(Floats x) {
-  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats lowest = splat(-127.0f);
-  x = x < lowest ? lowest : x;
-  const Floats shifted = x + magic;
-  const Floats fraction = x - (shifted - magic);  // in [-1/2, 1/2]
-  // Minimax polynomial of (2^f - 1) / f, relative error 8e-9.
+// The minimax polynomial of 2^f for f in [-1/2, 1/2], relative error 8e-9.
+inline Floats exp2_of_fraction(Floats fraction) {
   Floats p = splat(0.00015453163359779865f);
   p = p * fraction + 0.0013390863314270973f;
   p = p * fraction + 0.009618083015084267f;
   p = p * fraction + 0.055503569543361664f;
   p = p * fraction + 0.24022650718688965f;
   p = p * fraction + 0.6931471824645996f;
-  p = p * fraction + 1.0f;
+  return p * fraction + 1.0f;
+}
+
+// The larger; x where it is NaN.
+inline Floats no_less(Floats x, float lowest) {
+#ifdef PROTOTOK_AVX512
+  return (Floats)_mm512_max_ps(_mm512_set1_ps(lowest), (__m512)x);
+#else
+  return x < lowest ? splat(lowest) : x;
+#endif
+}
+
+// 2^x for x <= 126 to 1.5 units in the last place; below 2^-127 it may be 0; NaN stays NaN.
+inline Floats exp2_of(Floats x) {
+#ifdef PROTOTOK_AVX512
+  const Floats kept = no_less(x, -160.0f);
+  const __m512 whole =
+      _mm512_roundscale_ps((__m512)kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats p = exp2_of_fraction(kept - (Floats)whole);
+  return (Floats)_mm512_scalef_ps((__m512)p, whole);
+#else
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats kept = no_less(x, -127.0f), shifted = kept + magic;
+  const Floats p = exp2_of_fraction(kept - (shifted - magic));
   const Ints exponent = (Ints)shifted - (Ints)magic;
   return p * (Floats)((exponent + 127) << 23);  // exponent -127 gives the bits of 0
+#endif
+}
+
+// 1 / x to a unit in the last place, for x from 1 to 1e37.
+inline Floats reciprocal(Floats x) {
+#ifdef PROTOTOK_AVX512
+  const Floats near = (Floats)_mm512_rcp14_ps((__m512)x);
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
 }
 
 template <class T>
@@ -171,11 +226,11 @@ inline double block_sum(const T* x, std::int64_t count, float shift, float scale
   std::int64_t i = 0;
   for (; i + kStride <= count; i += kStride)
     for (int c = 0; c < kChains; ++c)
-      sum[c] += exp2_nonpositive((load(x + i + c * kLanes) - shift) * scale);
+      sum[c] += exp2_of((load(x + i + c * kLanes) - shift) * scale);
   for (; i + kLanes <= count; i += kLanes)
-    sum[0] += exp2_nonpositive((load(x + i) - shift) * scale);
+    sum[0] += exp2_of((load(x + i) - shift) * scale);
   if (i < count)
-    sum[0] += exp2_nonpositive((load_tail(x + i, count - i, -kInfinity) - shift) * scale);
+    sum[0] += exp2_of((load_tail(x + i, count - i, -kInfinity) - shift) * scale);
   for (int c = 1; c < kChains; ++c) sum[0] += sum[c];
   double total = 0.0;
   for (int lane = 0; lane < kLanes; ++lane) total += sum[0][lane];
@@ -251,13 +306,13 @@ HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::
   for (; i + kStride <= vocabulary; i += kStride)
     for (int c = 0; c < kChains; ++c) {
       const std::int64_t at = i + c * kLanes;
-      store(gradient + at, exp2_nonpositive((load(logits + at) - top) * scale) * factor);
+      store(gradient + at, exp2_of((load(logits + at) - top) * scale) * factor);
     }
   for (; i + kLanes <= vocabulary; i += kLanes)
-    store(gradient + i, exp2_nonpositive((load(logits + i) - top) * scale) * factor);
+    store(gradient + i, exp2_of((load(logits + i) - top) * scale) * factor);
   if (i < vocabulary) {
     const Floats x = load_tail(logits + i, vocabulary - i, -kInfinity);
-    store_tail(gradient + i, vocabulary - i, exp2_nonpositive((x - top) * scale) * factor);
+    store_tail(gradient + i, vocabulary - i, exp2_of((x - top) * scale) * factor);
   }
   store_one(gradient + target, float(-rest * outer));
   return result;

@@ -2,13 +2,15 @@
 #include "decoder_kernels.h"
 #include "row_kernels.h"
 
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-
-#if defined(__x86_64__)
 
 // After the standard headers, whose inline functions must stay fit for every processor.
 #if defined(__clang__)
@@ -21,6 +23,7 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 16;
+#define PROTOTOK_AVX512
 #include "all_kernels.inl"
 #include "decoder_kernels.inl"
 }  // namespace

@@ -25,6 +25,7 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 16;
+#define PROTOTOK_AVX512
 #define PROTOTOK_BF16_INSTRUCTIONS
 #include "all_kernels.inl"
 #include "decoder_kernels.inl"
