@@ -196,6 +196,7 @@ PYBIND11_MODULE(_cpu, m) {
              return std::make_unique<PackedHead>(at<const prototok::bf16>(weight), vocabulary,
                                                  hidden); }),
            "weight"_a, "vocabulary"_a, "hidden"_a)
+      .def("workspace_bytes", &PackedHead::workspace_bytes, "tile"_a)
       .def("run", [](PackedHead& self, Address hidden, Address grad_hidden, Address targets,
                      Address token_weight, Address loss, Address predicted, Address margin,
                      std::int64_t rows, float temperature, std::int64_t tile, int threads) {

@@ -2,15 +2,26 @@
 
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace prototok {
+
+// A panel is read from end to end: on small pages the processor stops foreseeing it every 4 KiB.
+constexpr std::size_t kHugePage = std::size_t(2) << 20;
 
 PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_t inputs,
                            std::int64_t output_stride, std::int64_t input_stride)
     : inputs_(inputs), outputs_(outputs) {
   const std::int64_t panels = (outputs + kPanel - 1) / kPanel;
   const std::size_t bytes = std::size_t(panels * kPanel * inputs) * sizeof(bf16);
-  data_.reset(static_cast<bf16*>(std::aligned_alloc(64, bytes)));
+  const std::size_t page = bytes >= kHugePage ? kHugePage : 64;
+  data_.reset(static_cast<bf16*>(std::aligned_alloc(page, (bytes + page - 1) / page * page)));
   if (!data_ && bytes > 0) throw std::bad_alloc();
+#if defined(__linux__)
+  if (page == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // where it fails, small ones do
+#endif
   bf16* to = data_.get();
   for (std::int64_t first = 0; first < outputs; first += kPanel)
     for (std::int64_t i = 0; i < inputs; i += 2)

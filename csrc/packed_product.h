@@ -53,6 +53,15 @@ inline PackedMatrix packed_transposed(const bf16* weight, std::int64_t outputs,
   return {weight, inputs, outputs, 1, inputs};
 }
 
+// Of a part of the inputs, onto fp32 sums that hold those of other parts.
+struct PackedSum {
+  const bf16* inputs;  // (M, part)
+  const bf16* weight;  // where the part begins in the first panel
+  float* sum;          // (M, O rounded up to panels)
+  const float* scale;  // (M,) of what `sum` holds; null = it holds nothing yet
+  std::int64_t rows, part, depth, outputs;
+};
+
 #if defined(__x86_64__)
 void packed_product_avx512bf16(const PackedProduct& product);
 #endif

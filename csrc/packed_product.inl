@@ -13,23 +13,28 @@ inline __m512bh pair_everywhere(const bf16* from) {
   return (__m512bh)_mm512_set1_epi32(pair);
 }
 
+// sum += rows of `inputs`, `row` elements apart, times a panel.
 template <int kRows>
-inline void packed_tile(const PackedProduct& p, std::int64_t row, std::int64_t panel) {
-  const bf16* inputs = p.inputs + row * p.depth;
-  const bf16* weight = p.weight + panel * p.depth;
-  __m512 sum[kRows][kPanelVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = _mm512_setzero_ps();
-  for (std::int64_t i = 0; i < p.depth; i += 2) {
+inline void add_products(const bf16* inputs, std::int64_t row, const bf16* weight,
+                         std::int64_t depth, __m512 (&sum)[kRows][kPanelVectors]) {
+  for (std::int64_t i = 0; i < depth; i += 2) {
     __m512bh right[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v)
       right[v] = (__m512bh)_mm512_load_si512(weight + i * kPanel + v * 2 * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh left = pair_everywhere(inputs + r * p.depth + i);
+      const __m512bh left = pair_everywhere(inputs + r * row + i);
       for (int v = 0; v < kPanelVectors; ++v)
         sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, right[v]);
     }
   }
+}
+
+template <int kRows>
+inline void packed_tile(const PackedProduct& p, std::int64_t row, std::int64_t panel) {
+  __m512 sum[kRows][kPanelVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+  add_products<kRows>(p.inputs + row * p.depth, p.depth, p.weight + panel * p.depth, p.depth, sum);
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) {
       const std::int64_t at = panel + v * kLanes, left = p.outputs - at;
@@ -42,7 +47,25 @@ inline void packed_tile(const PackedProduct& p, std::int64_t row, std::int64_t p
     }
 }
 
-inline void packed_product(const PackedProduct& p) {
+template <int kRows>
+inline void packed_tile(const PackedSum& p, std::int64_t row, std::int64_t panel) {
+  const std::int64_t width = (p.outputs + kPanel - 1) / kPanel * kPanel;
+  float* to = p.sum + row * width + panel;
+  __m512 sum[kRows][kPanelVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v)
+      sum[r][v] = p.scale == nullptr
+                      ? _mm512_setzero_ps()
+                      : _mm512_mul_ps(_mm512_loadu_ps(to + r * width + v * kLanes),
+                                      _mm512_set1_ps(p.scale[row + r]));
+  add_products<kRows>(p.inputs + row * p.part, p.part, p.weight + panel * p.depth, p.part, sum);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v)
+      _mm512_storeu_ps(to + r * width + v * kLanes, sum[r][v]);
+}
+
+template <class Product>
+inline void packed_product(const Product& p) {
   for (std::int64_t panel = 0; panel < p.outputs; panel += kPanel) {
     std::int64_t row = 0;
     for (; row + kProductRows <= p.rows; row += kProductRows)

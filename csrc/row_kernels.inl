@@ -26,7 +26,11 @@ inline Floats load(const float* from) {
 inline Floats load(const bf16* from) {
   Halves bits;
   __builtin_memcpy(&bits, from, sizeof bits);
+#ifdef PROTOTOK_AVX512  // for which GCC takes the conversion apart
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#else
   return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 
 inline void store(float* to, Floats value) { __builtin_memcpy(to, &value, sizeof value); }
@@ -137,6 +141,16 @@ inline float lane_maximum(typename Lanes<kCount>::type value) {
   }
 }
 
+inline bool any_lane(Ints value) {
+#ifdef PROTOTOK_AVX512
+  return _mm512_test_epi32_mask((__m512i)value, (__m512i)value) != 0;
+#else
+  std::int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= value[i];
+  return any != 0;
+#endif
+}
+
 inline float load_one(const float* from) { return *from; }
 
 inline float load_one(const bf16* from) {
@@ -214,9 +228,20 @@ inline float block_maximum(const T* x, std::int64_t count) {
   for (; i + kLanes <= count; i += kLanes) best[0] = larger(load(x + i), best[0]);
   if (i < count) best[0] = larger(load_tail(x + i, count - i, -kInfinity), best[0]);
   for (int c = 1; c < kChains; ++c) best[0] = larger(best[0], best[c]);
-  float top = -kInfinity;
-  for (int lane = 0; lane < kLanes; ++lane) top = best[0][lane] > top ? best[0][lane] : top;
-  return top;
+  return lane_maximum<kLanes>(best[0]);
+}
+
+// The first of `count` that equals `value`, or `count`.
+template <class T>
+inline std::int64_t first_equal(const T* x, std::int64_t count, float value) {
+  std::int64_t i = 0;
+  for (; i + kStride <= count; i += kStride) {
+    Ints equal = {};
+    for (int c = 0; c < kChains; ++c) equal |= load(x + i + c * kLanes) == value;
+    if (any_lane(equal)) break;
+  }
+  while (i < count && load_one(x + i) != value) ++i;
+  return i;
 }
 
 // Sum of 2^((x - shift) * scale).
@@ -262,9 +287,30 @@ inline void scan(const T* x, std::int64_t begin, std::int64_t end, float scale, 
   }
 }
 
+// A row's loss and margin, and what its gradient is made of: p - 1{target} is
+// others_factor * 2^((x - best) * scale) of every other logit x, and target_slope of the target.
+//
 // The target is kept apart from the other logits: the best of those is the margin's other half, and
 // loss = log1p(sum of others / target) and p - 1 = -(sum of others) / total lose no digits when the
 // target has almost all of the probability, where the end of every fit lies.
+struct HeadEnd {
+  float loss, margin;
+  bool target_wins;  // leaves equals to the caller
+  float others_factor, target_slope;  // times token_weight / temperature
+};
+
+// `sum` is of 2^((x - best) * scale) over the others, in their own scale of exp(x / temperature).
+inline HeadEnd head_end(float own, float best, double sum, float token_weight, float temperature) {
+  const double gap = (double(own) - best) / temperature;  // nats
+  // In units of the larger of exp(own / T) and exp(best / T).
+  const double of_others = own >= best ? std::exp(-gap) : 1.0;
+  const double of_target = own >= best ? 1.0 : std::exp(gap);
+  const double rest = sum > 0.0 ? sum * of_others : sum;
+  const double total = of_target + rest, outer = double(token_weight) / temperature / total;
+  const double loss = own >= best ? std::log1p(rest) : std::log(total) - gap;
+  return {float(loss), own - best, own > best, float(outer * of_others), float(-rest * outer)};
+}
+
 template <class T>
 HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::int64_t target,
                     float token_weight, float temperature) {
@@ -273,26 +319,14 @@ HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::
   Others others;
   scan(logits, 0, target, scale, others);
   scan(logits, target + 1, vocabulary, scale, others);
+  const HeadEnd end = head_end(own, others.best, others.sum, token_weight, temperature);
 
-  const bool target_leads = own >= others.best;
-  const float top = target_leads ? own : others.best;
-  const double gap = (double(own) - others.best) / temperature;  // nats
-  double loss, total, rest;  // total and rest: of exp((x - top) / T), with and without the target
-  if (target_leads) {
-    rest = others.sum > 0.0 ? others.sum * std::exp(-gap) : others.sum;
-    total = 1.0 + rest;
-    loss = std::log1p(rest);
-  } else {
-    rest = others.sum;
-    total = rest + std::exp(gap);
-    loss = std::log(total) - gap;
-  }
-
-  HeadResult result{float(loss), target, own - others.best};
-  if (!(own > others.best)) {
-    std::int64_t rival = others.block_begin;
-    while (rival < others.block_end && load_one(logits + rival) != others.best) ++rival;
-    if (rival < others.block_end && (own != others.best || rival < target)) result.predicted = rival;
+  HeadResult result{end.loss, target, end.margin};
+  if (!end.target_wins) {
+    const std::int64_t begin = others.block_begin, end_of_block = others.block_end;
+    const std::int64_t rival =
+        begin + first_equal(logits + begin, end_of_block - begin, others.best);
+    if (rival < end_of_block && (own != others.best || rival < target)) result.predicted = rival;
   }
   if (gradient == nullptr) return result;
 
@@ -300,8 +334,7 @@ HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::
     std::memset(gradient, 0, std::size_t(vocabulary) * sizeof(T));
     return result;
   }
-  const double outer = double(token_weight) / temperature / total;
-  const float factor = float(outer);
+  const float top = others.best == -kInfinity ? 0.0f : others.best, factor = end.others_factor;
   std::int64_t i = 0;
   for (; i + kStride <= vocabulary; i += kStride)
     for (int c = 0; c < kChains; ++c) {
@@ -314,7 +347,7 @@ HeadResult head_row(const T* logits, T* gradient, std::int64_t vocabulary, std::
     const Floats x = load_tail(logits + i, vocabulary - i, -kInfinity);
     store_tail(gradient + i, vocabulary - i, exp2_of((x - top) * scale) * factor);
   }
-  store_one(gradient + target, float(-rest * outer));
+  store_one(gradient + target, end.target_slope);
   return result;
 }
 

@@ -1,6 +1,7 @@
 // Compiled for AVX-512 with bfloat16 instructions whatever the build's flags; called only where the
 // processor has it.
 #include "decoder_kernels.h"
+#include "packed_head.h"
 #include "packed_product.h"
 #include "row_kernels.h"
 
@@ -30,11 +31,13 @@ constexpr int kLanes = 16;
 #include "all_kernels.inl"
 #include "decoder_kernels.inl"
 #include "packed_product.inl"
+#include "packed_head.inl"
 }  // namespace
 
 const RowKernels& avx512bf16_kernels() { return kKernels; }
 const DecoderKernelSets& avx512bf16_decoder_kernels() { return kDecoderKernels; }
 void packed_product_avx512bf16(const PackedProduct& product) { packed_product(product); }
+void packed_head_tile_avx512bf16(const PackedHeadTile& tile) { packed_head_tile(tile); }
 
 }  // namespace prototok
 

@@ -183,8 +183,8 @@ def _cpu_pass(
 
 # bf16 weights as the C++ product reads them, and what of the tensor they were laid out from.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Rows whose logits a thread keeps between the products: they read the weight once for all of them.
-_CPU_TILE = 64
+# Rows a thread takes through the C++ head at a time: they read the weight once for all of them.
+_CPU_TILE = 128
 
 
 def _packed_head(weight: Tensor) -> Any:
@@ -217,15 +217,18 @@ def _linear_cross_entropy_packed(
     need_grad: bool,
     workspace_bytes: int,
 ) -> HeadOutput:
-    """Product, pass and product tile by tile, each in one thread's cache."""
+    """Product, pass and product a tile of rows and a chunk of the vocabulary at a time."""
     hidden, targets = hidden.contiguous(), targets.contiguous()
     if token_weight is not None:
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
     rows, threads = len(targets), torch.get_num_threads()
-    fitting = workspace_bytes // (threads * len(weight) * hidden.element_size())
+    head = _packed_head(weight)
+    share = -(-rows // threads)
+    tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(1)))
+    tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
     try:
-        _packed_head(weight).run(
+        head.run(
             hidden=hidden.data_ptr(),
             grad_hidden=0 if out.grad_hidden is None else out.grad_hidden.data_ptr(),
             targets=targets.data_ptr(),
@@ -235,7 +238,7 @@ def _linear_cross_entropy_packed(
             margin=out.margin.data_ptr(),
             rows=rows,
             temperature=temperature,
-            tile=max(1, min(_CPU_TILE, -(-rows // threads), fitting)),
+            tile=max(1, -(-share // tiles)),
             threads=threads,
         )
     except IndexError as error:
