@@ -72,8 +72,8 @@ inline Floats activation(Floats x, Activation kind) {
   return value_and_slope<Activation::relu>(x).value;
 }
 
-template <Activation kKind, class T>
-void activation_of_row(const T* z, const T* bias, T* out, std::int64_t inner, bool gated) {
+template <Activation kKind, class Z, class T>
+void activation_of_row(const Z* z, const T* bias, T* out, std::int64_t inner, bool gated) {
   for (std::int64_t i = 0; i < inner; i += kLanes) {
     const std::int64_t left = inner - i;
     Floats x = load_some(z + i, left);
@@ -88,8 +88,8 @@ void activation_of_row(const T* z, const T* bias, T* out, std::int64_t inner, bo
   }
 }
 
-template <class T>
-void activation_row(const T* z, const T* bias, T* out, const ActivationShape& shape) {
+template <class Z, class T>
+void activation_row(const Z* z, const T* bias, T* out, const ActivationShape& shape) {
   const std::int64_t I = shape.inner;
   const bool gated = shape.gated;
   switch (shape.kind) {
@@ -101,8 +101,9 @@ void activation_row(const T* z, const T* bias, T* out, const ActivationShape& sh
   }
 }
 
-template <Activation kKind, class T>
-void activation_backward_of_row(const T* grad, const T* z, const T* bias, T* grad_z,
+// `grad_z` may be `z`.
+template <Activation kKind, class Z, class T>
+void activation_backward_of_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
                                 std::int64_t inner, bool gated) {
   for (std::int64_t i = 0; i < inner; i += kLanes) {
     const std::int64_t left = inner - i;
@@ -119,8 +120,8 @@ void activation_backward_of_row(const T* grad, const T* z, const T* bias, T* gra
   }
 }
 
-template <class T>
-void activation_backward_row(const T* grad, const T* z, const T* bias, T* grad_z,
+template <class Z, class T>
+void activation_backward_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
                              const ActivationShape& shape) {
   const std::int64_t I = shape.inner;
   const bool gated = shape.gated;

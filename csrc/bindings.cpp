@@ -1,5 +1,6 @@
 // The only file that knows of Python. Tensors arrive as addresses: building needs no torch, and
 // the callers in kernels/prototok_kernels have checked dtype, shape and contiguity.
+#include "affine_layer.h"
 #include "decoder.h"
 #include "decoder_blocks.h"
 #include "ops.h"
@@ -112,6 +113,16 @@ prototok::DecoderModel decoder_model(
   model.parallel = parallel;
   model.is_bf16 = is_bf16;
   return model;
+}
+
+std::unique_ptr<prototok::AffineLayer> affine_layer(
+    Address norm, Address up, Address down, Address down_bias, std::int64_t hidden,
+    std::int64_t heads, std::int64_t inner, const std::string& activation, bool gated, bool centred,
+    float eps) {
+  using prototok::bf16;
+  return std::make_unique<prototok::AffineLayer>(prototok::AffineLayerModel{
+      hidden, heads, {inner, activation_of(activation), gated}, centred, eps, at<const bf16>(norm),
+      at<const bf16>(up), at<const bf16>(down), at<const bf16>(down_bias)});
 }
 
 // The stream and the products of a block's input, 0 where not given.
@@ -247,6 +258,30 @@ PYBIND11_MODULE(_cpu, m) {
              self.backward(blocks_input(of, shape, cos, sin, table_row),
                            at<const prototok::bf16>(grad), block_input<prototok::bf16>(grads),
                            at<unsigned char>(saved), threads); },
+           py::call_guard<py::gil_scoped_release>());
+  using prototok::AffineLayer;
+  using prototok::bf16;
+  py::class_<AffineLayer>(m, "AffineLayer")
+      .def(py::init(&affine_layer),
+           py::kw_only(), "norm"_a, "up"_a, "down"_a, "down_bias"_a, "hidden"_a, "heads"_a,
+           "inner"_a, "activation"_a, "gated"_a, "centred"_a, "eps"_a)
+      .def("saved_floats", &AffineLayer::saved_floats, "length"_a)
+      .def("forward", [](const AffineLayer& self, Address a, Address b, Address span, Address bias,
+                         Address saved, Address out, std::int64_t rows, std::int64_t length,
+                         int threads) {
+             self.forward({at<const float>(a), at<const float>(b), at<const bf16>(span),
+                           at<const bf16>(bias), at<float>(saved), at<bf16>(out), nullptr, nullptr,
+                           nullptr, nullptr}, rows, length, threads); },
+           py::kw_only(), "a"_a, "b"_a, "span"_a, "bias"_a, "saved"_a, "out"_a, "rows"_a,
+           "length"_a, "threads"_a, py::call_guard<py::gil_scoped_release>())
+      .def("backward", [](AffineLayer& self, Address span, Address bias, Address saved,
+                          Address grad, Address grad_a, Address grad_b, Address grad_span,
+                          std::int64_t rows, std::int64_t length, int threads) {
+             self.backward({nullptr, nullptr, at<const bf16>(span), at<const bf16>(bias),
+                            at<float>(saved), nullptr, at<const bf16>(grad), at<float>(grad_a),
+                            at<float>(grad_b), at<bf16>(grad_span)}, rows, length, threads); },
+           py::kw_only(), "span"_a, "bias"_a, "saved"_a, "grad"_a, "grad_a"_a, "grad_b"_a,
+           "grad_span"_a, "rows"_a, "length"_a, "threads"_a,
            py::call_guard<py::gil_scoped_release>());
   m.def("residual_norm", &residual_norm, "x"_a, "delta"_a, "sum"_a, "normed"_a, "weight"_a,
         "bias"_a, "statistics"_a, "rows"_a, "coordinates"_a, "eps"_a, "is_bf16"_a, "threads"_a,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prototok_kernels import first_layer_cpu
 from prototok_kernels.backend import resolve_backend
 from prototok_kernels.layers import (
     DecoderLayer,
@@ -272,16 +273,14 @@ def first_layer_spanned(
     x is the output of a parallel block, and what a sequential one hands to its MLP. Arguments and
     errors are those of `first_layer`.
     """
-    _check(e, m, group, length, cos)
     # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
     wide = backend == "auto" and layer.dtype == torch.float64
     if not wide and resolve_backend(backend, e.device) == "triton":
         from prototok_kernels.first_layer_triton import affine_scan
     else:
         affine_scan = _AffineScan.apply
-    q_m, k_m, k_e, span = _span(e, m, group, layer)
-    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
-    x, coef = affine_scan(_per_row(a, group), b, span)
+    a, b, span = _logits_and_span(e, m, group, length, layer, cos, sin)
+    x, coef = affine_scan(a, b, span)
     return x, coef, span
 
 
@@ -293,7 +292,7 @@ def first_layer(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r), row i for position i
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",  # there is no C++ of its own: "cpu" is "torch" here
+    backend: str = "auto",
 ) -> Tensor:  # (B, N, d) in the layer's dtype
     """`decoder_layer` of the input [e, m, …, m] (N positions), differentiable in e and m.
 
@@ -302,13 +301,33 @@ def first_layer(
 
     Raises ValueError for shapes that do not fit and for a backend that cannot be had.
     """
+    low_rank = not is_parallel(layer) and _low_rank_pays(length, layer)
+    if low_rank and first_layer_cpu.covers(e, layer, backend):
+        a, b, span = _logits_and_span(e, m, group, length, layer, cos, sin)
+        return first_layer_cpu.affine_layer(a, b, span, _inner_bias(layer), layer)
     x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, backend)
     if is_parallel(layer):
         return x
-    if _low_rank_pays(length, layer):
+    if low_rank:
         return _AffineMLP.apply(x, coef, span, layer)
     x, normed = post_norm(x, None, layer)
     return x + mlp(normed, layer)
+
+
+def _logits_and_span(
+    e: Tensor,  # (B, d)
+    m: Tensor,  # (B, d), or (G, d) with `group`
+    group: Tensor | None,  # (B,)
+    length: int,  # N
+    layer: DecoderLayer,
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+) -> tuple[Tensor, Tensor, Tensor]:  # a, b (B, H, N), span (B, S, d)
+    """What the scan starts from."""
+    _check(e, m, group, length, cos)
+    q_m, k_m, k_e, span = _span(e, m, group, layer)
+    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
+    return _per_row(a, group), b, span
 
 
 def _check(e: Tensor, m: Tensor, group: Tensor | None, length: int, cos: Tensor) -> None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from prototok_kernels.backend import _cpu, resolve_for
+from prototok_kernels.packed import can_be_packed, packed
 
 try:
     import triton
@@ -181,31 +180,8 @@ def _cpu_pass(
         raise ValueError(str(error)) from None
 
 
-# bf16 weights as the C++ product reads them, and what of the tensor they were laid out from.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Rows a thread takes through the C++ head at a time: they read the weight once for all of them.
 _CPU_TILE = 128
-
-
-def _packed_head(weight: Tensor) -> Any:
-    """The C++ head of a weight (V, d), laid out when it is first seen, or seen to have changed."""
-    state = weight.data_ptr(), weight._version
-    head, known = _packed.get(weight, (None, None))
-    if known != state:
-        head = _cpu.PackedHead(weight.data_ptr(), *weight.shape)
-        _packed[weight] = head, state
-    return head
-
-
-def _can_be_packed(weight: Tensor | None) -> bool:
-    return (
-        weight is not None
-        and weight.dtype == torch.bfloat16
-        and weight.is_contiguous()
-        and not weight.is_inference()  # has no version
-        and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
-        and "avx512bf16" in _cpu.instruction_sets()
-    )
 
 
 def _linear_cross_entropy_packed(
@@ -223,7 +199,7 @@ def _linear_cross_entropy_packed(
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
     rows, threads = len(targets), torch.get_num_threads()
-    head = _packed_head(weight)
+    head = packed([weight], lambda: _cpu.PackedHead(weight.data_ptr(), *weight.shape))
     share = -(-rows // threads)
     tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(1)))
     tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
@@ -373,8 +349,7 @@ def linear_cross_entropy(
         return _linear_cross_entropy_torch(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
         )
-    if resolved == "cpu" and _can_be_packed(weight):
-        assert weight is not None
+    if resolved == "cpu" and weight is not None and can_be_packed(weight):
         return _linear_cross_entropy_packed(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
         )
