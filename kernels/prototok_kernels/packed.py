@@ -1,4 +1,4 @@
-"""C++ objects that hold a frozen weight laid out for their products, as long as the weight lives."""
+"""C++ objects that hold frozen weights laid out for their products, as long as those live."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ SHAPES = [  # (B, N, H, K, c, r): around vectors of 16, tiles of 4 and blocks of
     (1, 67, 2, 2, 64, 16),
     (1, 20, 1, 1, 80, 80),
     (1, 131, 2, 1, 16, 16),
+    (1, 114, 2, 2, 64, 16),  # a tile of keys across the end of a tile of queries and its vectors
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 

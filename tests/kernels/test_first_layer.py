@@ -22,6 +22,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer as HFNeo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from prototok_kernels import first_layer_cpu
+from prototok_kernels.backend import unavailable
 from prototok_kernels.first_layer import _low_rank_pays, first_layer, first_layer_ref
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
 
@@ -133,6 +135,15 @@ def with_gradients(h: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def torch_backend(*args: Any) -> Tensor:
     return first_layer(*args, backend="torch")
+
+
+def cpu_backend(*args: Any) -> Tensor:
+    return first_layer(*args, backend="cpu")
+
+
+needs_cpp = pytest.mark.skipif(
+    unavailable("cpu", "cpu") is not None, reason="needs the C++ kernels"
+)
 
 
 # Where Triton runs: on the CPU by its interpreter.
@@ -280,9 +291,10 @@ def errors_against_fp64(
     length: int,
     implementations: dict[str, Callable[..., Tensor]],
     groups: int | None = None,
+    size: int = D,
 ) -> dict[str, list[float]]:
     """Relative errors of h1, ∂e and ∂m for each implementation, e and m in fp32."""
-    e, m, group = vectors(3, groups)
+    e, m, group = vectors(3, groups, size)
     e, m = (t.detach().float().requires_grad_() for t in (e, m))
     exact = layer.to(torch.float64)
     x = expanded(e.double(), m.double(), group, length)
@@ -319,19 +331,75 @@ def test_low_precision_errs_no_more_than_general_layer(case: str, dtype: torch.d
     assert_as_good_as_general(errors, dtype)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@needs_cpp
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("length", [9, 17, 33, 70])
+@pytest.mark.parametrize("case", [case for case in CASES if "parallel" not in case])
+def test_cpp_errs_no_more_than_general_layer(case: str, length: int, groups: int | None) -> None:
+    layer, tables = CASES[case]
+    layer = layer.to(torch.bfloat16)
+    assert first_layer_cpu.covers(torch.empty(3, D), layer, "auto") == (
+        "avx512bf16" in first_layer_cpu._cpu.instruction_sets()
+    )
+    implementations = {"general": general, "cpu": cpu_backend}
+    errors = errors_against_fp64(layer, tables(length), length, implementations, groups)
+    assert_as_good_as_general(errors, torch.bfloat16)
+
+
+@needs_cpp
+def test_cpp_of_many_heads_and_sizes_off_every_vector() -> None:
+    """19 heads are two vectors of them; no width is a multiple of 16, and N not of a tile."""
+    heads, size, inner, d = 19, 6, 74, 50
+    shapes = {
+        "qkv": (3 * heads * size, d), "o": (d, heads * size), "gate_up": (2 * inner, d),
+        "down": (d, inner), "input_norm": (d,), "post_norm": (d,), "down_bias": (d,),
+    }  # fmt: skip
+    layer = LlamaLayer(
+        **random_tensors(5, **shapes), heads=heads, kv_heads=heads, head_size=size,
+        scaling=size**-0.5, eps=1e-5, activation="silu",
+    ).to(torch.bfloat16)  # fmt: skip
+    implementations = {"general": general, "cpu": cpu_backend}
+    errors = errors_against_fp64(layer, rotary_tables(90, size), 90, implementations, size=d)
+    assert_as_good_as_general(errors, torch.bfloat16)
+
+
+@needs_cpp
+def test_cpp_gives_the_same_bits_with_any_number_of_threads_and_follows_its_weights() -> None:
+    layer, tables = CASES["llama-gqa-biases"]
+    layer, tables = layer.to(torch.bfloat16), tables(33)
+    before = torch.get_num_threads()
+
+    def found(threads: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(threads)
+        e, m, group = vectors(5, 2)
+        return with_gradients(cpu_backend(e, m, group, 33, layer, *tables), e, m)
+
+    try:
+        one, three = found(1), found(3)
+        layer.gate_up.mul_(2)
+        changed = found(1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    assert not torch.equal(one[0], changed[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     """Qwen2's key biases; a prefix sum of exp(logit − max) would underflow to log 0."""
     layer, tables = CASES["llama-gqa-biases"]
     bias, values = layer.qkv_bias, layer.kv_heads * HEAD_SIZE
     loud = torch.cat([25 * bias[:-values].sign(), bias[-values:]])
-    layer = dataclasses.replace(layer, qkv_bias=loud).to(torch.float32)
+    dtype = torch.bfloat16 if backend == "cpu" else torch.float32  # the C++ takes no other
+    layer = dataclasses.replace(layer, qkv_bias=loud).to(dtype)
     if backend == "triton":
         pytest.importorskip("triton")
-    found = {"torch": torch_backend, "triton": triton_backend}[backend]
-    implementations = {"general": general, "found": found}
+    if backend == "cpu" and unavailable("cpu", "cpu"):
+        pytest.skip("needs the C++ kernels")
+    ways = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
+    implementations = {"general": general, "found": ways[backend]}
     errors = errors_against_fp64(layer, tables(33), 33, implementations)
-    assert_as_good_as_general(errors, torch.float32)
+    assert_as_good_as_general(errors, dtype)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prototok_kernels import linear_cross_entropy as module
+from prototok_kernels import packed
 from prototok_kernels.linear_cross_entropy import (
     HeadOutput,
     linear_cross_entropy,
@@ -27,6 +28,7 @@ SHAPES = [  # (R, d, V): empty, single, around vectors of 16 and blocks of 2048 
     (7, 24, 2065),
     (9, 16, 257),
     (2, 8, 4099),
+    (150, 24, 2066),  # tiles of 128 rows and chunks of 1024 of the packed head
 ]
 
 
@@ -120,9 +122,9 @@ def test_logits_given_edges_of_rows_vectors_and_blocks(backend, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(monkeypatch, instruction_set, dtype):
     head = functools.partial(module._cpu.head, instruction_set=instruction_set)
-    # No instruction sets: the products stay torch's, so that only the pass is another.
-    stand_in = types.SimpleNamespace(head=head, instruction_sets=list)
-    monkeypatch.setattr(module, "_cpu", stand_in)
+    monkeypatch.setattr(module, "_cpu", types.SimpleNamespace(head=head))
+    # The products stay torch's, so that only the pass is another.
+    monkeypatch.setattr(module, "can_be_packed", lambda weight: False)
     test_logits_given_edges_of_rows_vectors_and_blocks("cpu", "cpu", dtype)
     for shape in SHAPES:
         test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, dtype, 0.5)
@@ -221,15 +223,38 @@ def test_chunks_do_not_change_the_result(backend, device, dtype):
         torch.testing.assert_close(parts.grad_hidden, whole.grad_hidden, rtol=unit, atol=8 * unit)
 
 
-@pytest.mark.skipif(
+needs_packed_head = pytest.mark.skipif(
     module._cpu is None or "avx512bf16" not in module._cpu.instruction_sets(),
     reason="needs the C++ kernels and AVX-512 BF16",
 )
+
+
+@needs_packed_head
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_packed_head_where_a_later_chunk_leads_or_equals(temperature):
+    """The same logits by a product with the unit matrix, so that every special one is met there."""
+    logits, targets = special_logits(torch.bfloat16)
+    logits, targets = logits[:, :-1], targets.clamp(max=logits.shape[1] - 2)
+    logits[0, [3000, 8000]] = 20.0  # as the target at 0, which is the first of three
+    logits[20, [3000, 8000]] = 9.0
+    logits[21] = -300.0 * torch.arange(logits.shape[1]).flip(0).bfloat16() / 8192  # ever larger
+    hidden, weight = torch.eye(len(logits), dtype=torch.bfloat16), logits.T.contiguous()
+    token_weight = torch.linspace(0.0, 2.0, len(targets))
+    inputs = (hidden, weight, targets, token_weight)
+    run = functools.partial(linear_cross_entropy, *inputs, temperature=temperature)
+    out, exact = run(backend="cpu"), reference(*inputs, temperature)
+    assert_close_as_torch(out, run(backend="torch"), exact, torch.bfloat16)
+    first_of_the_largest = logits.double().argmax(-1)
+    assert torch.equal(out.predicted, first_of_the_largest)
+    assert torch.equal(out.predicted, run(backend="cpu", need_grad=False).predicted)
+
+
+@needs_packed_head
 def test_a_row_of_the_packed_head_is_its_own_and_follows_its_weight():
     hidden, weight, targets, _ = make_inputs(70, 32, 130, torch.bfloat16, "cpu")
-    packed = len(module._packed)
+    held = len(packed._packed)
     whole = linear_cross_entropy(hidden, weight, targets)
-    assert len(module._packed) == packed + 1
+    assert len(packed._packed) == held + 1
     for part in (slice(0, 1), slice(5, 13)):
         alone = linear_cross_entropy(hidden[part], weight, targets[part])
         for name in ("loss", "predicted", "margin", "grad_hidden"):
@@ -240,7 +265,7 @@ def test_a_row_of_the_packed_head_is_its_own_and_follows_its_weight():
     assert torch.equal(doubled.loss, fresh.loss) and not torch.equal(doubled.loss, whole.loss)
     assert torch.equal(doubled.grad_hidden, fresh.grad_hidden)
     del weight
-    assert len(module._packed) == packed
+    assert len(packed._packed) == held
 
 
 def test_same_bits_again_and_with_another_number_of_threads(backend, device):
