@@ -8,7 +8,7 @@ struct ValueAndSlope {
 };
 
 // 1 / (1 + exp(-x)) and 1 minus that, both to full precision, for x >= -80.
-inline Floats sigmoid(Floats x, Floats& complement) {
+[[gnu::always_inline]] inline Floats sigmoid(Floats x, Floats& complement) {
   const Floats power = exp2_of(x * -1.4426950408889634f);
   const Floats value = reciprocal(power + 1.0f);
   complement = power * value;
@@ -17,7 +17,7 @@ inline Floats sigmoid(Floats x, Floats& complement) {
 
 // The standard normal distribution function and exp(-x^2 / 2). With z = |x| / sqrt(2) and
 // t = 1 / (1 + z / 2), erfc(z) exp(z^2) / t is a polynomial of t to 5e-8 (a fit of our own).
-inline void normal_distribution(Floats x, Floats& below, Floats& power) {
+[[gnu::always_inline]] inline void normal_distribution(Floats x, Floats& below, Floats& power) {
   const Floats size = magnitude(x);
   power = exp2_of(size * size * -0.7213475204444817f);
   const Floats t = reciprocal(size * 0.35355339059327373f + 1.0f);
@@ -35,7 +35,7 @@ inline void normal_distribution(Floats x, Floats& below, Floats& power) {
 }
 
 template <Activation kKind>
-inline ValueAndSlope value_and_slope(Floats x) {
+[[gnu::always_inline]] inline ValueAndSlope value_and_slope(Floats x) {
   // Further out sigmoids are nothing, and the products of x and nothing their limits.
   if constexpr (kKind == Activation::silu) {
     const Floats kept = no_less(x, -80.0f);

@@ -35,6 +35,12 @@ inline void packed_tile(const PackedProduct& p, std::int64_t row, std::int64_t p
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = _mm512_setzero_ps();
   add_products<kRows>(p.inputs + row * p.depth, p.depth, p.weight + panel * p.depth, p.depth, sum);
+  if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kPanelVectors; ++v)
+        store(p.out + (row + r) * p.outputs + panel + v * kLanes, (Floats)sum[r][v]);
+    return;
+  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) {
       const std::int64_t at = panel + v * kLanes, left = p.outputs - at;
