@@ -1,8 +1,8 @@
 // The only file that knows of Python. Tensors arrive as addresses: building needs no torch, and
 // the callers in kernels/prototok_kernels have checked dtype, shape and contiguity.
-#include "affine_layer.h"
 #include "decoder.h"
 #include "decoder_blocks.h"
+#include "first_layer.h"
 #include "ops.h"
 #include "packed_head.h"
 
@@ -115,14 +115,18 @@ prototok::DecoderModel decoder_model(
   return model;
 }
 
-std::unique_ptr<prototok::AffineLayer> affine_layer(
-    Address norm, Address up, Address down, Address down_bias, std::int64_t hidden,
-    std::int64_t heads, std::int64_t inner, const std::string& activation, bool gated, bool centred,
-    float eps) {
-  using prototok::bf16;
-  return std::make_unique<prototok::AffineLayer>(prototok::AffineLayerModel{
-      hidden, heads, {inner, activation_of(activation), gated}, centred, eps, at<const bf16>(norm),
-      at<const bf16>(up), at<const bf16>(down), at<const bf16>(down_bias)});
+// `weights`: the addresses of a FirstLayerModel in its order. `sizes`: hidden, heads, key-value
+// heads, head size, inner.
+std::unique_ptr<prototok::FirstLayer> first_layer(const std::array<Address, 13>& weights,
+                                                  const std::array<std::int64_t, 5>& sizes,
+                                                  const std::string& activation, bool gated,
+                                                  float eps, float scaling) {
+  const auto address = [&](int i) { return at<const prototok::bf16>(weights[std::size_t(i)]); };
+  const auto [hidden, heads, kv_heads, head_size, inner] = sizes;
+  return std::make_unique<prototok::FirstLayer>(prototok::FirstLayerModel{
+      hidden, heads, kv_heads, head_size, {inner, activation_of(activation), gated}, !gated, eps,
+      scaling, address(0), address(1), address(2), address(3), address(4), address(5), address(6),
+      address(7), address(8), address(9), address(10), address(11), address(12)});
 }
 
 // The stream and the products of a block's input, 0 where not given.
@@ -259,29 +263,39 @@ PYBIND11_MODULE(_cpu, m) {
                            at<const prototok::bf16>(grad), block_input<prototok::bf16>(grads),
                            at<unsigned char>(saved), threads); },
            py::call_guard<py::gil_scoped_release>());
-  using prototok::AffineLayer;
   using prototok::bf16;
-  py::class_<AffineLayer>(m, "AffineLayer")
-      .def(py::init(&affine_layer),
-           py::kw_only(), "norm"_a, "up"_a, "down"_a, "down_bias"_a, "hidden"_a, "heads"_a,
-           "inner"_a, "activation"_a, "gated"_a, "centred"_a, "eps"_a)
-      .def("saved_floats", &AffineLayer::saved_floats, "length"_a)
-      .def("forward", [](const AffineLayer& self, Address a, Address b, Address span, Address bias,
-                         Address saved, Address out, std::int64_t rows, std::int64_t length,
-                         int threads) {
-             self.forward({at<const float>(a), at<const float>(b), at<const bf16>(span),
-                           at<const bf16>(bias), at<float>(saved), at<bf16>(out), nullptr, nullptr,
-                           nullptr, nullptr}, rows, length, threads); },
-           py::kw_only(), "a"_a, "b"_a, "span"_a, "bias"_a, "saved"_a, "out"_a, "rows"_a,
-           "length"_a, "threads"_a, py::call_guard<py::gil_scoped_release>())
-      .def("backward", [](AffineLayer& self, Address span, Address bias, Address saved,
-                          Address grad, Address grad_a, Address grad_b, Address grad_span,
-                          std::int64_t rows, std::int64_t length, int threads) {
-             self.backward({nullptr, nullptr, at<const bf16>(span), at<const bf16>(bias),
-                            at<float>(saved), nullptr, at<const bf16>(grad), at<float>(grad_a),
-                            at<float>(grad_b), at<bf16>(grad_span)}, rows, length, threads); },
-           py::kw_only(), "span"_a, "bias"_a, "saved"_a, "grad"_a, "grad_a"_a, "grad_b"_a,
-           "grad_span"_a, "rows"_a, "length"_a, "threads"_a,
+  using prototok::FirstLayer;
+  const auto texts = [](Address e, Address m, Address saved, Address cos, Address sin,
+                        std::int64_t rotary) {
+    prototok::FirstLayerTexts texts{};
+    texts.e = at<const float>(e);
+    texts.m = at<const float>(m);
+    texts.saved = at<float>(saved);
+    texts.cos = at<const float>(cos);
+    texts.sin = at<const float>(sin);
+    texts.rotary = rotary;
+    return texts;
+  };
+  py::class_<FirstLayer>(m, "FirstLayer")
+      .def(py::init(&first_layer), py::kw_only(), "weights"_a, "sizes"_a, "activation"_a, "gated"_a,
+           "eps"_a, "scaling"_a)
+      .def("saved_floats", &FirstLayer::saved_floats, "length"_a)
+      .def("forward", [texts](const FirstLayer& self, Address e, Address m, Address saved,
+                              Address cos, Address sin, std::int64_t rotary, Address out,
+                              std::int64_t rows, std::int64_t length, int threads) {
+             auto all = texts(e, m, saved, cos, sin, rotary);
+             all.out = at<bf16>(out);
+             self.forward(all, rows, length, threads); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("backward", [texts](FirstLayer& self, Address e, Address m, Address saved, Address cos,
+                               Address sin, std::int64_t rotary, Address grad, Address grad_e,
+                               Address grad_m, std::int64_t rows, std::int64_t length,
+                               int threads) {
+             auto all = texts(e, m, saved, cos, sin, rotary);
+             all.grad = at<const bf16>(grad);
+             all.grad_e = at<float>(grad_e);
+             all.grad_m = at<float>(grad_m);
+             self.backward(all, rows, length, threads); },
            py::call_guard<py::gil_scoped_release>());
   m.def("residual_norm", &residual_norm, "x"_a, "delta"_a, "sum"_a, "normed"_a, "weight"_a,
         "bias"_a, "statistics"_a, "rows"_a, "coordinates"_a, "eps"_a, "is_bf16"_a, "threads"_a,

@@ -1,7 +1,7 @@
 // Compiled for AVX-512 with bfloat16 instructions whatever the build's flags; called only where the
 // processor has it.
-#include "affine_layer.h"
 #include "decoder_kernels.h"
+#include "first_layer.h"
 #include "packed_head.h"
 #include "packed_product.h"
 #include "row_kernels.h"
@@ -33,14 +33,14 @@ constexpr int kLanes = 16;
 #include "decoder_kernels.inl"
 #include "packed_product.inl"
 #include "packed_head.inl"
-#include "affine_layer.inl"
+#include "first_layer.inl"
 }  // namespace
 
 const RowKernels& avx512bf16_kernels() { return kKernels; }
 const DecoderKernelSets& avx512bf16_decoder_kernels() { return kDecoderKernels; }
 void packed_product_avx512bf16(const PackedProduct& product) { packed_product(product); }
-void affine_forward_avx512bf16(const AffineText& text) { affine_forward(text); }
-void affine_backward_avx512bf16(const AffineText& text) { affine_backward(text); }
+void first_layer_forward_avx512bf16(const FirstLayerText& text) { first_layer_forward(text); }
+void first_layer_backward_avx512bf16(const FirstLayerText& text) { first_layer_backward(text); }
 void packed_head_tile_avx512bf16(const PackedHeadTile& tile) { packed_head_tile(tile); }
 
 }  // namespace prototok

@@ -22,6 +22,7 @@ from prototok_kernels.backend import resolve_backend
 from prototok_kernels.layers import (
     DecoderLayer,
     NeoXLayer,
+    bias_behind_norm,
     inner_activation,
     inner_activation_backward,
     inner_projection,
@@ -174,13 +175,6 @@ def combined(
     return torch.bmm(coef.transpose(1, 2), vectors)
 
 
-def _inner_bias(layer: DecoderLayer) -> Tensor | None:
-    """What is added in front of the activation, whatever the position."""
-    weight, bias = inner_projection(layer)
-    # A LayerNorm's own bias passes through the projection unscaled, so it joins that one's bias.
-    return F.linear(layer.post_norm_bias, weight, bias) if isinstance(layer, NeoXLayer) else bias
-
-
 def rms_inverse_of(x: Tensor, layer: DecoderLayer) -> Tensor:
     """1 / √(mean x² + eps) (about the mean for a LayerNorm), (B, N), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -239,7 +233,7 @@ class _AffineMLP(torch.autograd.Function):
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer = layer
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(combined(scaled, projected), _inner_bias(layer), layer)
+        inner = inner_activation(combined(scaled, projected), bias_behind_norm(layer), layer)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
@@ -248,7 +242,7 @@ class _AffineMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
-        z, bias = combined(scaled, projected), _inner_bias(layer)
+        z, bias = combined(scaled, projected), bias_behind_norm(layer)
         grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer)
         grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
         grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
@@ -273,14 +267,16 @@ def first_layer_spanned(
     x is the output of a parallel block, and what a sequential one hands to its MLP. Arguments and
     errors are those of `first_layer`.
     """
+    _check(e, m, group, length, cos)
     # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
     wide = backend == "auto" and layer.dtype == torch.float64
     if not wide and resolve_backend(backend, e.device) == "triton":
         from prototok_kernels.first_layer_triton import affine_scan
     else:
         affine_scan = _AffineScan.apply
-    a, b, span = _logits_and_span(e, m, group, length, layer, cos, sin)
-    x, coef = affine_scan(a, b, span)
+    q_m, k_m, k_e, span = _span(e, m, group, layer)
+    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
+    x, coef = affine_scan(_per_row(a, group), b, span)
     return x, coef, span
 
 
@@ -301,10 +297,10 @@ def first_layer(
 
     Raises ValueError for shapes that do not fit and for a backend that cannot be had.
     """
-    low_rank = not is_parallel(layer) and _low_rank_pays(length, layer)
+    _check(e, m, group, length, cos)
+    low_rank = _low_rank_pays(length, layer)
     if low_rank and first_layer_cpu.covers(e, layer, backend):
-        a, b, span = _logits_and_span(e, m, group, length, layer, cos, sin)
-        return first_layer_cpu.affine_layer(a, b, span, _inner_bias(layer), layer)
+        return first_layer_cpu.first_layer(e, _per_row(m, group), length, layer, cos, sin)
     x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, backend)
     if is_parallel(layer):
         return x
@@ -312,22 +308,6 @@ def first_layer(
         return _AffineMLP.apply(x, coef, span, layer)
     x, normed = post_norm(x, None, layer)
     return x + mlp(normed, layer)
-
-
-def _logits_and_span(
-    e: Tensor,  # (B, d)
-    m: Tensor,  # (B, d), or (G, d) with `group`
-    group: Tensor | None,  # (B,)
-    length: int,  # N
-    layer: DecoderLayer,
-    cos: Tensor,  # (≥ N, r)
-    sin: Tensor,  # (≥ N, r)
-) -> tuple[Tensor, Tensor, Tensor]:  # a, b (B, H, N), span (B, S, d)
-    """What the scan starts from."""
-    _check(e, m, group, length, cos)
-    q_m, k_m, k_e, span = _span(e, m, group, layer)
-    a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
-    return _per_row(a, group), b, span
 
 
 def _check(e: Tensor, m: Tensor, group: Tensor | None, length: int, cos: Tensor) -> None:
@@ -365,5 +345,5 @@ def first_layer_ref(
         return x + mlp(post_norm(x, None, layer)[1], layer)
     scaled = (coef * rms_inverse_of(x, layer)[:, None]).to(coef.dtype)
     projected = F.linear(centred_for(span, layer) * layer.post_norm, inner_projection(layer)[0])
-    inner = inner_activation(combined(scaled, projected), _inner_bias(layer), layer)
+    inner = inner_activation(combined(scaled, projected), bias_behind_norm(layer), layer)
     return x + F.linear(inner, layer.down, layer.down_bias)

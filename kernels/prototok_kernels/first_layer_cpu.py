@@ -1,11 +1,9 @@
-"""The C++ of the collapsed first layer with a sequential residual: scan, combination and MLP.
+"""The C++ of the collapsed first layer with a sequential residual, from e and m to its output.
 
-One call each way in bfloat16 on a CPU with AVX-512 BF16, in which a thread takes a text from its
-attention logits to the block's output. docs/kernels.md derives it, first_layer.py has the same in
-torch.
+One call each way in bfloat16 on a CPU with AVX-512 BF16, in which a thread takes a text through all
+of it. docs/kernels.md derives it; first_layer.py has the same in torch.
 
-Letters: B rows, N positions, d hidden size, H heads, I inner size of the MLP, S = H + 2 spanning
-vectors per row.
+Letters: B rows, N positions, d hidden size, r rotary size, I inner size of the MLP.
 """
 
 from __future__ import annotations
@@ -16,81 +14,95 @@ import torch
 from torch import Tensor
 
 from prototok_kernels.backend import _cpu, resolve_backend
-from prototok_kernels.layers import ACTIVATIONS, DecoderLayer, LlamaLayer, inner_projection
+from prototok_kernels.layers import (
+    ACTIVATIONS,
+    DecoderLayer,
+    LlamaLayer,
+    NeoXLayer,
+    bias_behind_norm,
+    inner_projection,
+    is_parallel,
+)
 from prototok_kernels.packed import can_be_packed, packed
 
 
 def covers(e: Tensor, layer: DecoderLayer, backend: str) -> bool:
-    """Whether `affine_layer` is for these rows, e (B, d), of a block with a sequential residual."""
+    """Whether `first_layer` is for these rows, e (B, d), and this block."""
     return (
         resolve_backend(backend, e.device) == "cpu"
+        and not is_parallel(layer)
         # A text is one thread's: with fewer of them torch's products use more threads.
         and len(e) >= torch.get_num_threads()
-        and can_be_packed(layer.down, inner_projection(layer)[0])
+        and layer.head_size % 2 == 0
+        and can_be_packed(layer.qkv, layer.o, inner_projection(layer)[0], layer.down)
     )
 
 
-def affine_layer(
-    a: Tensor,  # (B, H, N) fp32
-    b: Tensor,  # (B, H, N) fp32
-    span: Tensor,  # (B, S, d) bf16
-    bias: Tensor | None,  # (I,), gated (2 I,): in front of the activation
+def first_layer(
+    e: Tensor,  # (B, d)
+    m: Tensor,  # (B, d)
+    length: int,  # N
     layer: DecoderLayer,
-) -> Tensor:  # (B, N, d)
-    """The block's output from its attention logits and its spanning vectors, differentiable."""
-    return _AffineLayer.apply(a.contiguous(), b.contiguous(), span.contiguous(), bias, layer)
+    cos: Tensor,  # (≥ N, r)
+    sin: Tensor,  # (≥ N, r)
+) -> Tensor:  # (B, N, d) bf16
+    """The block's output, the first half of its MLP from the spanning vectors; differentiable."""
+    inputs = (t.float().contiguous() for t in (e, m, cos, sin))
+    return _FirstLayer.apply(*inputs, length, _cpp(layer))
 
 
 def _cpp(layer: DecoderLayer) -> Any:
-    up, down, norm, down_bias = (
-        inner_projection(layer)[0],
-        layer.down,
-        layer.post_norm,
-        layer.down_bias,
-    )
-    gated = isinstance(layer, LlamaLayer)
-    return packed(
-        [down, up, norm] + ([] if down_bias is None else [down_bias]),
-        lambda: _cpu.AffineLayer(
-            norm=norm.data_ptr(), up=up.data_ptr(), down=down.data_ptr(),
-            down_bias=_address(down_bias), hidden=layer.hidden_size, heads=layer.heads,
-            inner=down.shape[1], activation=ACTIVATIONS[layer.activation], gated=gated,
-            centred=not gated, eps=layer.eps,
-        ),
-    )  # fmt: skip
+    norm_bias = post_norm_bias = None
+    if isinstance(layer, NeoXLayer):
+        norm_bias, post_norm_bias = layer.input_norm_bias, layer.post_norm_bias
+    up, up_bias = inner_projection(layer)
+    before_bias = [
+        layer.input_norm, norm_bias, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.o,
+        layer.o_bias, layer.post_norm, up,
+    ]  # fmt: skip
+
+    def make() -> tuple[Any, Tensor | None]:
+        bias = bias_behind_norm(layer)
+        weights = [*before_bias, bias, layer.down, layer.down_bias]
+        cpp = _cpu.FirstLayer(
+            weights=[0 if w is None else w.data_ptr() for w in weights],
+            sizes=[
+                layer.hidden_size, layer.heads, layer.kv_heads, layer.head_size,
+                layer.down.shape[1],
+            ],
+            activation=ACTIVATIONS[layer.activation], gated=isinstance(layer, LlamaLayer),
+            eps=layer.eps, scaling=layer.scaling,
+        )  # fmt: skip
+        return cpp, bias  # which it must not outlive
+
+    others = [*before_bias, up_bias, post_norm_bias, layer.down_bias]
+    cpp, _ = packed([layer.down, *(w for w in others if w is not None)], make)
+    return cpp
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-class _AffineLayer(torch.autograd.Function):
+class _FirstLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, span: Tensor, bias: Tensor | None, layer: DecoderLayer
+        ctx: Any, e: Tensor, m: Tensor, cos: Tensor, sin: Tensor, length: int, cpp: Any
     ) -> Tensor:
-        rows, _, length = a.shape
-        cpp = _cpp(layer)
+        rows = len(e)
         saved = torch.empty(rows, cpp.saved_floats(length))
-        out = span.new_empty(rows, length, layer.hidden_size)
+        out = torch.empty(rows, length, e.shape[1], dtype=torch.bfloat16)
+        tensors = (e, m, saved, cos, sin)
         cpp.forward(
-            a=a.data_ptr(), b=b.data_ptr(), span=span.data_ptr(), bias=_address(bias),
-            saved=saved.data_ptr(), out=out.data_ptr(), rows=rows, length=length,
-            threads=torch.get_num_threads(),
+            *(t.data_ptr() for t in tensors), cos.shape[1], out.data_ptr(), rows, length,
+            torch.get_num_threads(),
         )  # fmt: skip
-        ctx.cpp, ctx.bias, ctx.shape = cpp, bias, a.shape
-        ctx.save_for_backward(span, saved)
+        ctx.cpp = cpp
+        ctx.save_for_backward(*tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        span, saved = ctx.saved_tensors
-        grad, grad_span = grad.contiguous(), torch.empty_like(span)
-        grad_a, grad_b = torch.empty(ctx.shape), torch.empty(ctx.shape)
+        e, m, *_, cos, _ = tensors = ctx.saved_tensors
+        grad, grad_e, grad_m = grad.contiguous(), torch.empty_like(e), torch.empty_like(m)
         ctx.cpp.backward(
-            span=span.data_ptr(), bias=_address(ctx.bias), saved=saved.data_ptr(),
-            grad=grad.data_ptr(), grad_a=grad_a.data_ptr(), grad_b=grad_b.data_ptr(),
-            grad_span=grad_span.data_ptr(), rows=len(span), length=ctx.shape[2],
-            threads=torch.get_num_threads(),
+            *(t.data_ptr() for t in tensors), cos.shape[1], grad.data_ptr(), grad_e.data_ptr(),
+            grad_m.data_ptr(), *grad.shape[:2], torch.get_num_threads(),
         )  # fmt: skip
-        return grad_a, grad_b, grad_span, None, None
+        return grad_e, grad_m, None, None, None, None

@@ -207,6 +207,15 @@ def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
     return layer.up, layer.up_bias
 
 
+def bias_behind_norm(layer: DecoderLayer) -> Tensor | None:
+    """What is added in front of the MLP's activation whatever the position, (I,) or gated (2 I,).
+
+    A LayerNorm's own bias passes through the projection unscaled, so it joins that one's bias.
+    """
+    weight, bias = inner_projection(layer)
+    return F.linear(layer.post_norm_bias, weight, bias) if isinstance(layer, NeoXLayer) else bias
+
+
 def mlp(normed: Tensor, layer: DecoderLayer, backend: str = "auto") -> Tensor:
     """The MLP behind its norm, residual not included; (…, d)."""
     return _mlp_end(F.linear(normed, inner_projection(layer)[0]), layer, backend)

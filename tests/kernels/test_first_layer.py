@@ -384,6 +384,26 @@ def test_cpp_gives_the_same_bits_with_any_number_of_threads_and_follows_its_weig
     assert not torch.equal(one[0], changed[0])
 
 
+@needs_cpp
+@pytest.mark.parametrize("case", ["llama-gqa-biases", "neox-sequential-gelu-tanh"])
+def test_cpp_lays_weights_out_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, tables = CASES[case]
+    layer, made = layer.to(torch.bfloat16), []
+    if "avx512bf16" not in first_layer_cpu._cpu.instruction_sets():
+        pytest.skip("needs AVX-512 BF16")
+
+    def counted(**arguments: Any) -> Any:
+        made.append(real(**arguments))
+        return made[-1]
+
+    real = first_layer_cpu._cpu.FirstLayer
+    monkeypatch.setattr(first_layer_cpu._cpu, "FirstLayer", counted)
+    for _ in range(3):
+        e, m, group = vectors(3)
+        with_gradients(cpu_backend(e, m, group, 17, layer, *tables(17)), e, m)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_logits_hundreds_of_nats_apart(backend: str) -> None:
     """Qwen2's key biases; a prefix sum of exp(logit − max) would underflow to log 0."""
