@@ -1,8 +1,8 @@
 // The attention of attention.inl in bf16, its products in pairs by the instruction for them: twice
 // the rate of fp32. Included by row_kernels_avx512bf16.cpp, behind all_kernels.inl.
 //
-// Of a product's two factors one is read a pair of neighbours at a time and handed to all lanes, the
-// other a vector of pairs at a time. So every matrix is laid out for the side that it stands on:
+// Of a product's two factors one is read a pair of neighbours at a time and handed to all lanes,
+// the other a vector of pairs at a time. So every matrix is laid out for the side it stands on:
 //   rows         (rows, length): pairs lie along a row
 //   transposed   word (t, j) is the pair 2 t, 2 t + 1 of row j
 //   interleaved  word (j, t) holds element t of rows 2 j and 2 j + 1

@@ -46,7 +46,7 @@ std::int64_t FirstLayerSizes::scratch_floats() const {
   const std::int64_t of_span =
       span * (3 * hidden_row + coef_row + 2 * wide_row + mixed_row + 4 * table_row);
   const std::int64_t of_positions =
-      length * (3 * coef_row + hidden_row + wide_row + table_row + 2 * head_row);
+      length * (2 * coef_row + hidden_row + wide_row + table_row + 2 * head_row);
   return of_span + of_positions + 8 * (hidden_row + wide_row + stacked_row + mixed_row);
 }
 

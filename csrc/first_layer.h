@@ -1,9 +1,9 @@
-// The first block of [e, m, m, …, m] with a sequential residual in closed form (docs/kernels.md), from
-// e and m to the block's output and back. bf16, for processors with AVX-512 BF16; a thread takes a
-// text at a time.
-// Letters: R texts, N positions, H heads, K key-value heads, c head size, Q = (H + 2 K) c, S = H + 2
-// spanning vectors, d hidden size, I inner size of the MLP, W what its first product gives: I, gated
-// 2 I.
+// The first block of [e, m, m, …, m] with a sequential residual in closed form (docs/kernels.md),
+// from e and m to the block's output and back. bf16, for processors with AVX-512 BF16; a thread
+// takes a text at a time.
+// Letters: R texts, N positions, H heads, K key-value heads, c head size, Q = (H + 2 K) c,
+// S = H + 2 spanning vectors, d hidden size, I inner size of the MLP, W what its first product
+// gives: I, gated 2 I.
 #pragma once
 
 #include "packed_product.h"

@@ -91,10 +91,11 @@ inline float inverse_rms(const float* x, std::int64_t count, bool centred, float
   return 1.0f / std::sqrt(lane_sum<kLanes>(squares) / float(count) + eps);
 }
 
-// rows (count,) bf16 from fp32, padded to `from_row`.
+// (rows, count) bf16 from fp32 rows that are `from_row` apart.
 inline void narrow_rows(const float* from, std::int64_t from_row, bf16* to, std::int64_t rows,
                         std::int64_t count) {
-  for (std::int64_t r = 0; r < rows; ++r) copy_scaled(from + r * from_row, to + r * count, count, 1.0f);
+  for (std::int64_t r = 0; r < rows; ++r)
+    copy_scaled(from + r * from_row, to + r * count, count, 1.0f);
 }
 
 inline void add_row(float* to, const bf16* row, std::int64_t count) {
@@ -211,9 +212,9 @@ struct PreparedHeads {
 };
 
 // coef and shares from the logits a of m to m at distance i and b of m at position i to e, both
-// (N, H) in units of log 2. With P_i the sum of exp a_δ over δ < i, w_i = exp b_i / (exp b_i + P_i),
-// and a_i has the share exp a_i / P_{i + 1} of the sum that it joins. The sum is kept relative to its
-// largest term: logits may span hundreds of nats.
+// (N, H) in units of log 2. With P_i the sum of exp a_δ over δ < i, w_i is exp b_i / (exp b_i +
+// P_i), and a_i has the share exp a_i / P_{i + 1} of the sum that it joins. The sum is kept
+// relative to its largest term: logits may span hundreds of nats.
 inline void affine_scan(const FirstLayerSizes& size, const float* a, const float* b,
                         const FirstLayerSaved& saved) {
   const std::int64_t C = size.coef_row, G = size.head_row;
@@ -436,21 +437,19 @@ void first_layer_forward(const FirstLayerText& call) {
   packed_product(PackedSum{normed, call.products.up.data(), saved.projected, nullptr, S, d, d, W});
   for (std::int64_t i = 0; i < N; i += kTileRows) {
     const std::int64_t tile = tile_of(N, i);
-    product(tile, padded(d), {saved.coef + i * C, C, 1}, saved.span, D, x,
-            D, S, false);
+    product(tile, padded(d), {saved.coef + i * C, C, 1}, saved.span, D, x, D, S, false);
     for (std::int64_t r = 0; r < tile; ++r) {
       const float inverse = inverse_rms(x + r * D, d, model.centred, model.eps);
       saved.rms_inverse[i + r] = inverse;
       copy_scaled(x + r * D, text.out + (i + r) * d, d, 1.0f);
-      copy_scaled(saved.coef + (i + r) * C, scaled + (i + r) * C, C,
-                  inverse);
+      copy_scaled(saved.coef + (i + r) * C, scaled + (i + r) * C, C, inverse);
     }
-    product(tile, padded(W), {scaled + i * C, C, 1}, saved.projected,
-            Z, z, Z, S, false);
+    product(tile, padded(W), {scaled + i * C, C, 1}, saved.projected, Z, z, Z, S, false);
     for (std::int64_t r = 0; r < tile; ++r)
       activation_row(z + r * Z, model.up_bias, inner + (i + r) * I, model.activation);
   }
-  packed_product(PackedProduct{inner, call.products.down.data(), model.down_bias, text.out, N, I, d, true});
+  packed_product(PackedProduct{inner, call.products.down.data(), model.down_bias, text.out, N, I, d,
+                               true});
 }
 
 void first_layer_backward(const FirstLayerText& call) {
@@ -467,7 +466,6 @@ void first_layer_backward(const FirstLayerText& call) {
   float* centred = scratch.take(S, D);
   float* scaled = scratch.take(N, C);
   float* grad_coef = scratch.take(N, C);
-  float* pulled = scratch.take(N, C);
   float* gram = scratch.take(S, C);
   float* z = scratch.take(kTileRows, Z);
   float* grad_projected = scratch.take(S, Z);
@@ -478,25 +476,22 @@ void first_layer_backward(const FirstLayerText& call) {
 
   copy_floats(saved.span, centred, S * D);
   if (model.centred) centre_rows(centred, D, S, d);
-  packed_product(PackedProduct{text.grad, call.products.down.data(), nullptr, inner, N, d, I, false});
+  packed_product(
+      PackedProduct{text.grad, call.products.down.data(), nullptr, inner, N, d, I, false});
   clear(grad_coef, N * C);
   clear(gram, S * C);
   clear(grad_projected, S * Z);
   for (std::int64_t i = 0; i < N; i += kTileRows) {
     const std::int64_t tile = tile_of(N, i);
     for (std::int64_t r = i; r < i + tile; ++r)
-      copy_scaled(saved.coef + r * C, scaled + r * C, C,
-                  saved.rms_inverse[r]);
-    product(tile, padded(W), {scaled + i * C, C, 1}, saved.projected,
-            Z, z, Z, S, false);
+      copy_scaled(saved.coef + r * C, scaled + r * C, C, saved.rms_inverse[r]);
+    product(tile, padded(W), {scaled + i * C, C, 1}, saved.projected, Z, z, Z, S, false);
     for (std::int64_t r = 0; r < tile; ++r) {
       float* row = z + r * Z;
       activation_backward_row(inner + (i + r) * I, row, model.up_bias, row, model.activation);
     }
-    all_dots(tile, z, Z, S, saved.projected, Z, grad_coef + i * C,
-             C, padded(W), false);
-    all_products(S, padded(W), {scaled + i * C, 1, C}, z, Z,
-                 grad_projected, Z, tile, true);
+    all_dots(tile, z, Z, S, saved.projected, Z, grad_coef + i * C, C, padded(W), false);
+    all_products(S, padded(W), {scaled + i * C, 1, C}, z, Z, grad_projected, Z, tile, true);
   }
   narrow_rows(grad_projected, Z, narrow, S, W);
   packed_product(PackedSum{narrow, call.products.up.data(), grad_span, nullptr, S, W, W, d});
@@ -505,7 +500,8 @@ void first_layer_backward(const FirstLayerText& call) {
       store(grad_span + s * D + t,
             load(grad_span + s * D + t) * load_some(model.norm + t, d - t));
 
-  // The norm: <coef_i, ∂coef_i> is rms_inverse_i times its gradient, and |x_i|^2 = coef_i Gram coef_i.
+  // The norm: <coef_i, ∂coef_i> is rms_inverse_i times its gradient, and |x_i|^2 is coef_i Gram
+  // coef_i. From here on `scaled` holds what the norm takes off, of each position's coef.
   all_dots(S, centred, D, S, centred, D, gram, C, padded(d), false);
   for (std::int64_t i = 0; i < N; ++i) {
     const float inverse = saved.rms_inverse[i];
@@ -517,17 +513,11 @@ void first_layer_backward(const FirstLayerText& call) {
       store(grad + s, of_coef);
       along += of_coef * load(coef + s);
     }
-    copy_scaled(coef, pulled + i * C, C,
-                lane_sum<kLanes>(along) * inverse * inverse / float(d));
+    copy_scaled(coef, scaled + i * C, C, -lane_sum<kLanes>(along) * inverse * inverse / float(d));
   }
-  for (std::int64_t i = 0; i < N * C; i += kLanes)
-    store(scaled + i, load(pulled + i) * -1.0f);
-  all_products(N, padded(S), {scaled, C, 1}, gram, C, grad_coef, C, S,
-               true);
-  all_products(S, padded(S), {scaled, 1, C}, saved.coef, C, gram, C, N,
-               false);
-  all_products(S, padded(d), {gram, C, 1}, centred, D, grad_span, D, S,
-               true);
+  all_products(N, padded(S), {scaled, C, 1}, gram, C, grad_coef, C, S, true);
+  all_products(S, padded(S), {scaled, 1, C}, saved.coef, C, gram, C, N, false);
+  all_products(S, padded(d), {gram, C, 1}, centred, D, grad_span, D, S, true);
   if (model.centred) centre_rows(grad_span, D, S, d);
 
   // The residual: x itself is the same combination.
@@ -535,8 +525,7 @@ void first_layer_backward(const FirstLayerText& call) {
   for (std::int64_t i = 0; i < N; ++i)
     copy_scaled(text.grad + i * d, wide_grad + i * D, d, 1.0f);
   all_dots(N, wide_grad, D, S, saved.span, D, grad_coef, C, padded(d), true);
-  all_products(S, padded(d), {saved.coef, 1, C}, wide_grad, D, grad_span,
-               D, N, true);
+  all_products(S, padded(d), {saved.coef, 1, C}, wide_grad, D, grad_span, D, N, true);
   affine_scan_backward(size, saved, grad_coef, grad_logits[0], grad_logits[1]);
   distance_table(size, text, table);
   span_of_pair_backward(call, size, saved, grad_span, grad_logits[0], grad_logits[1], table,

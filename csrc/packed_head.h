@@ -1,5 +1,5 @@
-// A frozen bf16 head: what `head` says of its logits, and the gradient of what they were made from, a
-// tile of rows and a chunk of the vocabulary at a time, in a thread's cache.
+// A frozen bf16 head: what `head` says of its logits, and the gradient of what they were made from,
+// a tile of rows and a chunk of the vocabulary at a time, in a thread's cache.
 // Letters: R rows, V vocabulary, d hidden size.
 #pragma once
 

@@ -78,7 +78,8 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
     const bool first = state.own == state.best && target < state.rival;
     head.loss[r] = end.loss;
     head.margin[r] = end.margin;
-    head.predicted[r] = end.target_wins || first || !(state.best > -kInfinity) ? target : state.rival;
+    const bool no_other = !(state.best > -kInfinity);
+    head.predicted[r] = end.target_wins || first || no_other ? target : state.rival;
     if (!need_grad) continue;
     bf16* grad = tile.grad + r * d;
     if (token_weight == 0.0f) {

@@ -16,11 +16,12 @@ PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_
     : inputs_(inputs), outputs_(outputs) {
   const std::int64_t panels = (outputs + kPanel - 1) / kPanel;
   const std::size_t bytes = std::size_t(panels * kPanel * inputs) * sizeof(bf16);
-  const std::size_t page = bytes >= kHugePage ? kHugePage : 64;
+  const std::size_t page = bytes >= kHugePage / 2 ? kHugePage : 64;
   data_.reset(static_cast<bf16*>(std::aligned_alloc(page, (bytes + page - 1) / page * page)));
   if (!data_ && bytes > 0) throw std::bad_alloc();
 #if defined(__linux__)
-  if (page == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // where it fails, small ones do
+  // Where it fails, small pages do.
+  if (page == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
 #endif
   bf16* to = data_.get();
   for (std::int64_t first = 0; first < outputs; first += kPanel)
