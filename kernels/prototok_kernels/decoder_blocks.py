@@ -26,6 +26,7 @@ from prototok_kernels.layers import (
     is_parallel,
     parallel_block_end,
 )
+from prototok_kernels.packed import thread_a_text
 from prototok_kernels.residual_norm import residual_norm
 
 # Positions a thread takes through the blocks at a time, where texts are shorter than that.
@@ -81,8 +82,7 @@ class DecoderBlocks:
             resolve_for(backend, x) == "cpu"
             and x.dtype == torch.bfloat16
             and x.numel() > 0
-            # A text is one thread's: with fewer of them torch's products use more threads.
-            and len(x) >= torch.get_num_threads()
+            and thread_a_text(*x.shape)
             and "avx512bf16" in _cpu.instruction_sets()
             and all(_plain(layer) for layer in self.layers)
         )

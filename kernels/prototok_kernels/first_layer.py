@@ -299,7 +299,7 @@ def first_layer(
     """
     _check(e, m, group, length, cos)
     low_rank = _low_rank_pays(length, layer)
-    if low_rank and first_layer_cpu.covers(e, layer, backend):
+    if low_rank and first_layer_cpu.covers(e, length, layer, backend):
         return first_layer_cpu.first_layer(e, _per_row(m, group), length, layer, cos, sin)
     x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, backend)
     if is_parallel(layer):

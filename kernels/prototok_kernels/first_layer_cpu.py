@@ -23,16 +23,15 @@ from prototok_kernels.layers import (
     inner_projection,
     is_parallel,
 )
-from prototok_kernels.packed import can_be_packed, packed
+from prototok_kernels.packed import can_be_packed, packed, thread_a_text
 
 
-def covers(e: Tensor, layer: DecoderLayer, backend: str) -> bool:
-    """Whether `first_layer` is for these rows, e (B, d), and this block."""
+def covers(e: Tensor, length: int, layer: DecoderLayer, backend: str) -> bool:
+    """Whether `first_layer` is for these rows, e (B, d), N positions and this block."""
     return (
         resolve_backend(backend, e.device) == "cpu"
         and not is_parallel(layer)
-        # A text is one thread's: with fewer of them torch's products use more threads.
-        and len(e) >= torch.get_num_threads()
+        and thread_a_text(len(e), length, layer.hidden_size)
         and layer.head_size % 2 == 0
         and can_be_packed(layer.qkv, layer.o, inner_projection(layer)[0], layer.down)
     )

@@ -25,6 +25,15 @@ def packed(weights: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     return made
 
 
+# N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
+_SMALL_TEXT = 1 << 24
+
+
+def thread_a_text(texts: int, length: int, hidden_size: int) -> bool:
+    """Whether texts that are one thread's each are quicker than products shared by all threads."""
+    return texts >= torch.get_num_threads() or length * hidden_size**2 < _SMALL_TEXT
+
+
 def can_be_packed(*weights: Tensor) -> bool:
     """Whether the C++ products take these: bf16 of even sizes, and the instructions are there."""
     return (

@@ -13,12 +13,14 @@ import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from prototok.allocator import keep_freed_memory
 from prototok.families.body import DecoderBody
+from prototok_kernels import packed
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
 from zoo import OWN, made
 
+HAS_BF16 = _cpu is not None and "avx512bf16" in _cpu.instruction_sets()
 needs_bf16 = pytest.mark.skipif(
-    _cpu is None or "avx512bf16" not in _cpu.instruction_sets(),
+    not HAS_BF16,
     reason="needs the C++ kernels and AVX-512 BF16",
 )
 COVERED = [name for name in OWN if "qwen3" not in name]
@@ -109,7 +111,7 @@ def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_what_the_op_is_not_for_takes_the_loop() -> None:
+def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     qwen3, llama = body_of("qwen3, tied"), body_of("llama, grouped, tied")
     single = body_of("llama, grouped, tied", torch.float32)
     cases = [
@@ -122,10 +124,14 @@ def test_what_the_op_is_not_for_takes_the_loop() -> None:
         found = blocks(x, *tables, backend=backend)
         assert blocks._cpp is None
         assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, backend=backend))
-    torch.set_num_threads(3)  # more than there are texts
-    blocks = blocks_of(llama)
-    blocks(stream(2, 7, llama.norm.numel()), *llama.rotary(7))
-    assert blocks._cpp is None
+    torch.set_num_threads(
+        3
+    )  # more than there are texts, which torch's products use if they are large
+    for small_text, taken in ((1 << 24, HAS_BF16), (0, False)):
+        monkeypatch.setattr(packed, "_SMALL_TEXT", small_text)
+        blocks = blocks_of(llama)
+        blocks(stream(2, 7, llama.norm.numel()), *llama.rotary(7))
+        assert (blocks._cpp is not None) == taken
 
 
 @needs_bf16

@@ -338,7 +338,7 @@ def test_low_precision_errs_no_more_than_general_layer(case: str, dtype: torch.d
 def test_cpp_errs_no_more_than_general_layer(case: str, length: int, groups: int | None) -> None:
     layer, tables = CASES[case]
     layer = layer.to(torch.bfloat16)
-    assert first_layer_cpu.covers(torch.empty(3, D), layer, "auto") == (
+    assert first_layer_cpu.covers(torch.empty(3, D), length, layer, "auto") == (
         "avx512bf16" in first_layer_cpu._cpu.instruction_sets()
     )
     implementations = {"general": general, "cpu": cpu_backend}
