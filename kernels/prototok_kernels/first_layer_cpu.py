@@ -60,9 +60,9 @@ def _cpp(layer: DecoderLayer) -> Any:
         layer.o_bias, layer.post_norm, up,
     ]  # fmt: skip
 
-    def make() -> tuple[Any, Tensor | None]:
-        bias = bias_behind_norm(layer)
-        weights = [*before_bias, bias, layer.down, layer.down_bias]
+    def make() -> tuple[Any, list[Tensor | None]]:
+        all_weights = [*before_bias, bias_behind_norm(layer), layer.down, layer.down_bias]
+        weights = [None if w is None else w.to(layer.dtype).contiguous() for w in all_weights]
         cpp = _cpu.FirstLayer(
             weights=[0 if w is None else w.data_ptr() for w in weights],
             sizes=[
@@ -72,7 +72,8 @@ def _cpp(layer: DecoderLayer) -> Any:
             activation=ACTIVATIONS[layer.activation], gated=isinstance(layer, LlamaLayer),
             eps=layer.eps, scaling=layer.scaling,
         )  # fmt: skip
-        return cpp, bias  # which it must not outlive
+        # Which it must not outlive; `down` is the one whose life it follows.
+        return cpp, [w for w in weights if w is not layer.down]
 
     others = [*before_bias, up_bias, post_norm_bias, layer.down_bias]
     cpp, _ = packed([layer.down, *(w for w in others if w is not None)], make)

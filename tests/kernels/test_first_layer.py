@@ -22,7 +22,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer as HFNeo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from prototok_kernels import first_layer_cpu
+from prototok_kernels import first_layer_cpu, packed
 from prototok_kernels.backend import unavailable
 from prototok_kernels.first_layer import _low_rank_pays, first_layer, first_layer_ref
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
@@ -386,9 +386,11 @@ def test_cpp_gives_the_same_bits_with_any_number_of_threads_and_follows_its_weig
 
 @needs_cpp
 @pytest.mark.parametrize("case", ["llama-gqa-biases", "neox-sequential-gelu-tanh"])
-def test_cpp_lays_weights_out_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpp_packs_weights_once_and_lets_them_go(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, tables = CASES[case]
-    layer, made = layer.to(torch.bfloat16), []
+    layer, made, held = layer.to(torch.bfloat16), [], len(packed._packed)
     if "avx512bf16" not in first_layer_cpu._cpu.instruction_sets():
         pytest.skip("needs AVX-512 BF16")
 
@@ -401,7 +403,9 @@ def test_cpp_lays_weights_out_once(case: str, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(3):
         e, m, group = vectors(3)
         with_gradients(cpu_backend(e, m, group, 17, layer, *tables(17)), e, m)
-    assert len(made) == 1
+    assert len(made) == 1 and len(packed._packed) == held + 1
+    del layer
+    assert len(packed._packed) == held
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
