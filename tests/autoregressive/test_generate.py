@@ -14,7 +14,7 @@ from prototok import FrozenLM
 from prototok.autoregressive import generate
 from prototok.autoregressive.generate import bytes_read
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.families.body import DecoderBody
+from prototok.model.families.body import DecoderBody
 from prototok_kernels.plan import FEW_POSITIONS
 from support import shared, small_llama
 from zoo import OWN, made

@@ -12,8 +12,8 @@ from torch import Tensor
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from plans import plan_for
-from prototok.allocator import keep_freed_memory
-from prototok.families.body import DecoderBody
+from prototok.common.allocator import keep_freed_memory
+from prototok.model.families.body import DecoderBody
 from prototok_kernels import plan as planning
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
