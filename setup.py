@@ -32,8 +32,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "prototok_kernels._cpu",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.[hi]*")),
+            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            include_dirs=["csrc"],
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
             cxx_std=17,
             # Neither changes a result: errno is never read, and contraction is GCC's own default.
             extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast"],

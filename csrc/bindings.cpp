@@ -1,10 +1,10 @@
 // The only file that knows of Python. Tensors arrive as addresses: building needs no torch, and
 // the callers in kernels/prototok_kernels have checked dtype, shape and contiguity.
-#include "decoder.h"
-#include "decoder_blocks.h"
-#include "first_layer.h"
-#include "ops.h"
-#include "packed_head.h"
+#include "engines/decoder.h"
+#include "engines/decoder_blocks.h"
+#include "engines/first_layer.h"
+#include "engines/packed_head.h"
+#include "ops/ops.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.layers import (
     ACTIVATIONS,
     DecoderLayer,
@@ -25,12 +25,6 @@ from prototok_kernels.layers import (
 )
 
 POSITIONS = 64  # T is a multiple of this
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `Decoder` runs there: the C++ kernels, the CPU, float32 or bfloat16."""
-    return _cpu is not None and device.type == "cpu" and dtype in _DTYPES
 
 
 def decoder_model(
@@ -104,8 +98,7 @@ class Decoder:
         shape: tuple[int, int, int],  # R, T, longest
         instruction_set: str = "",
     ) -> None:
-        if not usable(head.device, head.dtype):
-            raise ValueError(f"head: {head.dtype} on {head.device} has no C++ decoder here")
+        require("cpu", head)
         self.rows, capacity, longest = shape
         self.positions = -(-capacity // POSITIONS) * POSITIONS
         # The halves of a rotary table are the same.

@@ -1,6 +1,6 @@
 // Compiled for AVX-512 whatever the build's flags; called only where the processor has it.
-#include "decoder_kernels.h"
-#include "row_kernels.h"
+#include "engines/decoder_kernels.h"
+#include "ops/row_kernels.h"
 
 #if defined(__x86_64__)
 
@@ -24,8 +24,8 @@ namespace prototok {
 namespace {
 constexpr int kLanes = 16;
 #define PROTOTOK_AVX512
-#include "all_kernels.inl"
-#include "decoder_kernels.inl"
+#include "targets/all_kernels.inl"
+#include "engines/decoder_kernels.inl"
 }  // namespace
 
 const RowKernels& avx512_kernels() { return kKernels; }

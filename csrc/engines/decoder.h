@@ -4,7 +4,7 @@
 // vocabulary. Every matrix lies as (out, in).
 #pragma once
 
-#include "decoder_kernels.h"
+#include "engines/decoder_kernels.h"
 
 #include <cstdint>
 #include <string>

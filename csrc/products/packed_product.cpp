@@ -1,4 +1,4 @@
-#include "packed_product.h"
+#include "products/packed_product.h"
 
 #include <new>
 

@@ -1,6 +1,6 @@
-#include "ops.h"
+#include "ops/ops.h"
 
-#include "parallel.h"
+#include "simd/parallel.h"
 
 #include <algorithm>
 #include <cmath>

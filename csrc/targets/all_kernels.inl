@@ -1,15 +1,15 @@
 // Every kernel for one instruction set; included once for each, inside an anonymous namespace. No
 // lambdas in any of it: GCC does not compile them for the instruction set that a pragma asks for.
-#include "row_kernels.inl"
+#include "simd/vectors.inl"
 
-#include "norm.inl"
+#include "ops/norm.inl"
 
-#include "activation.inl"
+#include "ops/activation.inl"
 
-#include "attention.inl"
+#include "ops/attention.inl"
 
 #ifdef PROTOTOK_BF16_INSTRUCTIONS
-#include "attention_pairs.inl"
+#include "ops/attention_pairs.inl"
 #endif
 
 const RowKernels kKernels{

@@ -1,7 +1,7 @@
-#include "decoder.h"
+#include "engines/decoder.h"
 
-#include "ops.h"
-#include "parallel.h"
+#include "ops/ops.h"
+#include "simd/parallel.h"
 
 #include <algorithm>
 #include <stdexcept>

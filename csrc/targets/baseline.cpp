@@ -1,6 +1,6 @@
 // What every processor of the architecture can run.
-#include "decoder_kernels.h"
-#include "row_kernels.h"
+#include "engines/decoder_kernels.h"
+#include "ops/row_kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,8 +11,8 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 4;
-#include "all_kernels.inl"
-#include "decoder_kernels.inl"
+#include "targets/all_kernels.inl"
+#include "engines/decoder_kernels.inl"
 }  // namespace
 
 const RowKernels& baseline_kernels() { return kKernels; }

@@ -1,7 +1,7 @@
-#include "first_layer.h"
+#include "engines/first_layer.h"
 
-#include "ops.h"
-#include "parallel.h"
+#include "ops/ops.h"
+#include "simd/parallel.h"
 
 #include <stdexcept>
 #include <vector>

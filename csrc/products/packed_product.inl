@@ -1,4 +1,4 @@
-// The product of packed_product.h. Included by row_kernels_avx512bf16.cpp, behind all_kernels.inl.
+// The product of packed_product.h. Included by targets/avx512bf16.cpp, behind all_kernels.inl.
 //
 // A tile is kRows rows by one panel. Its sums stay in registers over all inputs, while a panel's
 // weights come from the caches a cache line a vector: 24 sums, 4 vectors of weights and one of a

@@ -1,4 +1,4 @@
-// One text of first_layer.h in either direction. Included by row_kernels_avx512bf16.cpp, behind
+// One text of first_layer.h in either direction. Included by targets/avx512bf16.cpp, behind
 // packed_product.inl.
 //
 // A position is a combination of S vectors by its row of `coef` (N, S): [0, 1, 0 …] at position 0,

@@ -1,7 +1,7 @@
-#include "decoder_blocks.h"
+#include "engines/decoder_blocks.h"
 
-#include "ops.h"
-#include "parallel.h"
+#include "ops/ops.h"
+#include "simd/parallel.h"
 
 #include <algorithm>
 #include <stdexcept>

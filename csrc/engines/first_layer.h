@@ -6,8 +6,8 @@
 // gives: I, gated 2 I.
 #pragma once
 
-#include "packed_product.h"
-#include "row_kernels.h"
+#include "products/packed_product.h"
+#include "ops/row_kernels.h"
 
 #include <cstdint>
 #include <mutex>

@@ -5,7 +5,7 @@
 // r rotated part of a head, f width of the MLP.
 #pragma once
 
-#include "row_kernels.h"
+#include "ops/row_kernels.h"
 
 #include <cstdint>
 

@@ -1,7 +1,7 @@
 // A tile of rows through the head: chunk by chunk of the vocabulary, logits, their exponentials in
 // place and the products of these with the weight, so that no more than a chunk of either is ever
 // alive. What is summed relative to the largest logit so far is scaled where a later chunk holds a
-// larger one. Included by row_kernels_avx512bf16.cpp, behind packed_product.inl.
+// larger one. Included by targets/avx512bf16.cpp, behind packed_product.inl.
 
 // What is known of a row's logits so far; `best` and what follows is of those not the target's.
 struct HeadState {

@@ -1,6 +1,6 @@
 // Compiled for AVX2 whatever the build's flags; called only where the processor has it.
-#include "decoder_kernels.h"
-#include "row_kernels.h"
+#include "engines/decoder_kernels.h"
+#include "ops/row_kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,8 +21,8 @@
 namespace prototok {
 namespace {
 constexpr int kLanes = 8;
-#include "all_kernels.inl"
-#include "decoder_kernels.inl"
+#include "targets/all_kernels.inl"
+#include "engines/decoder_kernels.inl"
 }  // namespace
 
 const RowKernels& avx2_kernels() { return kKernels; }

@@ -2,7 +2,7 @@
 // Letters: R rows, V vocabulary, D coordinates a row.
 #pragma once
 
-#include "row_kernels.h"
+#include "ops/row_kernels.h"
 
 #include <cstdint>
 #include <string>

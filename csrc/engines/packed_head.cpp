@@ -1,6 +1,6 @@
-#include "packed_head.h"
+#include "engines/packed_head.h"
 
-#include "parallel.h"
+#include "simd/parallel.h"
 
 #include <algorithm>
 #include <stdexcept>

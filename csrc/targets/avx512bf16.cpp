@@ -1,10 +1,10 @@
 // Compiled for AVX-512 with bfloat16 instructions whatever the build's flags; called only where the
 // processor has it.
-#include "decoder_kernels.h"
-#include "first_layer.h"
-#include "packed_head.h"
-#include "packed_product.h"
-#include "row_kernels.h"
+#include "engines/decoder_kernels.h"
+#include "engines/first_layer.h"
+#include "engines/packed_head.h"
+#include "products/packed_product.h"
+#include "ops/row_kernels.h"
 
 #if defined(__x86_64__)
 
@@ -29,11 +29,11 @@ namespace {
 constexpr int kLanes = 16;
 #define PROTOTOK_AVX512
 #define PROTOTOK_BF16_INSTRUCTIONS
-#include "all_kernels.inl"
-#include "decoder_kernels.inl"
-#include "packed_product.inl"
-#include "packed_head.inl"
-#include "first_layer.inl"
+#include "targets/all_kernels.inl"
+#include "engines/decoder_kernels.inl"
+#include "products/packed_product.inl"
+#include "engines/packed_head.inl"
+#include "engines/first_layer.inl"
 }  // namespace
 
 const RowKernels& avx512bf16_kernels() { return kKernels; }

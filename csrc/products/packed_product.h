@@ -3,7 +3,7 @@
 // Letters: M rows, I inputs, O outputs.
 #pragma once
 
-#include "row_kernels.h"
+#include "ops/row_kernels.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The attention of attention.inl in bf16, its products in pairs by the instruction for them: twice
-// the rate of fp32. Included by row_kernels_avx512bf16.cpp, behind all_kernels.inl.
+// the rate of fp32. Included by targets/avx512bf16.cpp, behind all_kernels.inl.
 //
 // Of a product's two factors one is read a pair of neighbours at a time and handed to all lanes,
 // the other a vector of pairs at a time. So every matrix is laid out for the side it stands on:

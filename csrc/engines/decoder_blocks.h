@@ -10,8 +10,8 @@
 // the MLP; M positions of a tile.
 #pragma once
 
-#include "decoder.h"
-#include "packed_product.h"
+#include "engines/decoder.h"
+#include "products/packed_product.h"
 
 #include <cstdint>
 #include <mutex>

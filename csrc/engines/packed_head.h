@@ -3,8 +3,8 @@
 // Letters: R rows, V vocabulary, d hidden size.
 #pragma once
 
-#include "ops.h"
-#include "packed_product.h"
+#include "ops/ops.h"
+#include "products/packed_product.h"
 
 #include <cstdint>
 #include <mutex>
