@@ -34,8 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prototok
 from prototok import FrozenLM, Recipe
-from prototok.bench.machine import matmul_rate, once
+from prototok.bench.machine import matmul_rate
 from prototok.common.allocator import keep_freed_memory
+from prototok.common.clock import once
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import StepRunner, step_runner

@@ -11,8 +11,8 @@ import json
 import torch
 from torch import Tensor
 
-import prototok
 from prototok.common.arguments import is_count
+from prototok.common.version import VERSION
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
 from prototok.fitting.prior import Prior
@@ -83,7 +83,7 @@ def learn_shared(
             "texts": str(len(targets)),
             "length": str(length),
             "accuracy": f"{float(fit.accuracy.mean()):.3f}",
-            "prototok": prototok.__version__,
+            "prototok": VERSION,
             "torch": torch.__version__,
         },
     )

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prototok
+from prototok.common.version import VERSION
 from prototok.report import raster
 from prototok.report.chart import svg
 from prototok.report.experiments import sections
@@ -118,7 +118,7 @@ def _origin(results: Results) -> str:
     date = f", last fit {last:%Y-%m-%d}" if last else ""
     what = f"{len({(f['key'], f['row']) for f in fits})} fits"
     how = " · ".join((*made, *devices))
-    return f"{what}{date}{' · ' if how else ''}{how} · report by prototok {prototok.__version__}"
+    return f"{what}{date}{' · ' if how else ''}{how} · report by prototok {VERSION}"
 
 
 def _versions(text: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 import prototok
 from prototok import autoregressive
 from prototok.autoregressive.generate import generate
-from prototok.bench.machine import timed
+from prototok.common.clock import timed
 from prototok.decoding.decode import Decoded, decode_vectors, require_length
 from prototok.decoding.information import information
 from prototok.fitting.engine.rows import Row
