@@ -17,6 +17,7 @@ import prototok
 from prototok.autoregressive.generate import generate, require_room
 from prototok.common.arguments import is_count, require_batch_size, seed_list
 from prototok.common.progress import Progress
+from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import TeacherForced
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.run import Finished, FitEvent, run
@@ -27,6 +28,7 @@ from prototok.results.mem_fit import MemFit
 from prototok.texts.targets import Texts, targets_of
 
 
+@own_world
 def fit(
     lm: FrozenLM,
     texts: Texts,

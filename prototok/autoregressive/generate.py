@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.common.arguments import is_count
+from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, require_frozen, twin_of
@@ -25,6 +26,7 @@ from prototok_kernels.layers import inner_projection
 CACHES = ("engine", "dynamic", "static")
 
 
+@own_world
 def generate(
     lm: FrozenLM,
     mem: Tensor,  # (R, K, d); (texts, seeds, K, d) and (K, d) are taken as rows, too

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
+from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
@@ -104,6 +105,7 @@ def decode(
 ) -> list[str]: ...  # fmt: skip
 
 
+@own_world
 def decode(
     lm: FrozenLM,
     tokens: ProtoTokens,

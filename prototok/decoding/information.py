@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.world import own_world
 from prototok.model.frozen_lm import FrozenLM
 from prototok.texts.targets import Texts, targets_of
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
@@ -48,6 +49,7 @@ class Information:
         return self.nats / math.log(2)
 
 
+@own_world
 @torch.no_grad()
 def information(
     lm: FrozenLM,

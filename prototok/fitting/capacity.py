@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.progress import Progress
+from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.engine.rows import Row, Unit
 from prototok.fitting.fast_fit import fit_units, vectors_by_row
@@ -48,6 +49,7 @@ class Capacity:
     seconds: Tensor
 
 
+@own_world
 def capacity(
     lm: FrozenLM,
     texts: Texts,

@@ -16,6 +16,7 @@ from torch import Tensor
 import prototok
 from prototok.common.arguments import is_count, require_batch_size, seed_list
 from prototok.common.progress import Progress
+from prototok.common.world import own_world
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import Unit, make_units
@@ -31,6 +32,7 @@ from prototok.texts.targets import Texts, targets_of
 __all__ = ["FitEvent", "fast_fit"]
 
 
+@own_world
 def fast_fit(
     lm: FrozenLM,
     texts: Texts,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.version import VERSION
+from prototok.common.world import own_world
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
 from prototok.fitting.prior import Prior
@@ -25,6 +26,7 @@ _LENGTHS, _ENOUGH = (16, 8, 4), 0.9
 _SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
 
 
+@own_world
 def learn_shared(
     lm: FrozenLM,
     texts: Texts | None = None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count
+from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
@@ -78,6 +79,7 @@ class BezierSettings:
             raise ValueError(f"lr: {self.lr!r} is not a positive number")
 
 
+@own_world
 def interpolate(
     lm: FrozenLM,
     fit: FitResult,
@@ -108,6 +110,7 @@ def interpolate(
     return Paths(ends.pairs, t, accuracy, straight.clone(), straight, None, still)
 
 
+@own_world
 def connect(
     lm: FrozenLM,
     fit: FitResult,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
+from prototok.common.world import own_world
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, embedding_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
@@ -31,6 +33,7 @@ BUILT_IN = ("tiny-llama", "tiny-neox")
 _MODELS = Path(__file__).parents[1] / "models"
 
 
+@own_world
 def load(
     model: str | Path | PreTrainedModel,
     device: str | torch.device = "auto",
@@ -59,7 +62,7 @@ def load(
     if isinstance(model, PreTrainedModel):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
-        name, source = model.config.name_or_path or type(model).__name__, model
+        name, source = model.config.name_or_path or type(model).__name__, _normal(model)
         resolved = None
         _require_causal(model.config, name, type(model).__name__)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
@@ -87,6 +90,17 @@ def load(
     if not isinstance(lm.body, DecoderBody):
         raise ValueError(f"attention: 'flash' is not for {name}, which transformers runs")
     return replace(lm, body=lm.body.flash(), attention="flash")
+
+
+def _normal(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy of one made in inference mode, whose tensors autograd refuses."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_inference() for tensor in tensors):
+        return model
+    memo: dict[int, object] = {id(tensor): tensor.clone() for tensor in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    return copy.deepcopy(model, memo)
 
 
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:

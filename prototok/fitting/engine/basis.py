@@ -71,6 +71,7 @@ def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
         step(lm, slots, _ROWS)
         for covariance, bank in zip(total, slots.banks, strict=True):
             g = bank.grad[:, 0]  # (R, d)
+            g = g.masked_fill(~g.isfinite().all(1, keepdim=True), 0.0)  # of a row that failed
             g = g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
             covariance.addmm_(g.T, g)
     return total

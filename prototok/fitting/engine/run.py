@@ -30,6 +30,7 @@ class Finished:
     correct: list[int]  # right tokens in the batch it was fitted in, row by row
     steps: int
     seconds: float  # a row's share of the time the batch took
+    failed: bool = False  # a loss or a gradient was not finite; the vectors are those before
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ def _run_bucket(
             observe(_event(poll))
             place = {unit.group: u for u, unit in enumerate(slots.units)}
             leaving = []
-            for p in (poll.done | poll.spent).nonzero()[:, 0].tolist():
+            for p in (poll.done | poll.spent | poll.failed).nonzero()[:, 0].tolist():
                 u = place.get(poll.units[p].group)
                 if u is None:  # left after the poll before
                     continue
                 finished = _finished(poll, p, runner.best_of(u), seconds)
-                if confirm(finished) or poll.spent[p]:
+                if finished.failed or confirm(finished) or poll.spent[p]:
                     leaving.append(u)
                     yield finished
                 else:
@@ -135,6 +136,7 @@ def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, floa
         correct=poll.row_correct[start : start + len(unit.rows)].tolist(),
         steps=int(poll.step[p]),
         seconds=seconds[unit.group],
+        failed=bool(poll.failed[p]),
     )
 
 

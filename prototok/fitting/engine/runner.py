@@ -31,6 +31,7 @@ class Poll:
 
     units       those in flight, in the order of what follows
     done        (U,) bool, reached the goal; spent (U,) bool, out of updates
+    failed      (U,) bool, ended by a loss or a gradient that is not finite
     step        (U,) updates made; best_margin (U,) of the vectors kept
     row_correct (R,) right tokens of the vectors kept
     scored_at   (R,) updates made before the last score: loss, correct and margin, all (R,)
@@ -39,6 +40,7 @@ class Poll:
     units: list[Unit]
     done: Tensor
     spent: Tensor
+    failed: Tensor
     step: Tensor
     best_margin: Tensor
     row_correct: Tensor
@@ -135,6 +137,7 @@ class StepRunner:
             units=list(slots.units),
             done=copied(slots.done, units),
             spent=copied(slots.spent(), units),
+            failed=copied(slots.failed, units),
             step=copied(slots.step, units),
             best_margin=copied(slots.best_margin, units),
             row_correct=copied(slots.row_correct, rows),

@@ -93,6 +93,8 @@ class Slots:
         self.best_margin = full(units, value=float("-inf"), dtype=torch.float32)
         self.margin_bound = full(units, dtype=torch.float32)
         self.done = full(units, value=True, dtype=torch.bool)  # free places are
+        # A loss or a gradient was not finite: the unit ends, and is nothing but failed.
+        self.failed = full(units, dtype=torch.bool)
         # by row
         self.unit_of_row = full(rows)
         self.targets = full(rows, length)  # padded with 0
@@ -183,7 +185,7 @@ class Slots:
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
         by_unit = [
             self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
-            self.done,
+            self.done, self.failed,
         ]  # fmt: skip
         for bank in self.banks:
             (by_unit if bank.shared else by_row).extend(bank.buffers())
@@ -239,6 +241,7 @@ class Slots:
         self.best_margin[units] = float("-inf")
         self.margin_bound[units] = self.recipe.margin
         self.done[units] = done
+        self.failed[units] = False
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for what the device is doing."""

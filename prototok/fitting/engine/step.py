@@ -42,7 +42,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
         for total, grad in zip(grads, part_grads, strict=True):
             total += grad
     with named_range("update", lm.device):
-        active = _keep_best(slots, window)
+        active = _keep_best(slots, window, grads)
         _update(slots, window, counts, active, backend)
 
 
@@ -92,8 +92,8 @@ def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan:
     return body.hidden(slots.inputs.embeds(torch.cat(vectors, dim=1), layout), plan)
 
 
-def _keep_best(slots: Slots, window: Window) -> Tensor:
-    """Snapshot units that scored better than ever, flag those that are done; (U,) still active."""
+def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
+    """Snapshot units that scored better than ever, flag those that end; (U,) still active."""
     rows, units = slice(window.rows), slice(window.units)
     owner, correct_of_row = slots.unit_of_row[rows], slots.correct[rows]
     step, done = slots.step[units], slots.done[units]
@@ -106,7 +106,9 @@ def _keep_best(slots: Slots, window: Window) -> Tensor:
     reached = torch.ones_like(step)
     reached.scatter_reduce_(0, owner, (correct_of_row >= slots.wanted[rows]).long(), "amin")
 
-    moving = ~done & (step <= slots.recipe.max_steps)
+    failed = slots.failed[units]
+    failed |= ~done & ~_finite(slots, owner, grads)
+    moving = ~done & ~failed & (step <= slots.recipe.max_steps)
     more = correct > best_correct
     improved = (more | ((correct == best_correct) & (margin > best_margin))) & moving
     _put(slots.improved_at[units], improved & more, step)
@@ -121,7 +123,21 @@ def _keep_best(slots: Slots, window: Window) -> Tensor:
     if slots.recipe.accuracy == 1.0:
         goal &= margin >= slots.margin_bound[units]
     done |= goal
-    return ~done & ~slots.spent()[units]
+    return ~done & ~failed & ~slots.spent()[units]
+
+
+def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
+    """(U,) bool: the losses and the gradients of all of a unit's rows are finite."""
+    good = torch.ones_like(slots.done[: slots.window.units])
+    loss = slots.loss[: len(owner)].isfinite()
+    for bank, grad in zip(slots.banks, grads, strict=True):
+        of_vector = grad.flatten(1).isfinite().all(1)
+        if bank.shared:
+            good &= of_vector
+        else:
+            loss = loss & of_vector
+    bad = torch.zeros_like(slots.step[: len(good)]).index_add_(0, owner, (~loss).long())
+    return good & (bad == 0)
 
 
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
