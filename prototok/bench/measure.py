@@ -35,6 +35,7 @@ from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.run import run
 from prototok.fitting.engine.runner import burst_of
+from prototok.fitting.engine.setup import Setup
 from prototok.fitting.fast_fit import FitEvent, fast_fit
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.frozen_lm import FrozenLM
@@ -320,16 +321,8 @@ def _step_seconds(
     burst = burst_of(lm.device)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6 * burst)
     units = make_units(targets, [0], None, None)
-    for _ in run(
-        lm,
-        units,
-        OneForward(arrangement),
-        recipe,
-        len(targets),
-        "auto",
-        lambda finished: True,
-        mark,
-    ):
+    setup = Setup(lm, OneForward(arrangement), recipe, "auto", len(targets))
+    for _ in run(setup, units, lambda finished: True, mark):
         pass
     return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
 
