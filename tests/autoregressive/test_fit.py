@@ -153,7 +153,7 @@ def test_a_row_that_is_refused_at_lower_accuracy_goes_on(
     fit = autoregressive.fit(small_lm, [[5, 9]], recipe=recipe)
     assert fit.steps.item() == 120 and fit.accuracy.item() == 0.0
     assert fit.accuracy_teacher_forced.item() >= 0.5
-    assert 4 <= len(calls) <= 2 * 3  # two dtypes, at one token right, at two and at the end
+    assert 2 <= len(calls) <= 3  # at one token right, at two and at the end
 
 
 def test_interrupted_fit_carries_what_had_ended(small_lm: FrozenLM) -> None:
