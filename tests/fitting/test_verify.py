@@ -28,7 +28,7 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
         vectors = torch.randn(2, lm.hidden_size, generator=generator)
         found = verify(setup, targets, vectors)
         own, exactly = (
-            decode_vectors(model, vectors[None], PAIR, 6, targets[None])
+            decode_vectors(model, vectors[None], PAIR, 6, targets[None], "auto")
             for model in (lm, lm.cast(torch.float32))
         )
         right = [int((d.ids[0] == targets).sum()) for d in (own, exactly)]
