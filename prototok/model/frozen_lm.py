@@ -94,6 +94,13 @@ class FrozenLM:
             )
         return self._twins[dtype]
 
+    def in_both_dtypes(self) -> list[FrozenLM]:
+        """Return the model in its own dtype and in float32, once where they are the same.
+
+        What is called exact has to hold in each of them.
+        """
+        return list(dict.fromkeys((self, self.cast(torch.float32))))
+
     def encode(self, text: str, bos: str = "drop") -> list[int]:
         """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
         if self.tokenizer is None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import Row, Unit
-from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import step
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
@@ -34,15 +35,16 @@ _RECIPE = Recipe(
 _known: WeakKeyDictionary[FrozenLM, Tensor] = WeakKeyDictionary()
 
 
-def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> Prior | None:
-    """`init`, or the recipe's own start; with a basis where the recipe asks for one."""
-    if not recipe.eigenbasis or (init is not None and init.basis is not None):
-        return init
-    basis = eigenbasis(lm, backend)
-    if init is not None:
-        return replace(init, basis=basis)
-    mean = torch.zeros(2, lm.hidden_size)
-    return Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
+def with_basis(setup: Setup) -> Setup:
+    """Return the setup with the model's eigenbasis in its prior, where the recipe asks for one."""
+    lm, recipe, prior = setup.lm, setup.recipe, setup.inputs.prior
+    if not recipe.eigenbasis or (prior is not None and prior.basis is not None):
+        return setup
+    basis = eigenbasis(lm, setup.backend)
+    if prior is None:
+        mean = torch.zeros(2, lm.hidden_size)
+        prior = Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
+    return replace(setup, inputs=setup.inputs.starting(replace(prior, basis=basis)))
 
 
 def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
@@ -62,9 +64,8 @@ def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
     length = min(_LENGTH, lm.context or _LENGTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator)
-    slots = Slots(
-        lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, Capacity(_ROWS, _ROWS, length)
-    )
+    setup = Setup(lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, _ROWS)
+    slots = Slots(setup, Room(_ROWS, _ROWS, length))
     slots.admit([Unit(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
     total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device)
     for _ in range(_STEPS):

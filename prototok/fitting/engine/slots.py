@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.fitting.engine.inputs import Inputs
 from prototok.fitting.engine.rows import Unit, initial_vectors
-from prototok.fitting.recipe import Recipe
-from prototok.model.frozen_lm import FrozenLM
+from prototok.fitting.engine.setup import Setup
 from prototok_kernels.adamw_rows import AdamWState
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """How much fits into the buffers."""
+class Room:
+    """How much the buffers hold."""
 
     rows: int
     units: int
@@ -64,14 +62,14 @@ class Slots:
     Their writes, like those of a step, are queued on the device's current stream.
     """
 
-    def __init__(
-        self, lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, capacity: Capacity,
-        share: str | None = None,
-    ) -> None:  # fmt: skip
-        self.inputs, self.recipe, self.backend, self.capacity = inputs, recipe, backend, capacity
+    def __init__(self, setup: Setup, room: Room, share: str | None = None) -> None:
+        lm, inputs = setup.lm, setup.inputs
+        self.inputs, self.recipe, self.backend, self.room = (
+            inputs, setup.recipe, setup.backend, room,
+        )  # fmt: skip
         self.device, self.width = lm.device, lm.hidden_size
         self.units: list[Unit] = []
-        rows, units, length = capacity.rows, capacity.units, capacity.length
+        rows, units, length = room.rows, room.units, room.length
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=lm.device)
@@ -125,14 +123,14 @@ class Slots:
             longest = max((unit.length for unit in self.units), default=0)
             return Window(self.rows, len(self.units), longest)
         return Window(
-            _halved(self.capacity.rows, self.rows),
-            _halved(self.capacity.units, len(self.units)),
-            self.capacity.length,
+            _halved(self.room.rows, self.rows),
+            _halved(self.room.units, len(self.units)),
+            self.room.length,
         )
 
     def layout_of(self, part: slice, length: int) -> Tensor:
         """The layout of some rows for inputs of `length` targets."""
-        beyond = self.capacity.length - length
+        beyond = self.room.length - length
         return self.layout[part, : self.layout.shape[1] - beyond]
 
     def admit(self, units: list[Unit]) -> None:
@@ -152,10 +150,10 @@ class Slots:
         self._reset_units(there, done=False)
         self.unit_of_row[here] = self._sent(torch.tensor(owners))
         lengths = [len(ids) for ids in rows]
-        targets = torch.zeros(len(rows), self.capacity.length, dtype=torch.int64)
+        targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64)
         for r, ids in enumerate(rows):
             targets[r, : len(ids)] = ids
-        position = torch.arange(self.capacity.length)
+        position = torch.arange(self.room.length)
         end = torch.tensor(lengths)[:, None]
         scored = (position >= self.inputs.given) & (position < end)
         wanted = torch.ceil(self.recipe.accuracy * scored.sum(1) - 1e-9).long()
@@ -220,7 +218,7 @@ class Slots:
             self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
 
     def spent(self) -> Tensor:
-        """(capacity,) bool: units that have made all the updates their recipe grants them."""
+        """(room.units,) bool: units that have made all the updates their recipe grants them."""
         over = self.step >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience
