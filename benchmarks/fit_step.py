@@ -57,10 +57,14 @@ class Size:
     length: int
 
 
-CPU = {"stories3m": Size(16, 64), "pythia-160m": Size(8, 128), "smoke": Size(2, 8)}
+CPU = {
+    "stories3m": Size(16, 64), "pythia-160m": Size(8, 128), "smollm2-135m": Size(8, 64),
+    "smoke": Size(2, 8),
+}  # fmt: skip
 CUDA = {
     "stories3m": Size(512, 64), "pythia-160m": Size(256, 128), "pythia-410m": Size(128, 128),
-    "pythia-1.4b": Size(128, 128), "llama-3.2-1b": Size(64, 256), "llama-3.2-3b": Size(32, 256),
+    "pythia-1.4b": Size(128, 128), "smollm2-135m": Size(256, 64), "llama-3.2-1b": Size(64, 256),
+    "llama-3.2-3b": Size(32, 256),
     "llama-3.1-8b": Size(16, 256), "smoke": Size(2, 8),
 }  # fmt: skip
 
