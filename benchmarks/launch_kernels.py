@@ -21,9 +21,9 @@ from torch import Tensor
 from prototok_kernels.activation import activation
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 from prototok_kernels.attention import attention
-from prototok_kernels.first_layer import first_layer
 from prototok_kernels.layers import LlamaLayer, NeoXLayer
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
+from prototok_kernels.pair.first_layer import first_layer
 from prototok_kernels.residual_norm import residual_norm
 
 

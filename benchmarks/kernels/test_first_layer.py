@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prototok.allocator import keep_freed_memory
-from prototok_kernels.first_layer import first_layer, first_layer_ref, first_layer_spanned
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
-from prototok_kernels.second_layer import second_layer_products, second_layer_products_ref
+from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
+from prototok_kernels.pair.second_layer import second_layer_products, second_layer_products_ref
 
 LENGTH, ROUNDS = 256, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

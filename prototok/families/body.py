@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prototok.families.rotary import RotaryTables
 from prototok_kernels.decoder_blocks import DecoderBlocks
-from prototok_kernels.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.layers import DecoderLayer
-from prototok_kernels.second_layer import second_layer_collapses, second_layer_products
+from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
+from prototok_kernels.pair.second_layer import second_layer_collapses, second_layer_products
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cubin import resource_usage
-from prototok_kernels import first_layer_triton as kernels
+from prototok_kernels.pair import first_layer_triton as kernels
 
 POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad_coef_ptr"}
 

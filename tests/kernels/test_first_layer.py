@@ -22,10 +22,11 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer as HFNeo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from prototok_kernels import first_layer_cpu, packed
+from prototok_kernels import packed
 from prototok_kernels.backend import unavailable
-from prototok_kernels.first_layer import _low_rank_pays, first_layer, first_layer_ref
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
+from prototok_kernels.pair import first_layer_cpu
+from prototok_kernels.pair.first_layer import _low_rank_pays, first_layer, first_layer_ref
 
 HERE = Path(__file__).parent
 D, INNER, HEADS, HEAD_SIZE = 32, 56, 4, 8
@@ -451,7 +452,7 @@ def test_triton(case: str, length: int, dtype: torch.dtype, groups: int | None) 
 def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes off every tile boundary, all workspaces poisoned with NaN."""
     pytest.importorskip("triton")
-    from prototok_kernels.first_layer_triton import affine_scan
+    from prototok_kernels.pair.first_layer_triton import affine_scan
 
     for name in ("empty_like", "empty"):
         original = getattr(torch, name)

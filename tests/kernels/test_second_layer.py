@@ -14,8 +14,8 @@ import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from prototok.families.body import DecoderBody
 from prototok_kernels.backend import _cpu, unavailable
-from prototok_kernels.first_layer import first_layer_spanned
-from prototok_kernels.second_layer import (
+from prototok_kernels.pair.first_layer import first_layer_spanned
+from prototok_kernels.pair.second_layer import (
     second_layer_collapses,
     second_layer_products,
     second_layer_products_ref,

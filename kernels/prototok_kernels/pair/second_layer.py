@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.first_layer import (
+from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, is_parallel, post_norm
+from prototok_kernels.pair.first_layer import (
     affine_norm_backward,
     centred_for,
     combined,
     rms_inverse_of,
 )
-from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, is_parallel, post_norm
 
 
 def second_layer_collapses(layers: Sequence[DecoderLayer], length: int) -> bool:

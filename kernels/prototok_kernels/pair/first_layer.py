@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels import first_layer_cpu
 from prototok_kernels.backend import resolve_backend
 from prototok_kernels.layers import (
     DecoderLayer,
@@ -32,6 +31,7 @@ from prototok_kernels.layers import (
     post_norm,
     project_heads,
 )
+from prototok_kernels.pair import first_layer_cpu
 
 
 def _span(
@@ -271,7 +271,7 @@ def first_layer_spanned(
     # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
     wide = backend == "auto" and layer.dtype == torch.float64
     if not wide and resolve_backend(backend, e.device) == "triton":
-        from prototok_kernels.first_layer_triton import affine_scan
+        from prototok_kernels.pair.first_layer_triton import affine_scan
     else:
         affine_scan = _AffineScan.apply
     q_m, k_m, k_e, span = _span(e, m, group, layer)
