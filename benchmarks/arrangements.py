@@ -17,8 +17,8 @@ from pathlib import Path
 from record import RESULTS, provenance, write
 
 import prototok
-from prototok.data import read_text
-from prototok.engine.recipe import PAPER
+from prototok.fitting.recipe import PAPER
+from prototok.texts.files import read_text
 
 ARRANGEMENTS = ("e*", "e* m*", "(e m)*", "e m*+1", "e m*")
 

@@ -22,9 +22,9 @@ from figure2 import texts_of
 from record import RESULTS, provenance, write
 
 import prototok
-from prototok.capacity import GRID
-from prototok.engine.recipe import FAST
-from prototok.frozen_lm import BUILT_IN
+from prototok.fitting.capacity import GRID
+from prototok.fitting.recipe import FAST
+from prototok.model.load import BUILT_IN
 
 
 def main() -> None:

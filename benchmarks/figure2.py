@@ -23,9 +23,9 @@ from record import RESULTS, provenance, write
 
 import prototok
 from prototok import autoregressive
-from prototok.data import chunks, read_text
-from prototok.engine.recipe import FAST, Recipe
-from prototok.frozen_lm import FrozenLM
+from prototok.fitting.recipe import FAST, Recipe
+from prototok.model.frozen_lm import FrozenLM
+from prototok.texts.files import chunks, read_text
 
 # Texts, cut, to which of them are exact.
 Fit = Callable[[list[list[int]]], list[bool]]

@@ -34,14 +34,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prototok
 from prototok import FrozenLM, Recipe
-from prototok.allocator import keep_freed_memory
-from prototok.arrangement import Arrangement
-from prototok.engine.inputs import OneForward
-from prototok.engine.rows import make_units
-from prototok.engine.runner import StepRunner, step_runner
-from prototok.engine.slots import Capacity, Slots
-from prototok.machine import matmul_rate, once
-from prototok.shapes import SHAPES, random_model
+from prototok.bench.machine import matmul_rate, once
+from prototok.common.allocator import keep_freed_memory
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.runner import StepRunner, step_runner
+from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.model.shapes import SHAPES, random_model
+from prototok.results.arrangement import Arrangement
 
 # Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}

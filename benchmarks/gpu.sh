@@ -69,9 +69,9 @@ step env 60 "$python" -m prototok env
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) # what takes long is compiling
-step graphs 90 "${pytest[@]}" tests/engine/test_static_buffers.py tests/engine/test_buckets.py
-step tests 150 "${pytest[@]}" "${parallel[@]}" $(either "tests/kernels tests/engine tests/families tests/autoregressive" \
-    "tests/engine/test_recipe.py tests/engine/test_rows.py")
+step graphs 90 "${pytest[@]}" tests/fitting/engine/test_static_buffers.py tests/fitting/engine/test_buckets.py
+step tests 150 "${pytest[@]}" "${parallel[@]}" $(either "tests/kernels tests/fitting/engine tests/model/families tests/autoregressive" \
+    "tests/fitting/test_recipe.py tests/fitting/engine/test_rows.py")
 
 for preset in pythia-160m llama-3.2-1b; do
     step "fit-step-$preset" 100 "$python" benchmarks/fit_step.py \

@@ -19,11 +19,11 @@ from typing import Any
 from prototok.report.build import build
 from prototok.report.measure import measure
 from prototok.report.results import read
-from prototok.sources import Source
 from prototok.sweep.experiments import plan, settings_of
 from prototok.sweep.local import LocalSettings, run_local
 from prototok.sweep.lots import to_do
 from prototok.sweep.run_folder import RunFolder
+from prototok.texts.sources import Source
 
 # Figure 2 shares one-forward fits with Table 3; [mem] vectors hold less, so it starts below.
 _QUICK = {"changes": {"max_steps": 400}}

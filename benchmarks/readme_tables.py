@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from prototok.bench import table
-from prototok.timing import Peak, ceiling
+from prototok.bench.measure import table
+from prototok.bench.timing import Peak, ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -30,11 +30,11 @@ from record import RESULTS, provenance
 
 import prototok
 from prototok import FrozenLM, Prior, Recipe
-from prototok.data import read_text
-from prototok.engine.recipe import FAST, PAPER
-from prototok.fast_fit import FitEvent
-from prototok.frozen_lm import BUILT_IN
+from prototok.fitting.fast_fit import FitEvent
+from prototok.fitting.recipe import FAST, PAPER
+from prototok.model.load import BUILT_IN
 from prototok.report.svg import Bar, log_bars
+from prototok.texts.files import read_text
 
 # (model, source of text, mid-range length, lengths around the paper recipe's capacity)
 MODELS = {

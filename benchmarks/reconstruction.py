@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 import prototok
 from prototok import FitResult, FrozenLM
-from prototok.data import read_text
-from prototok.engine.recipe import recipe_of
-from prototok.frozen_lm import BUILT_IN
+from prototok.fitting.recipe import recipe_of
+from prototok.model.load import BUILT_IN
+from prototok.texts.files import read_text
 
 STORIES, NOVEL = "corpora/tinystories/valid.txt", "corpora/novels/E_ENG18652_Carroll.txt"
 

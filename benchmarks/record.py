@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prototok.machine import describe
+from prototok.bench.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
 

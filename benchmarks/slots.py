@@ -30,15 +30,15 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM
-from prototok.arrangement import Arrangement
-from prototok.data import read_text
-from prototok.engine.inputs import OneForward
-from prototok.engine.recipe import FAST, Recipe
-from prototok.engine.rows import make_units
-from prototok.engine.runner import StepRunner, burst_of, step_runner
-from prototok.engine.slots import Capacity, Slots
-from prototok.fast_fit import FitEvent, Verified, fit_units
-from prototok.frozen_lm import BUILT_IN
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.runner import StepRunner, burst_of, step_runner
+from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.fast_fit import FitEvent, Verified, fit_units
+from prototok.fitting.recipe import FAST, Recipe
+from prototok.model.load import BUILT_IN
+from prototok.results.arrangement import Arrangement
+from prototok.texts.files import read_text
 
 PACKAGE = Path(prototok.__file__).parent
 LOSSES = 20  # first losses of a text that are compared with those of its fit alone

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from record import RESULTS, provenance, write
 
-from prototok.bench import BenchSettings, run_bench, table
-from prototok.frozen_lm import BUILT_IN
+from prototok.bench.measure import BenchSettings, run_bench, table
+from prototok.model.load import BUILT_IN
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prototok.allocator import keep_freed_memory
+from prototok.common.allocator import keep_freed_memory
 
 END_OF_TEXT = "<|endoftext|>"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

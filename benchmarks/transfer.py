@@ -27,8 +27,8 @@ from record import RESULTS, provenance, write
 
 import prototok
 from prototok import FrozenLM, Prior
-from prototok.engine.recipe import FAST
-from prototok.frozen_lm import BUILT_IN
+from prototok.fitting.recipe import FAST
+from prototok.model.load import BUILT_IN
 
 LEARNED_ON, LEARNED_AT = 32, 16  # texts, tokens
 LENGTHS = (8, 16, 22)

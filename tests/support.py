@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prototok
 from prototok import FrozenLM
-from prototok.fast_fit import FitEvent
+from prototok.fitting.fast_fit import FitEvent
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from prototok.allocator import keep_freed_memory
+from prototok.common.allocator import keep_freed_memory
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_products, second_layer_products_ref

@@ -2,6 +2,6 @@
 
 from prototok.autoregressive.fit import fit, kuratov
 from prototok.autoregressive.generate import generate
-from prototok.autoregressive.result import MemFit
+from prototok.results.mem_fit import MemFit
 
 __all__ = ["MemFit", "fit", "generate", "kuratov"]

@@ -14,17 +14,17 @@ import transformers
 from torch import Tensor
 
 import prototok
-from prototok.arguments import is_count, require_batch_size, seed_list
 from prototok.autoregressive.generate import generate, require_room
-from prototok.autoregressive.result import MemFit
-from prototok.engine.inputs import TeacherForced
-from prototok.engine.recipe import Recipe, recipe_of
-from prototok.engine.rows import make_units
-from prototok.engine.run import Finished, FitEvent, run
-from prototok.fit_result import FitInterrupted
-from prototok.frozen_lm import FrozenLM, require_frozen
-from prototok.progress import Progress
-from prototok.targets import Texts, targets_of
+from prototok.common.arguments import is_count, require_batch_size, seed_list
+from prototok.common.progress import Progress
+from prototok.fitting.engine.inputs import TeacherForced
+from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.run import Finished, FitEvent, run
+from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.results.fit_result import FitInterrupted
+from prototok.results.mem_fit import MemFit
+from prototok.texts.targets import Texts, targets_of
 from prototok_kernels.backend import resolve_backend
 
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from prototok.arguments import is_count
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.cpu_decoder import FEW, cpu_decoder
-from prototok.families.body import DecoderBody
-from prototok.families.general import GeneralBody
-from prototok.frozen_lm import FrozenLM, require_frozen
+from prototok.common.arguments import is_count
+from prototok.decoding.cpu_decoder import FEW, cpu_decoder
+from prototok.model.families.body import DecoderBody
+from prototok.model.frozen_lm import FrozenLM, require_frozen, twin_of
 from prototok_kernels.decoder import POSITIONS
 from prototok_kernels.layers import inner_projection
 
@@ -111,13 +110,6 @@ def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) ->
     finally:
         logging.set_verbosity(level)
     return ids
-
-
-def twin_of(lm: FrozenLM, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen twin of the model whose `generate` stops at no token."""
-    model = GeneralBody.from_model(lm.source, lm.device, dtype).model
-    model.generation_config = GenerationConfig()
-    return model
 
 
 def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok.families.body import DecoderBody
-from prototok.frozen_lm import FrozenLM
+from prototok.model.families.body import DecoderBody
+from prototok.model.frozen_lm import FrozenLM
 from prototok_kernels.attention import rotary
 from prototok_kernels.layers import (
     DecoderLayer,

@@ -14,11 +14,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.arguments import is_count
-from prototok.arrangement import Arrangement
-from prototok.engine.inputs import OneForward
-from prototok.fit_result import FitResult
-from prototok.frozen_lm import FrozenLM
+from prototok.common.arguments import is_count
+from prototok.fitting.engine.inputs import OneForward
+from prototok.model.frozen_lm import FrozenLM
+from prototok.results.arrangement import Arrangement
+from prototok.results.fit_result import FitResult
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prototok.arrangement import Arrangement
-from prototok.decode import decode
-from prototok.families.general import GeneralBody
-from prototok.fit_result import FitResult
-from prototok.frozen_lm import FrozenLM
-from prototok.proto_tokens import ProtoTokens
+from prototok.decoding.decode import decode
+from prototok.model.families.general import GeneralBody
+from prototok.model.frozen_lm import FrozenLM
+from prototok.results.arrangement import Arrangement
+from prototok.results.fit_result import FitResult
+from prototok.results.proto_tokens import ProtoTokens
 
 # Formats with fewer than 16 bits are scaled vector by vector, its largest coordinate to the
 # format's greatest number, as weights are when they are quantised.

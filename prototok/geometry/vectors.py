@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.arguments import is_count
-from prototok.frozen_lm import FrozenLM
+from prototok.common.arguments import is_count
 from prototok.geometry.distances import cosine_distances
+from prototok.model.frozen_lm import FrozenLM
 
 
 @dataclass(frozen=True, eq=False)

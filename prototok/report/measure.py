@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from prototok.fit_result import FitResult
-from prototok.frozen_lm import FrozenLM
 from prototok.geometry.paths import BezierSettings, Paths, connect, interpolate
 from prototok.geometry.robustness import decodings, perturbations
 from prototok.geometry.text import semantic_embeddings
 from prototok.geometry.vectors import nearest_tokens, norms, pca
-from prototok.proto_tokens import ProtoTokens
+from prototok.model.frozen_lm import FrozenLM
 from prototok.report.results import Experiment, Fit, Results
+from prototok.results.fit_result import FitResult
+from prototok.results.proto_tokens import ProtoTokens
 from prototok.sweep.models import load_model
 
 POINTS = 101

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prototok.metrics import SUCCESS
+from prototok.decoding.information import SUCCESS
 from prototok.report.tables import Cell
 from prototok.sweep.run_folder import RunFolder
 

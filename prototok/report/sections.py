@@ -17,7 +17,6 @@ import torch
 
 from prototok.geometry.distances import CLASSES, Pairs, binned_mean, pair_distances
 from prototok.geometry.text import tfidf_distances
-from prototok.proto_tokens import ProtoTokens
 from prototok.report import paper
 from prototok.report.chart import Axis, Chart, Series
 from prototok.report.results import (
@@ -31,6 +30,7 @@ from prototok.report.results import (
     name_of,
 )
 from prototok.report.tables import Cell, Table, label, mean_std, number
+from prototok.results.proto_tokens import ProtoTokens
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from prototok.common.command_line import Device, say
 
 if TYPE_CHECKING:
     from prototok.sweep.run_folder import RunFolder
@@ -18,7 +19,6 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="The run folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 
 _EXPERIMENT = "table1, table2, table3, table4, figure2, figure3, figure4, figure5 or figure6."
 _MODEL = "NAME, NAME@REVISION or random:NAME; may be given more than once."
@@ -42,10 +42,10 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Expand an experiment to units; planned again, it keeps what is done."""
-    from prototok.sources import Source
     from prototok.sweep.experiments import plan as plan_experiment
     from prototok.sweep.experiments import settings_of
     from prototok.sweep.run_folder import RunFolder
+    from prototok.texts.sources import Source
 
     settings = settings_of(
         experiment, preset, config,
@@ -54,7 +54,7 @@ def plan(
     units, texts = plan_experiment(out, experiment, settings, device)
     run = RunFolder.open(out)
     done = len(run.done() & set(run.units()))
-    _say(f"{experiment}: {units} units of {texts} texts, planned in {out} ({done} already done)")
+    say(f"{experiment}: {units} units of {texts} texts, planned in {out} ({done} already done)")
 
 
 @app.command()
@@ -100,14 +100,14 @@ def run(
         else:
             run_local(opened, units, settings)
     except KeyboardInterrupt:
-        _say(f"interrupted; {len(opened.done())} units are done in {folder}")
+        say(f"interrupted; {len(opened.done())} units are done in {folder}")
         raise typer.Exit(130) from None
     mine = {unit.key for unit in units}
     failed = [row for row in opened.failures().to_pylist() if row["key"] in _keys(opened, shard)]
     done = len(mine & opened.done())
-    _say(f"{done} of {len(mine)} units done now, {len(failed)} failed")
+    say(f"{done} of {len(mine)} units done now, {len(failed)} failed")
     for row in failed[:5]:
-        _say(f"  {row['key']}: {row['reason']}")
+        say(f"  {row['key']}: {row['reason']}")
     if failed:
         raise typer.Exit(3)
 
@@ -134,7 +134,7 @@ def verify(
     checked, decoded, problems = verify_run(opened, sample, device)
     for problem in problems:
         print(problem)
-    _say(f"{checked} units checked, {decoded} decoded again, {len(problems)} problems")
+    say(f"{checked} units checked, {decoded} decoded again, {len(problems)} problems")
     if problems:
         raise typer.Exit(3)
 
@@ -159,7 +159,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise ValueError(f"slurm: {text!r} is not NAME=VALUE")
     return name, value
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from prototok.frozen_lm import BUILT_IN
-from prototok.sources import Source, TargetText, continuations, target_texts
+from prototok.model.load import BUILT_IN
 from prototok.sweep import schema
 from prototok.sweep.models import load_model, tokenizer_of
 from prototok.sweep.run_folder import RunFolder, require_place
 from prototok.sweep.settings import Settings, read_config
 from prototok.sweep.unit import Unit, text_id
+from prototok.texts.sources import Source, TargetText, continuations, target_texts
 
 SIX = (
     "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b",

@@ -17,7 +17,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from prototok.progress import Progress
+from prototok.common.progress import Progress
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit
@@ -35,7 +35,7 @@ class LocalSettings:
         workers: processes a CUDA device, or on the CPU, where the default is one a core, at most 4.
         batch_size: rows a forward, or "auto".
         attempts: times that a unit may kill its worker before it is recorded as failed.
-        progress: as `prototok.progress.Progress` takes it.
+        progress: as `prototok.common.progress.Progress` takes it.
     """
 
     device: str = "auto"

@@ -1,8 +1,8 @@
 """Models as a sweep names them: `NAME`, `NAME@REVISION`, `random:NAME`.
 
-`EleutherAI/pythia-160m@step1000` is a checkpoint by its revision; `random:NAME` has the shape of
-NAME and random weights (a published shape of `prototok.shapes`, or a model's own configuration), as
-a control.
+`EleutherAI/pythia-160m@step1000` is a checkpoint by its revision. `random:NAME` is a control: it
+has the shape of NAME and random weights, NAME a published shape of `prototok.model.shapes` or a
+model of the hub.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from prototok.frozen_lm import FrozenLM, hash_of_tokenizer, load, load_tokenizer, path_of
-from prototok.shapes import SHAPES, random_model
+from prototok.model.frozen_lm import FrozenLM
+from prototok.model.identity import hash_of_tokenizer
+from prototok.model.load import load, load_tokenizer, path_of
+from prototok.model.shapes import SHAPES, random_model
 
 _RANDOM = "random:"
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prototok.progress import Progress
+from prototok.common.progress import Progress
 from prototok.sweep.local import LocalSettings
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder

@@ -28,8 +28,8 @@ from prototok.sweep import schema
 from prototok.sweep.unit import Unit
 
 if TYPE_CHECKING:
-    from prototok.autoregressive.result import MemFit
-    from prototok.proto_tokens import ProtoTokens
+    from prototok.results.mem_fit import MemFit
+    from prototok.results.proto_tokens import ProtoTokens
 
 _FORMAT = "prototok.sweep"
 _FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
@@ -206,8 +206,8 @@ class RunFolder:
 
     def tensors(self, key: str) -> ProtoTokens | MemFit:
         """The vectors of a unit, as its mode stores them."""
-        from prototok.autoregressive.result import MemFit
-        from prototok.proto_tokens import ProtoTokens
+        from prototok.results.mem_fit import MemFit
+        from prototok.results.proto_tokens import ProtoTokens
 
         mode = self.units()[key].mode if key in self.units() else None
         if mode is None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from prototok.arguments import is_count
-from prototok.arrangement import Arrangement
-from prototok.engine.recipe import Recipe, recipe_of
-from prototok.sources import Source
+from prototok.common.arguments import is_count
+from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.results.arrangement import Arrangement
+from prototok.texts.sources import Source
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Unit:
         length: N.
         share: None, "m" or "e": what all rows of this unit have in common.
         group_size: texts a sharing group, as the experiment asked for it; None for all of them.
-        arrangement: of the one-forward mode (`prototok.arrangement`).
+        arrangement: of the one-forward mode (`prototok.results.arrangement`).
         vectors: K of the autoregressive mode.
         recipe: name of a recipe; `changes` are the `Recipe` fields that differ from it.
         dtype: of the frozen weights, "auto" to let the device decide.

@@ -19,18 +19,18 @@ from torch import Tensor
 
 import prototok
 from prototok import autoregressive
-from prototok.arrangement import Arrangement
 from prototok.autoregressive.generate import generate
-from prototok.autoregressive.result import MemFit
-from prototok.decode import Decoded, decode_vectors, require_length
-from prototok.engine.rows import Row
-from prototok.engine.rows import Unit as EngineUnit
-from prototok.engine.run import Finished
-from prototok.fast_fit import fit_units, vectors_by_row
-from prototok.frozen_lm import FrozenLM
-from prototok.machine import timed
-from prototok.metrics import information
-from prototok.proto_tokens import ProtoTokens
+from prototok.bench.machine import timed
+from prototok.decoding.decode import Decoded, decode_vectors, require_length
+from prototok.decoding.information import information
+from prototok.fitting.engine.rows import Row
+from prototok.fitting.engine.rows import Unit as EngineUnit
+from prototok.fitting.engine.run import Finished
+from prototok.fitting.fast_fit import fit_units, vectors_by_row
+from prototok.model.frozen_lm import FrozenLM
+from prototok.results.arrangement import Arrangement
+from prototok.results.mem_fit import MemFit
+from prototok.results.proto_tokens import ProtoTokens
 from prototok.sweep.models import load_model
 from prototok.sweep.run_folder import RunFolder, now
 from prototok.sweep.settings import recipe_of_unit

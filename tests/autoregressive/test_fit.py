@@ -14,10 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import prototok
 from prototok import FrozenLM, Recipe, autoregressive
 from prototok.autoregressive import MemFit
-from prototok.engine.recipe import PAPER
-from prototok.engine.rows import initial_vectors, make_units
-from prototok.engine.run import FitEvent
-from prototok.fit_result import FitInterrupted
+from prototok.fitting.engine.rows import initial_vectors, make_units
+from prototok.fitting.engine.run import FitEvent
+from prototok.fitting.recipe import PAPER
+from prototok.results.fit_result import FitInterrupted
 from support import shared, stories
 
 fit_module = importlib.import_module("prototok.autoregressive.fit")

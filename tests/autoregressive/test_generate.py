@@ -14,8 +14,8 @@ from prototok import FrozenLM
 from prototok.autoregressive import generate
 from prototok.autoregressive.generate import bytes_read
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.cpu_decoder import FEW
-from prototok.families.body import DecoderBody
+from prototok.decoding.cpu_decoder import FEW
+from prototok.model.families.body import DecoderBody
 from support import shared, small_llama
 from zoo import OWN, made
 

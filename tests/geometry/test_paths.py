@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 import prototok
 from prototok import FitResult, FrozenLM, fast_fit
-from prototok.arrangement import Arrangement
-from prototok.decode import decode_vectors
+from prototok.decoding.decode import decode_vectors
 from prototok.geometry import BezierSettings
 from prototok.geometry.paths import _Ends, _gradient, bezier
+from prototok.results.arrangement import Arrangement
 
 HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-neox" / "held_out.txt"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM
-from prototok.families.body import DecoderBody
+from prototok.model.families.body import DecoderBody
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder import Decoder, usable
 from zoo import OWN, made

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
-from prototok.allocator import keep_freed_memory
-from prototok.families.body import DecoderBody
+from prototok.common.allocator import keep_freed_memory
+from prototok.model.families.body import DecoderBody
 from prototok_kernels import packed
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
-from prototok.families.body import DecoderBody
+from prototok.model.families.body import DecoderBody
 from prototok_kernels.backend import _cpu, unavailable
 from prototok_kernels.pair.first_layer import first_layer_spanned
 from prototok_kernels.pair.second_layer import (

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from prototok import ProtoTokens
-from prototok.frozen_lm import ModelIdentity
+from prototok.model.identity import ModelIdentity
 from prototok.sweep import schema
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit

@@ -12,10 +12,10 @@ from prototok.geometry import BezierSettings, score
 from prototok.report.build import build
 from prototok.report.measure import fit_of, measure
 from prototok.report.results import read
-from prototok.sources import Source
 from prototok.sweep.experiments import plan, settings_of
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.work import Worker
+from prototok.texts.sources import Source
 
 
 @pytest.fixture(scope="module")

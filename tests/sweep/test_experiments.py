@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from prototok.sources import Source
 from prototok.sweep.experiments import (
     ARRANGEMENTS,
     EXPERIMENTS,
@@ -17,6 +16,7 @@ from prototok.sweep.experiments import (
 )
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit
+from prototok.texts.sources import Source
 
 BOOKS = (Source.parse("PG-19=folder:books"),)
 

@@ -147,7 +147,7 @@ def test_verify_finds_what_was_changed(run: RunFolder, tmp_path: Path) -> None:
 
 
 def test_verify_decodes_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prototok import proto_tokens
+    from prototok.results import proto_tokens
 
     real = proto_tokens.ProtoTokens.vectors
     monkeypatch.setattr(proto_tokens.ProtoTokens, "vectors", lambda *a: real(*a).flip(0))

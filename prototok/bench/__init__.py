@@ -1,0 +1,1 @@
+"""One forward pass against KV-cached decoding: measured, printed and drawn."""

@@ -1,0 +1,53 @@
+"""The autoregressive baselines that one forward is timed against.
+
+Transformers' `generate` with its two caches, and our own decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prototok.autoregressive.generate import bytes_read, engine, greedy
+from prototok.model.frozen_lm import FrozenLM, twin_of
+
+CACHES = ("dynamic", "static")
+
+
+class Generate:
+    """Greedy `generate` of exactly N tokens behind one, with a dynamic or a static KV cache."""
+
+    def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
+        self.model, self.device = twin_of(lm, dtype), lm.device
+        self.first = lm.bos_id or 0
+
+    def __call__(self, length: int, batch: int, cache: str) -> Tensor:
+        """(batch, length) int64 generated ids. The prompt is one token, the same in every row."""
+        prompt = torch.full((batch, 1), self.first, device=self.device)
+        return greedy(self.model, length, cache, input_ids=prompt)[:, 1:]
+
+    def call(self, length: int, batch: int, cache: str) -> Callable[[], Tensor]:
+        """The same, ready to be timed."""
+        return lambda: self(length, batch, cache)
+
+
+class Engine:
+    """Our own static-KV decoder: exactly N tokens behind the same one as `Generate`."""
+
+    def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
+        self.lm = lm.cast(dtype)
+        self.first = torch.tensor([[lm.bos_id or 0]])
+
+    def __call__(self, length: int, batch: int) -> Tensor:
+        """(batch, length) int64 generated ids."""
+        return engine(self.lm, self.lm.embed(self.first).expand(batch, -1, -1), length)
+
+    def call(self, length: int, batch: int) -> Callable[[], Tensor]:
+        """The same, ready to be timed."""
+        return lambda: self(length, batch)
+
+    def bytes_read(self, length: int, batch: int) -> int:
+        """Bytes of weights and cache that a call must read."""
+        return bytes_read(self.lm, batch, length)

@@ -1,0 +1,60 @@
+"""`prototok bench`, which is `python -m prototok.bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prototok.common.command_line import SHAPE, Device, Dtype, say
+
+_BENCH_MODEL = "May be given more than once. Default: both built-in models."
+_TEXT = "Where the texts come from. Default: a held-out book in the package."
+_VLLM = "An interpreter that has vLLM, to time it as well."
+_SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
+_PROFILE = "Profile steps a … b−1 of the first fit, as a:b; docs/profiling.md says how to read it."
+_OUT = "The record; the figure goes beside it."
+
+
+def bench(
+    model: Annotated[list[str] | None, typer.Option(help=_BENCH_MODEL)] = None,
+    shape: Annotated[str | None, typer.Option(help=SHAPE)] = None,
+    lengths: Annotated[str | None, typer.Option(help="Such as 32,64,128.")] = None,
+    texts: Annotated[int, typer.Option(help="Texts to fit at each length.")] = 8,
+    text: Annotated[Path | None, typer.Option(help=_TEXT)] = None,
+    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    profile: Annotated[str | None, typer.Option(help=_PROFILE)] = None,
+    vllm_python: Annotated[Path | None, typer.Option(help=_VLLM)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Fit, verify, and time one forward pass against KV-cached decoding."""
+    from prototok.bench.measure import BenchSettings, run_bench, table, write
+    from prototok.bench.profile import step_range
+    from prototok.model.load import BUILT_IN
+
+    if shape is not None and model:
+        raise ValueError("shape: give a model or a shape, not both")
+    if texts < 1:
+        raise ValueError(f"texts: {texts} is not a positive integer")
+    settings = BenchSettings(
+        tuple(model) if model else BUILT_IN, shape, _lengths(lengths), texts, text, recipe,
+        device, dtype, None if profile is None else step_range(profile), vllm_python,
+    )  # fmt: skip
+    record = run_bench(settings, say=say)
+    write(record, out)
+    print(table(record))
+    print(f"\n{record['seconds']:.0f} s; written to {out} and {out.with_suffix('.svg')}")
+    print(json.dumps([{key: case[key] for key in _SUMMARY} for case in record["cases"]]))
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"lengths: {text!r} is not a list such as 32,64,128") from None

@@ -1,0 +1,1 @@
+"""Small parts that every package uses; they know nothing of models."""

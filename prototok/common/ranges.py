@@ -1,0 +1,17 @@
+"""Named ranges of work, as a profiler shows them: NVTX on CUDA, torch's own elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def named_range(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """A context that a profiler shows as `name`: Nsight Systems on CUDA, torch.profiler elsewhere.
+
+    A CUDA graph is replayed without any; Nsight then shows the graph's kernels (docs/profiling.md).
+    """
+    if device.type == "cuda":
+        return torch.cuda.nvtx.range(name)
+    return torch.profiler.record_function(name)

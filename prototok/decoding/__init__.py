@@ -1,0 +1,1 @@
+"""From vectors back to text, and what a reconstruction is worth."""

@@ -1,0 +1,162 @@
+"""Decode proto-tokens: one forward pass, argmax at every position.
+
+Letters: R rows, N targets, L input positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from prototok.common.arguments import is_count
+from prototok.common.ranges import named_range
+from prototok.decoding.cpu_decoder import FEW, cpu_decoder
+from prototok.model.frozen_lm import FrozenLM
+from prototok.results.arrangement import Arrangement
+from prototok.results.proto_tokens import ProtoTokens
+from prototok_kernels.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one forward over R rows of one length gave.
+
+    ids     (R, N) int64, argmax of the logits
+    margin  (R, N) fp32, logit of `targets` minus the best other logit; where no targets were given,
+            the gap between the best and the second-best logit
+    loss    (R, N) fp32, cross-entropy of the same token, nats
+    """
+
+    ids: Tensor
+    margin: Tensor
+    loss: Tensor
+
+
+@torch.no_grad()
+def decode_vectors(
+    lm: FrozenLM,
+    vectors: Tensor,  # (R, slots, d)
+    arrangement: Arrangement,
+    length: int,
+    targets: Tensor | None = None,  # (R, N) int64
+) -> Decoded:
+    """One forward for rows of one length; the results are on the CPU."""
+    with named_range("decode", lm.device):
+        inputs_embeds = _inputs(lm, vectors, arrangement, length)
+        decoder = _passed(lm, inputs_embeds)
+        logits = lm.logits(inputs_embeds).float() if decoder is None else decoder.logits()
+        logits = logits[:, arrangement.offset :][:, :length]
+        ids = logits.argmax(dim=-1)
+        chosen = (ids if targets is None else targets.to(lm.device))[..., None]
+        own = logits.gather(-1, chosen)[..., 0]
+        margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
+        loss = logits.logsumexp(dim=-1) - own
+        return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
+
+
+@torch.no_grad()
+def decode_ids(
+    lm: FrozenLM,
+    vectors: Tensor,  # (R, slots, d)
+    arrangement: Arrangement,
+    length: int,
+) -> Tensor:
+    """The ids (R, N) of the same forward and nothing else, on the CPU."""
+    with named_range("decode", lm.device):
+        inputs_embeds = _inputs(lm, vectors, arrangement, length)
+        decoder = _passed(lm, inputs_embeds)
+        ids = lm.logits(inputs_embeds).argmax(dim=-1) if decoder is None else decoder.ids()
+        return ids[:, arrangement.offset :][:, :length].cpu()
+
+
+def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Tensor:
+    """(R, L, d)"""
+    layout = arrangement.layout(length).to(lm.device)
+    return vectors.to(lm.device, lm.dtype)[:, layout]
+
+
+def _passed(lm: FrozenLM, inputs_embeds: Tensor) -> Decoder | None:
+    """The C++ decoder behind its pass over the inputs, where they are few and there is one."""
+    rows, length, _ = inputs_embeds.shape
+    decoder = cpu_decoder(lm, rows, length, length) if rows * length <= FEW else None
+    if decoder is not None:
+        decoder.pass_(inputs_embeds, 0)
+    return decoder
+
+
+@overload
+def decode(
+    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    batch_size: int = 1, text: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def decode(
+    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    batch_size: int = 1, text: Literal[True],
+) -> list[str]: ...  # fmt: skip
+
+
+def decode(
+    lm: FrozenLM,
+    tokens: ProtoTokens,
+    length: int | None = None,
+    *,
+    batch_size: int = 1,
+    text: bool = False,
+) -> Tensor | list[str]:
+    """Token ids (rows, N) of proto-tokens, rows = texts × seeds, text by text; one forward a batch.
+
+    Args:
+        lm: the model the vectors were fitted on.
+        tokens: what to decode.
+        length: read this many tokens of every row instead of its own number.
+        batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
+            size can round differently and flip a token whose margin is near zero.
+        text: return strings.
+
+    Rows shorter than the longest are filled with −1.
+
+    Raises:
+        ValueError: vectors of another model or tokenizer, or a length that cannot be.
+    """
+    tokens.require_model(lm)
+    arrangement = Arrangement.parse(tokens.arrangement)
+    if length is not None:
+        require_length(length, lm, arrangement)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
+    if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
+        raise ValueError(
+            f"tokens: fitted with another tokenizer ({tokens.model.tokenizer_hash}) than that of "
+            f"{lm.identity.name} ({lm.identity.tokenizer_hash})"
+        )
+    lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
+    if length is not None:
+        lengths = [length] * len(lengths)
+    ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64)
+    for size in sorted(set(lengths)):
+        rows = [r for r, n in enumerate(lengths) if n == size]
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            vectors = torch.stack([tokens.vectors(r) for r in part])
+            ids[part, :size] = decode_ids(lm, vectors, arrangement, size)
+    if not text:
+        return ids
+    return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]
+
+
+def require_length(length: int, lm: FrozenLM, arrangement: Arrangement) -> None:
+    """ValueError unless `length` is a number of targets that the model's context has room for."""
+    if not is_count(length):
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    positions = arrangement.input_length(length)
+    if lm.context is not None and positions > lm.context:
+        raise ValueError(
+            f"length: {length} tokens need {positions} positions, "
+            f"{lm.identity.name} has {lm.context}"
+        )

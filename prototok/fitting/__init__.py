@@ -1,0 +1,1 @@
+"""Fits of proto-tokens: recipes, priors, the engine, and verification."""

@@ -1,0 +1,146 @@
+"""`capacity`: the longest prefix of each text that two vectors hold.
+
+Letters: T texts, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok.common.arguments import is_count
+from prototok.common.progress import Progress
+from prototok.decoding.decode import require_length
+from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.fast_fit import fit_units, vectors_by_row
+from prototok.fitting.prior import Prior
+from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.model.frozen_lm import FrozenLM
+from prototok.results.arrangement import Arrangement
+from prototok.texts.targets import Texts, targets_of
+
+# Below this token accuracy a warm start is too far off for a fresh one to be worth its cost.
+_NEAR = 0.9
+
+# The paper's Table 3.
+GRID = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024, 1448)
+
+
+@dataclass(frozen=True, eq=False)
+class Capacity:
+    """How much of each text came back; every tensor is (T,).
+
+    exact    int64, the longest N of the grid that came back whole; 0 where none did
+    at_099   int64, the longest N at token accuracy ≥ 0.99
+    ended    bool: the text, the model's context or the grid ended first, so there may be more
+    steps    int64, updates of all its fits
+    seconds  fp32, its share of the wall time
+    """
+
+    lengths: tuple[int, ...]
+    exact: Tensor
+    at_099: Tensor
+    ended: Tensor
+    steps: Tensor
+    seconds: Tensor
+
+
+def capacity(
+    lm: FrozenLM,
+    texts: Texts,
+    *,
+    lengths: Sequence[int] = GRID,
+    recipe: str | Recipe = "fast",
+    init: Prior | None = None,
+    restarts: int = 1,
+    batch_size: int | str = "auto",
+    progress: bool | None = None,
+) -> Capacity:
+    """Grow each text's prefix along the grid until it no longer comes back (Table 3's C_tokens).
+
+    A prefix starts from the vectors of the one before it; where that fails with nine tokens of ten
+    right, from fresh ones, with another seed. All texts go through the same slots. A prefix that
+    fails ends its text, so of all the fits of a grid that would fail only the first is made.
+
+    Args:
+        lm: the frozen model, from `prototok.load`.
+        texts: strings, ragged lists of token ids, or a LongTensor (T, N).
+        lengths: the grid, rising.
+        recipe: "fast", "paper", or a `Recipe`; its `max_steps` are those of one fit.
+        init: where fresh vectors start, as in `fast_fit`.
+        restarts: fresh starts after a warm one has come near and failed.
+        batch_size, progress: as in `fast_fit`.
+
+    Raises:
+        ValueError: an argument that cannot be met, named.
+    """
+    if not isinstance(lm, FrozenLM):
+        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    grid = tuple(lengths)
+    if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
+        raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
+    if not is_count(restarts) and restarts != 0:
+        raise ValueError(f"restarts: {restarts!r} is not an integer of at least 0")
+    if init is not None:
+        init.require_model(lm)
+    settings, layout = recipe_of(recipe), Arrangement.parse("e m*")
+    targets = targets_of(lm, texts)
+    room = [n for n in grid if lm.context is None or layout.input_length(n) <= lm.context]
+    require_length(grid[0], lm, layout)
+
+    count = len(targets)
+    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+    seconds, ended = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+    growing = [_Growth(t, ids) for t, ids in enumerate(targets)]
+    for growth in growing:
+        growth.reaches = sum(n <= len(growth.ids) for n in room)
+        ended[growth.text] = growth.reaches == 0
+    growing = [growth for growth in growing if growth.reaches]
+    with Progress(count, "capacity", progress) as bar:
+        while growing:
+            units = [growth.unit(room) for growth in growing]
+            fits = fit_units(
+                lm, units, layout, settings, batch_size, "auto", lambda event: None, init
+            )
+            for finished, (check,) in fits:
+                growth = next(g for g in growing if g.text == finished.unit.group)
+                t, n = growth.text, room[growth.stage]
+                steps[t] += finished.steps
+                seconds[t] += finished.seconds
+                if check.accuracy >= 0.99:
+                    at_099[t] = n
+                    exact[t] = n if check.exact else exact[t]
+                    (growth.start,) = vectors_by_row(finished)
+                    growth.stage, growth.failed = growth.stage + 1, 0
+                    ended[t] = growth.stage == growth.reaches
+                else:
+                    warm = growth.start is not None
+                    # The first failure was that of the warm start, which the first prefix has not.
+                    growth.failed += 1 + (not warm and growth.failed == 0)
+                    if warm and check.accuracy < _NEAR:
+                        growth.failed = restarts + 1
+                    growth.start = None
+            growing = [
+                g for g in growing if g.failed <= restarts and g.stage < g.reaches
+            ]  # fmt: skip
+            bar.update(count - len(growing), f"{len(growing)} texts still growing")
+    return Capacity(grid, exact, at_099, ended, steps, seconds)
+
+
+@dataclass
+class _Growth:
+    """One text on its way along the grid."""
+
+    text: int
+    ids: Tensor  # (N,)
+    stage: int = 0  # place in the grid of the prefix to fit next
+    reaches: int = 0  # places of the grid that the text is long enough for
+    failed: int = 0  # fits of this prefix that failed
+    start: Tensor | None = None  # (slots, d), vectors of the prefix before
+
+    def unit(self, grid: Sequence[int]) -> Unit:
+        row = Row(self.text, self.text, self.failed, self.ids[: grid[self.stage]], self.start)
+        return Unit(self.text, (row,), None)

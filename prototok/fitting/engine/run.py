@@ -1,0 +1,143 @@
+"""The loop: units from a queue through the slots to their results."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok.common.allocator import keep_freed_memory
+from prototok.fitting.engine.basis import prior_of
+from prototok.fitting.engine.buckets import Bucket, make_buckets
+from prototok.fitting.engine.inputs import Inputs
+from prototok.fitting.engine.rows import Unit
+from prototok.fitting.engine.runner import Poll, step_runner
+from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.recipe import Recipe
+from prototok.model.frozen_lm import FrozenLM
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit that ended: the vectors that scored, on the CPU, and what it took."""
+
+    unit: Unit
+    vectors: list[Tensor]  # e (n_e, K, d) and, where there is one, m (n_m, 1, d); fp32
+    correct: list[int]  # right tokens in the batch it was fitted in, row by row
+    steps: int
+    seconds: float  # a row's share of the time the batch took
+
+
+@dataclass(frozen=True)
+class FitEvent:
+    """What a callback of `fast_fit` sees after each look at the device.
+
+    rows    (R,) places in the results (text × seeds + seed) of the rows in flight
+    steps   (R,) updates made before this score
+    loss    (R,) nats, summed over the row's targets; correct (R,) and margin (R,) likewise by row
+    """
+
+    rows: Tensor
+    steps: Tensor
+    loss: Tensor
+    correct: Tensor
+    margin: Tensor
+
+
+def run(
+    lm: FrozenLM,
+    units: list[Unit],
+    inputs: Inputs,
+    recipe: Recipe,
+    batch_size: int | str,
+    backend: str,
+    confirm: Callable[[Finished], bool],
+    observe: Callable[[FitEvent], None],
+) -> Iterator[Finished]:
+    """Fit all units and yield each as it ends, bucket by bucket, the longest first.
+
+    A unit that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
+    on with a higher margin to clear, until its updates are spent.
+    """
+    if lm.device.type == "cpu":
+        keep_freed_memory()
+    inputs = inputs.starting(prior_of(lm, recipe, inputs.prior, backend))
+    most = None if batch_size == "auto" else int(batch_size)
+    for bucket in make_buckets(lm, units, inputs, recipe, backend, most):
+        yield from _run_bucket(lm, bucket, inputs, recipe, backend, confirm, observe)
+
+
+def _run_bucket(
+    lm: FrozenLM,
+    bucket: Bucket,
+    inputs: Inputs,
+    recipe: Recipe,
+    backend: str,
+    confirm: Callable[[Finished], bool],
+    observe: Callable[[FitEvent], None],
+) -> Iterator[Finished]:
+    queue = deque(bucket.units)
+    # A unit of more rows than a forward takes stands alone, and its rows take turns.
+    rows = max(bucket.rows, *(len(unit.rows) for unit in queue), 0)
+    capacity = Capacity(rows, min(rows, len(queue)), bucket.length)
+    slots = Slots(lm, inputs, recipe, backend, capacity, queue[0].share)
+    runner = step_runner(lm, slots, bucket.rows)
+    seconds: dict[int, float] = {}
+    clock = time.perf_counter()
+    try:
+        while queue or slots.units:
+            entering, rows = [], slots.rows
+            while queue and (
+                rows == 0 or rows + len(queue[0].rows) <= runner.rows_per_forward
+            ):  # fmt: skip
+                entering.append(queue.popleft())
+                rows += len(entering[-1].rows)
+            if entering:
+                with runner.changing():
+                    slots.admit(entering)
+            runner.advance(runner.burst)
+            poll = runner.poll()
+            clock, before = time.perf_counter(), clock
+            for unit in slots.units:
+                seconds[unit.group] = seconds.get(unit.group, 0.0) + (clock - before) / slots.rows
+            if poll is None:
+                continue
+            observe(_event(poll))
+            place = {unit.group: u for u, unit in enumerate(slots.units)}
+            leaving = []
+            for p in (poll.done | poll.spent).nonzero()[:, 0].tolist():
+                u = place.get(poll.units[p].group)
+                if u is None:  # left after the poll before
+                    continue
+                finished = _finished(poll, p, runner.best_of(u), seconds)
+                if confirm(finished) or poll.spent[p]:
+                    leaving.append(u)
+                    yield finished
+                else:
+                    runner.reopen(u, max(0.05, 2 * float(poll.best_margin[p])))
+            if leaving:
+                with runner.changing():
+                    slots.release(leaving)
+    finally:
+        runner.finish()
+
+
+def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, float]) -> Finished:
+    unit = poll.units[p]
+    start = sum(len(other.rows) for other in poll.units[:p])
+    return Finished(
+        unit=unit,
+        vectors=vectors,
+        correct=poll.row_correct[start : start + len(unit.rows)].tolist(),
+        steps=int(poll.step[p]),
+        seconds=seconds[unit.group],
+    )
+
+
+def _event(poll: Poll) -> FitEvent:
+    rows = torch.tensor([row.index for unit in poll.units for row in unit.rows])
+    return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin)

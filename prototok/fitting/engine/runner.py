@@ -1,0 +1,255 @@
+"""Steps in a row, and what they led to: directly on the CPU, by CUDA graphs on a GPU.
+
+Both run the same `step`. On CUDA the host stays ahead of the device: it queues a burst of steps and
+looks meanwhile at the flags of the burst before. Letters: R rows, U units.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok.common.ranges import named_range
+from prototok.fitting.engine.rows import Unit
+from prototok.fitting.engine.slots import Slots, Window
+from prototok.fitting.engine.step import step
+from prototok.model.frozen_lm import FrozenLM
+
+# Steps a window runs before it is captured: kernels are compiled and libraries set up by then.
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Poll:
+    """The flags of the units and the scores of the rows as they were after some step, on the host.
+
+    units       those in flight, in the order of what follows
+    done        (U,) bool, reached the goal; spent (U,) bool, out of updates
+    step        (U,) updates made; best_margin (U,) of the vectors kept
+    row_correct (R,) right tokens of the vectors kept
+    scored_at   (R,) updates made before the last score: loss, correct and margin, all (R,)
+    """
+
+    units: list[Unit]
+    done: Tensor
+    spent: Tensor
+    step: Tensor
+    best_margin: Tensor
+    row_correct: Tensor
+    scored_at: Tensor
+    loss: Tensor
+    correct: Tensor
+    margin: Tensor
+    written: torch.cuda.Event | None = None  # from when on all this is on the host
+
+
+class StepRunner:
+    """Runs steps as they come: what the CPU does, and what CUDA falls back to.
+
+    `rows_per_forward` halves whenever a step runs out of memory, and the step is run again.
+    """
+
+    burst = 1  # steps between two looks at the flags; on the CPU a look costs nothing
+    lags = False  # whether a poll gives the look before the last, so that nothing waits for it
+
+    def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
+        self.lm, self.slots, self.rows_per_forward = lm, slots, rows_per_forward
+        self.last: Poll | None = None
+        self.reopened: set[int] = set()  # groups of which `last` says what is no longer so
+
+    def advance(self, steps: int) -> None:
+        """Make this many steps, or queue them."""
+        for _ in range(steps):
+            self._step()
+
+    def poll(self) -> Poll | None:
+        """What the steps so far led to; where polls lag those before the last burst, if any."""
+        with named_range("poll", self.lm.device):
+            look = self._look()
+        if not self.lags:
+            return look
+        poll, reopened = self.last, self.reopened
+        self.last, self.reopened = look, set()
+        if poll is None:
+            return None
+        if poll.written is not None:
+            poll.written.synchronize()
+        for u, unit in enumerate(poll.units):
+            if unit.group in reopened:
+                poll.done[u] = False
+        return poll
+
+    def best_of(self, unit: int) -> list[Tensor]:
+        """The best vectors of a unit that is done or spent, fp32, on the CPU."""
+        return [vectors.cpu().clone() for vectors in self.slots.best_of(unit)]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around every change of the slots from outside."""
+        yield
+
+    def reopen(self, unit: int, margin: float) -> None:
+        """Let a unit that was done go on, now with `margin` to clear."""
+        with self.changing():
+            self.slots.reopen(unit, margin)
+        if self.last is not None:
+            self.reopened.add(self.slots.units[unit].group)
+
+    def finish(self) -> None:
+        """To be called before the slots are let go."""
+
+    def _step(self) -> None:
+        while True:
+            try:
+                step(self.lm, self.slots, self.rows_per_forward)
+                return
+            except torch.OutOfMemoryError:
+                if not self._can_halve():
+                    raise
+            self._halve()  # here, where the error no longer holds what the step had allocated
+
+    def _can_halve(self) -> bool:
+        return min(self.rows_per_forward, self.slots.window.rows) > 1
+
+    def _halve(self) -> None:
+        self.rows_per_forward = min(self.rows_per_forward, self.slots.window.rows) // 2
+        if self.lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _look(self) -> Poll:
+        slots = self.slots
+        units, rows = len(slots.units), slots.rows
+
+        def copied(tensor: Tensor, count: int) -> Tensor:
+            # To pinned memory, so that the copy from CUDA waits for nothing.
+            part = tensor[:count]
+            return part.to("cpu", non_blocking=True) if part.is_cuda else part.clone()
+
+        return Poll(
+            units=list(slots.units),
+            done=copied(slots.done, units),
+            spent=copied(slots.spent(), units),
+            step=copied(slots.step, units),
+            best_margin=copied(slots.best_margin, units),
+            row_correct=copied(slots.row_correct, rows),
+            scored_at=copied(slots.scored_at, rows),
+            loss=copied(slots.loss, rows),
+            correct=copied(slots.correct, rows),
+            margin=copied(slots.margin, rows),
+            written=torch.cuda.current_stream().record_event() if slots.loss.is_cuda else None,
+        )
+
+
+class CapturedStep(StepRunner):
+    """Replays one CUDA graph for each window, captured after two steps that ran without.
+
+    All of it happens on a stream of its own, where capturing is allowed and where a poll can lag
+    one burst behind: `poll` gives the flags of the burst before the last, so that the device has
+    work while the host looks. A unit that is done or spent no longer changes, so its vectors can be
+    read meanwhile; `changing` waits for such reads.
+    """
+
+    burst = 10
+    lags = True
+
+    def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
+        super().__init__(lm, slots, rows_per_forward)
+        # Tables that grow with the input are let go when they do; the graphs go on reading these.
+        self.tables = getattr(lm.body, "rotary", lambda n: None)(
+            slots.inputs.input_length(slots.capacity.length)
+        )
+        self.stream = torch.cuda.Stream(lm.device)
+        self.stream.wait_stream(torch.cuda.current_stream(lm.device))
+        self.changed = self.stream.record_event()  # the last change of the slots from outside
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[tuple[Window, int], torch.cuda.CUDAGraph] = {}
+        self.ran: Counter[tuple[Window, int]] = Counter()  # without a graph
+        self.capturing = True
+
+    def advance(self, steps: int) -> None:
+        with torch.cuda.stream(self.stream):
+            super().advance(steps)
+
+    def best_of(self, unit: int) -> list[Tensor]:
+        torch.cuda.current_stream(self.lm.device).wait_event(self.changed)
+        return super().best_of(unit)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        self.stream.wait_stream(torch.cuda.current_stream(self.lm.device))
+        with torch.cuda.stream(self.stream):
+            yield
+        self.changed = self.stream.record_event()
+
+    def finish(self) -> None:
+        self.stream.synchronize()
+
+    def _look(self) -> Poll:
+        with torch.cuda.stream(self.stream):
+            return super()._look()
+
+    def _step(self) -> None:
+        key = self.slots.window, self.rows_per_forward
+        if key not in self.graphs and self.capturing and self.ran[key] >= _WARM_UP:
+            self._capture(key)
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self.ran[key] += 1
+            super()._step()
+
+    def _capture(self, key: tuple[Window, int]) -> None:
+        """Record the step that comes next, of which nothing runs yet.
+
+        Where there is no room for a graph, half the rows at a time are tried next. A model that
+        cannot be captured at all goes on without, which is slower and nothing else.
+        """
+        torch.cuda.empty_cache()  # what the steps without a graph used is the graph's now
+        graph, failure = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                step(self.lm, self.slots, self.rows_per_forward)
+        except RuntimeError as error:
+            failure = str(error).strip().split("\n")[0]
+            no_room = _is_out_of_memory(error)
+        if failure is None:
+            self.graphs[key] = graph
+            return
+        del graph
+        torch.cuda.synchronize(self.lm.device)
+        if no_room and self._can_halve():
+            self._halve()
+        else:
+            self.capturing = False
+            warnings.warn(f"the step runs without a CUDA graph, slower ({failure})", stacklevel=2)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one it came with, is for want of memory."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _runner(device: torch.device) -> type[StepRunner]:
+    return CapturedStep if device.type == "cuda" else StepRunner
+
+
+def step_runner(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepRunner:
+    """What runs steps fastest where the model is."""
+    return _runner(lm.device)(lm, slots, rows_per_forward)
+
+
+def burst_of(device: torch.device) -> int:
+    """Steps between two looks at the flags there."""
+    return _runner(device).burst

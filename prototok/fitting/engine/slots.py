@@ -1,0 +1,254 @@
+"""The rows in flight: vectors, optimiser state, targets, best vectors so far, in static buffers.
+
+Units enter and leave while others go on (continuous batching), yet no buffer ever moves: rows in
+flight stand at the front, a unit that leaves is closed up from behind, one that enters is written
+after the last. So a step captured as a CUDA graph reads and writes the right memory for as long as
+its `Window` stays the same. Letters: R rows, U units, n vectors of one kind, K leading vectors, d
+hidden size, N targets (of the longest row), L input positions; buffers have room for more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok.fitting.engine.inputs import Inputs
+from prototok.fitting.engine.rows import Unit, initial_vectors
+from prototok.fitting.recipe import Recipe
+from prototok.model.frozen_lm import FrozenLM
+from prototok_kernels.adamw_rows import AdamWState
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much fits into the buffers."""
+
+    rows: int
+    units: int
+    length: int  # targets of a row
+
+
+@dataclass(frozen=True)
+class Window:
+    """The front of the buffers that a step computes; the free places inside it change nothing."""
+
+    rows: int
+    units: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Bank:
+    """All vectors of one kind, e or m, with what AdamW knows of them.
+
+    There is one to each unit where the kind is shared, else one to each row, in their order.
+    """
+
+    shared: bool
+    values: Tensor  # (n, k, d) fp32; k = K for e, 1 for m
+    best: Tensor  # (n, k, d) the vectors that scored best
+    grad: Tensor  # (n, k, d) of the last step
+    adam: AdamWState  # over (n, k · d), in the coordinates of the basis
+    basis: Tensor | None  # (d, d), orthonormal columns
+
+    def buffers(self) -> list[Tensor]:
+        """Everything that stays with a vector as it moves."""
+        return [self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step]
+
+
+class Slots:
+    """The rows in flight; `admit` and `release` are the only ways in and out.
+
+    Their writes, like those of a step, are queued on the device's current stream.
+    """
+
+    def __init__(
+        self, lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, capacity: Capacity,
+        share: str | None = None,
+    ) -> None:  # fmt: skip
+        self.inputs, self.recipe, self.backend, self.capacity = inputs, recipe, backend, capacity
+        self.device, self.width = lm.device, lm.hidden_size
+        self.units: list[Unit] = []
+        rows, units, length = capacity.rows, capacity.units, capacity.length
+
+        def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=lm.device)
+
+        def bank(name: str, vectors: int) -> Bank:
+            shape = units if share == name else rows, vectors, self.width
+            values, best, grad = (full(*shape, dtype=torch.float32) for _ in range(3))
+            basis = None
+            if inputs.prior is not None and inputs.prior.basis is not None:
+                basis = inputs.prior.basis["em".index(name)].to(lm.device)
+            adam = AdamWState.zeros(values.flatten(1))
+            return Bank(share == name, values, best, grad, adam, basis)
+
+        self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
+        # by unit
+        self.step = full(units)  # updates made
+        self.best_correct = full(units, value=-1)
+        self.improved_at = full(units)  # step of the best correct
+        self.best_margin = full(units, value=float("-inf"), dtype=torch.float32)
+        self.margin_bound = full(units, dtype=torch.float32)
+        self.done = full(units, value=True, dtype=torch.bool)  # free places are
+        # by row
+        self.unit_of_row = full(rows)
+        self.targets = full(rows, length)  # padded with 0
+        self.scored = full(rows, length, dtype=torch.bool)
+        self.wanted = full(rows)  # right targets asked for
+        example = inputs.lay_out(self.targets[:1], [length], lm.dtype)
+        self.layout = full(rows, *example.shape[1:], dtype=lm.dtype)
+        # by row, what the vectors that went into the last step scored, and when that was
+        self.scored_at = full(rows)  # updates made before
+        self.loss = full(rows, dtype=torch.float32)  # nats, summed over the row's targets
+        self.correct = full(rows)
+        self.margin = full(rows, dtype=torch.float32)  # smallest over the row's targets
+        self.row_correct = full(rows)  # of the best vectors
+
+    @property
+    def rows(self) -> int:
+        """Rows in flight."""
+        return sum(len(unit.rows) for unit in self.units)
+
+    @property
+    def window(self) -> Window:
+        """What the next step computes.
+
+        On the CPU just what is in flight. On CUDA, where each window is a graph to capture, all
+        that the buffers hold, halved as often as what is in flight still fits.
+        """
+        if self.device.type == "cpu":
+            longest = max((unit.length for unit in self.units), default=0)
+            return Window(self.rows, len(self.units), longest)
+        return Window(
+            _halved(self.capacity.rows, self.rows),
+            _halved(self.capacity.units, len(self.units)),
+            self.capacity.length,
+        )
+
+    def layout_of(self, part: slice, length: int) -> Tensor:
+        """The layout of some rows for inputs of `length` targets."""
+        beyond = self.capacity.length - length
+        return self.layout[part, : self.layout.shape[1] - beyond]
+
+    def admit(self, units: list[Unit]) -> None:
+        """Put units in behind the others, with fresh vectors and optimiser state."""
+        drawn = [self._initial(unit) for unit in units]
+        rows = [row.targets for unit in units for row in unit.rows]
+        old_rows, old_units = self.rows, len(self.units)
+        owners = [old_units + u for u, unit in enumerate(units) for _ in unit.rows]
+        self.units = self.units + units
+        here, there = slice(old_rows, self.rows), slice(old_units, len(self.units))
+        for b, bank in enumerate(self.banks):
+            place = there if bank.shared else here
+            values = self._sent(torch.cat([vectors[b] for vectors in drawn]))
+            bank.values[place] = bank.best[place] = values.view_as(bank.values[place])
+            for zeroed in bank.buffers()[2:]:
+                zeroed[place] = 0
+        self._reset_units(there, done=False)
+        self.unit_of_row[here] = self._sent(torch.tensor(owners))
+        lengths = [len(ids) for ids in rows]
+        targets = torch.zeros(len(rows), self.capacity.length, dtype=torch.int64)
+        for r, ids in enumerate(rows):
+            targets[r, : len(ids)] = ids
+        position = torch.arange(self.capacity.length)
+        end = torch.tensor(lengths)[:, None]
+        scored = (position >= self.inputs.given) & (position < end)
+        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1) - 1e-9).long()
+        self.targets[here] = self._sent(targets)
+        self.scored[here] = self._sent(scored)
+        self.wanted[here] = self._sent(wanted)
+        self.layout[here] = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
+        self.row_correct[here] = 0
+
+    def _initial(self, unit: Unit) -> tuple[Tensor, Tensor]:
+        """e (n_e, K, d) and m (n_m, d) of a unit, fp32, on the CPU."""
+        prior, start = self.inputs.prior, unit.rows[0].start
+        if start is not None:
+            return start[None, : self.inputs.leading], start[-1:]
+        if prior is None:
+            return initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
+        e, m = initial_vectors(unit, self.inputs.leading, self.width, 1.0)
+        return prior.mean[0] + prior.std[0] * e, prior.mean[1] + prior.std[1] * m
+
+    def release(self, leaving: list[int]) -> None:
+        """Take units out, by their position; those behind them move up, in their order."""
+        gone = set(leaving)
+        kept_units = [u for u in range(len(self.units)) if u not in gone]
+        owners = [u for u, unit in enumerate(self.units) for _ in unit.rows]
+        kept_rows = [r for r, u in enumerate(owners) if u not in gone]
+        self.units = [self.units[u] for u in kept_units]
+        by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
+        by_unit = [
+            self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
+            self.done,
+        ]  # fmt: skip
+        for bank in self.banks:
+            (by_unit if bank.shared else by_row).extend(bank.buffers())
+        rows, units = len(owners), slice(len(kept_units), len(kept_units) + len(gone))
+        for buffers, kept in ((by_row, kept_rows), (by_unit, kept_units)):
+            index = self._sent(torch.tensor(kept, dtype=torch.int64))
+            for buffer in buffers:
+                buffer[: len(kept)] = buffer.index_select(0, index)
+        # A free place has nothing to score and vectors of zero, so that it adds zeros to whatever
+        # it is summed with.
+        for buffer in by_row:
+            buffer[len(kept_rows) : rows] = 0
+        for bank in self.banks:
+            if bank.shared:
+                bank.values[units] = 0
+        self._reset_units(units, done=True)
+        place = {u: i for i, u in enumerate(kept_units)}
+        moved = [place[owners[r]] for r in kept_rows]
+        self.unit_of_row[: len(moved)] = self._sent(torch.tensor(moved, dtype=torch.int64))
+        self.unit_of_row[len(moved) : rows] = 0
+
+    def reopen(self, unit: int, margin: float) -> None:
+        """Let a unit that was done go on, now with `margin` to clear.
+
+        Where less than all tokens are asked for no margin counts: then it is one more right token
+        than it had, or the same vectors would be done again before they are updated.
+        """
+        self.done[unit] = False
+        self.margin_bound[unit] = margin
+        if self.recipe.accuracy < 1.0:
+            mine = self.unit_of_row == unit
+            self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
+
+    def spent(self) -> Tensor:
+        """(capacity,) bool: units that have made all the updates their recipe grants them."""
+        over = self.step >= self.recipe.max_steps
+        if self.recipe.patience is not None:
+            over |= self.step - self.improved_at >= self.recipe.patience
+        return over
+
+    def best_of(self, unit: int) -> list[Tensor]:
+        """e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a unit at their best."""
+        start = sum(len(other.rows) for other in self.units[:unit])
+        rows = slice(start, start + len(self.units[unit].rows))
+        return [
+            bank.best[unit : unit + 1] if bank.shared else bank.best[rows] for bank in self.banks
+        ]
+
+    def _reset_units(self, units: slice, done: bool) -> None:
+        self.step[units] = 0
+        self.best_correct[units] = -1
+        self.improved_at[units] = 0
+        self.best_margin[units] = float("-inf")
+        self.margin_bound[units] = self.recipe.margin
+        self.done[units] = done
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for what the device is doing."""
+        if self.device.type != "cuda" or not len(tensor):
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _halved(whole: int, needed: int) -> int:
+    """`whole`, halved as often as it stays at least `needed`."""
+    while whole > 1 and (whole + 1) // 2 >= needed:
+        whole = (whole + 1) // 2
+    return whole

@@ -1,0 +1,106 @@
+"""`learn_shared`: what many fits on one model have in common, learned once and used as a start.
+
+Letters: T texts, N targets, d hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from torch import Tensor
+
+import prototok
+from prototok.common.arguments import is_count
+from prototok.fitting.engine.basis import eigenbasis
+from prototok.fitting.fast_fit import fast_fit
+from prototok.fitting.prior import Prior
+from prototok.fitting.recipe import Recipe
+from prototok.model.frozen_lm import FrozenLM
+from prototok.texts.targets import Texts, targets_of
+
+# Where one m cannot carry the texts it says little about what carries one of them.
+_LENGTHS, _ENOUGH = (16, 8, 4), 0.9
+_SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
+
+
+def learn_shared(
+    lm: FrozenLM,
+    texts: Texts | None = None,
+    *,
+    length: int | None = None,
+    steps: int = 300,
+    backend: str = "auto",
+    batch_size: int | str = "auto",
+    progress: bool | None = None,
+) -> Prior:
+    """Fit many texts with one m, and keep that m, where their e lie, and the model's eigenbasis.
+
+    `fast_fit(lm, texts, init=prior)` then starts every e near that mean and every m at that m. Both
+    go on being fitted; neither is frozen.
+
+    Args:
+        lm: the frozen model, from `prototok.load`.
+        texts: what to learn from; None samples 32 texts from the model itself.
+        length: cut every text to this many tokens; None: to 16, or to 8 or 4 where the joint fit of
+            longer ones gets fewer than 0.9 of their tokens right.
+        steps: most updates of the joint fit.
+        backend, batch_size, progress: as in `fast_fit`.
+
+    Raises:
+        ValueError: an argument that cannot be met, named; fewer than two texts among them.
+    """
+    if length is not None and not is_count(length):
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    lengths = _LENGTHS if length is None else (length,)
+    if texts is None:
+        texts = sample(lm, 32, lengths[0])
+    targets = targets_of(lm, texts, lengths[0])
+    if len(targets) < 2:
+        raise ValueError("texts: one text has nothing in common with others; pass two or more")
+    recipe = Recipe(
+        name="joint", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
+        init_std=0.3, temperature=0.5, max_steps=steps,
+    )  # fmt: skip
+    for length in lengths:
+        targets = [ids[:length] for ids in targets]
+        fit = fast_fit(
+            lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+        if float(fit.accuracy.mean()) >= _ENOUGH:
+            break
+    assert fit.tokens.m is not None
+    e, m = fit.tokens.e[:, 0], fit.tokens.m[0]  # (T, d), (d,)
+    return Prior(
+        mean=torch.stack([e.mean(0), m]),
+        std=torch.stack([_SPREAD * e.std(0), torch.zeros_like(m)]),
+        basis=eigenbasis(lm, backend).cpu(),
+        model=lm.identity,
+        provenance={
+            "recipe": json.dumps(dataclasses.asdict(recipe)),
+            "texts": str(len(targets)),
+            "length": str(length),
+            "accuracy": f"{float(fit.accuracy.mean()):.3f}",
+            "prototok": prototok.__version__,
+            "torch": torch.__version__,
+        },
+    )
+
+
+@torch.no_grad()
+def sample(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:
+    """(count, length) token ids drawn from the model at temperature 1, behind its BOS.
+
+    A model without a BOS starts from one id of its vocabulary a text, drawn evenly, which is not
+    part of the text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(lm.vocab_size, (count, 1), generator=generator)
+    ids = first if lm.bos_id is None else torch.full_like(first, lm.bos_id)
+    for _ in range(length):
+        logits = lm.logits(lm.embed(ids))[:, -1].float().cpu()
+        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        ids = torch.cat([ids, drawn], dim=1)
+    return ids[:, 1:]

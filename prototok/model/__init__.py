@@ -1,0 +1,1 @@
+"""Frozen language models: loading, identity, and each family's forward."""

@@ -1,0 +1,72 @@
+"""A frozen decoder: its blocks, the norm behind them and the head's weight.
+
+Letters: B rows, G groups of rows that share m, N positions, d hidden size, V vocabulary, r rotated
+part of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from prototok.model.families.rotary import RotaryTables
+from prototok_kernels.decoder_blocks import DecoderBlocks
+from prototok_kernels.layers import DecoderLayer
+from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
+from prototok_kernels.pair.second_layer import second_layer_collapses, second_layer_products
+
+
+@dataclass(frozen=True)
+class DecoderBody:
+    """What the Llama and GPT-NeoX families make of a model."""
+
+    family: str
+    layers: list[DecoderLayer]
+    norm: Tensor  # (d,)
+    norm_bias: Tensor | None  # (d,)
+    head: Tensor | None  # (V, d)
+    rotary: RotaryTables
+
+    def flash(self) -> DecoderBody:
+        """The same body, attending by the flash-attn package."""
+        return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
+
+    def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
+        """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
+        rotary = self.rotary(inputs_embeds.shape[1])
+        return self._blocks(inputs_embeds, *rotary, backend=backend)
+
+    def hidden_of_pair(
+        self,
+        e: Tensor,  # (B, d)
+        m: Tensor,  # (B, d), or (G, d) with `group`
+        group: Tensor | None,  # (B,) the row of m each row reads; None = its own
+        length: int,  # N
+        backend: str = "auto",
+    ) -> Tensor:  # (B, N, d)
+        """`hidden` of the input [e, m, …, m] (N positions), its first block in closed form.
+
+        And, where that pays, the first products of the second block. Only where
+        `collapses(length)`. e and m may be of any floating dtype.
+        """
+        rotary = self.rotary(length)
+        pair = (e, m, group, length, self.layers[0], *rotary, backend)
+        if not second_layer_collapses(self.layers, length):
+            return self._blocks(first_layer(*pair), *rotary, start=1, backend=backend)
+        x, coef, span = first_layer_spanned(*pair)
+        products = second_layer_products(x, coef, span, self.layers[1])
+        return self._blocks(x, *rotary, start=1, backend=backend, products=products)
+
+    def collapses(self, length: int) -> bool:
+        """Whether the first block of [e, m, …, m] (N positions) has its closed form.
+
+        With a shorter sliding window positions beyond it do not see e, and the form is another.
+        """
+        window = self.layers[0].window
+        return window is None or window >= length
+
+    @cached_property
+    def _blocks(self) -> DecoderBlocks:
+        return DecoderBlocks(self.layers, self.norm, self.norm_bias)

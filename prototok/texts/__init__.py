@@ -1,0 +1,1 @@
+"""Target texts: token ids, files and data sets."""

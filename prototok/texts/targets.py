@@ -1,0 +1,67 @@
+"""Texts to target ids, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prototok.common.arguments import is_count
+from prototok.model.frozen_lm import FrozenLM
+
+Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
+
+
+def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Tensor]:
+    """Target ids of each text, (N,) int64 on the CPU, cut to `length` where it is given.
+
+    Args:
+        texts: strings, ragged lists of token ids, or a LongTensor (texts, N). A tokenizer's BOS is
+            dropped.
+        length: N for every text; a shorter text is refused, not padded.
+
+    Raises:
+        ValueError: nothing to fit, ids outside the vocabulary, or a text too short or too long.
+    """
+    if length is not None and not is_count(length):
+        raise ValueError(f"length: {length!r} is not a positive integer")
+    if isinstance(texts, str):
+        raise ValueError("texts: one string was passed; pass a list of strings")
+    if not isinstance(texts, Sequence | Tensor):
+        raise ValueError(f"texts: {type(texts).__name__} is not a list or a tensor")
+    if len(texts) == 0:
+        raise ValueError("texts: the list is empty")
+    return [_target(lm, i, text, length) for i, text in enumerate(texts)]
+
+
+def _target(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
+    if isinstance(text, str):
+        if not text:
+            raise ValueError(f"texts: text {i} is empty")
+        ids = torch.tensor(lm.encode(text), dtype=torch.int64)
+    else:
+        try:
+            raw = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"texts: text {i} is {type(text).__name__}, not token ids") from None
+        whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)
+        if raw.ndim != 1 or not (whole or raw.numel() == 0):
+            raise ValueError(
+                f"texts: text {i} is {raw.dtype} of shape {tuple(raw.shape)}, "
+                "not a row of token ids"
+            )
+        ids = raw.to("cpu", torch.int64)
+    if len(ids) == 0:
+        raise ValueError(f"texts: text {i} has no tokens")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= lm.vocab_size:
+        raise ValueError(
+            f"texts: text {i} holds token id {low if low < 0 else high}, "
+            f"outside the vocabulary of {lm.vocab_size}"
+        )
+    if length is not None:
+        if len(ids) < length:
+            raise ValueError(f"texts: text {i} has {len(ids)} tokens, fewer than length = {length}")
+        ids = ids[:length]
+    return ids.clone()

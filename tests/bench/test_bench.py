@@ -1,0 +1,191 @@
+"""The bench on a small scale: its record, its table, its figure, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from prototok import Recipe
+from prototok.bench import measure as bench
+from prototok.bench import timing
+from prototok.bench.baselines import Engine, Generate
+from prototok.bench.vllm import vllm_seconds
+from prototok.model.frozen_lm import FrozenLM
+from prototok.report.svg import Bar, log_bars
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    recipe = Recipe(name="short", lr=0.1, betas=(0.9, 0.99), max_steps=200)
+    settings = bench.BenchSettings(
+        models=("tiny-llama",), lengths=(3,), texts=2, recipe=recipe, device="cpu"
+    )
+    return bench.run_bench(settings)
+
+
+def test_record_and_table(record: dict, tmp_path: Path) -> None:
+    bench.write(record, tmp_path / "out" / "bench.json")
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["cases"][0]["length"] == 3
+    ElementTree.parse(tmp_path / "out" / "bench.svg")
+    (case,) = record["cases"]
+    assert case["exact"] == 2 and case["mean_accuracy"] == 1.0
+    rates = {(t["method"], t["dtype"], t["batch"]): t["tokens_per_second"] for t in case["timings"]}
+    one = rates["one forward", case["dtype"], 1]
+    others = [
+        r for (method, _, batch), r in rates.items() if batch == 1 and method != "one forward"
+    ]
+    assert case["ratio_batch_1"] == pytest.approx(one / max(others))
+    assert case["ratio_dynamic_batch_1"] >= case["ratio_batch_1"]
+    assert {b for _, _, b in rates} == {1, 16, 64}
+    for t in case["timings"]:
+        assert t["tokens_per_second"] == pytest.approx(t["batch"] * 3 / t["seconds"])
+        assert t["quartiles"][0] <= t["seconds"] <= t["quartiles"][1]
+        own = t["method"] in ("engine static-KV", "one forward")
+        assert (t["share"] is not None and t["share"] > 0) == own
+    assert ("engine static-KV", "float32", 1) in rates
+    lines = bench.table(record).splitlines()
+    assert lines[1].split()[:3] == ["model", "N", "exact"]
+    assert lines[2].split()[:3] == ["tiny-llama", "3", "2/2"]
+    assert f"{max(others):,.0f}" in lines[2]
+    assert 1 < case["ceiling"] <= 3
+
+
+def test_each_mode_at_its_own_longest(record: dict) -> None:
+    (longest,) = record["longest"]
+    assert longest["one_forward"] == (3, 3) and longest["one_forward_length"] == 3
+    assert longest["grids"] == ((3,), (3,))
+    assert set(longest["autoregressive"]) <= {0, 3}
+    assert longest["autoregressive_fit_seconds_per_text"] > 0
+    reached = longest["autoregressive_length"]
+    assert (longest["ratio_batch_1"] is None) == (reached == 0)
+    line = next(s for s in bench.table(record).splitlines() if "held-out novels" in s)
+    assert line.split()[:5] == ["tiny-llama", "held-out", "novels", "3", "(≥"]
+    assert bench._by_text({2: [True, False, True], 4: [True, True, False]}, 3) == (4, 0, 2)
+
+
+def test_every_way_is_listed_strongest_first(record: dict) -> None:
+    (case,) = record["cases"]
+    line = bench._every_way(case)
+    rates = [float(r.replace(",", "")) for r in re.findall(r"(?:bf16|fp32) ([\d,]+)", line)]
+    ways = {t["method"] for t in case["timings"] if t["batch"] == 1}
+    assert len(ways) == 4 and rates == sorted(rates, reverse=True) and len(rates) in (3, 6)
+
+
+def test_a_wrong_baseline_is_not_timed(tiny_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing.require_equal_tokens(tiny_lm, 4)
+    monkeypatch.setattr(Engine, "__call__", lambda self, length, batch: torch.zeros(1, length))
+    with pytest.raises(RuntimeError, match="engine static-KV generates other tokens"):
+        timing.require_equal_tokens(tiny_lm, 4)
+
+
+def test_ceiling_and_roofline(tiny_lm: FrozenLM) -> None:
+    peak = timing.Peak(989e12, 4.8e12)  # an H200, bf16
+    assert round(timing.ceiling(1024, torch.bfloat16, peak)) == 206
+    assert timing.ceiling(128, torch.bfloat16, peak) == 128
+    assert round(timing.ceiling(1024, torch.float32, peak)) == 412
+    weights = 6 * ((192 + 2 * 64) * 192 + 192 * 192 + 3 * 192 * 512) + 4096 * 192
+    bytes_bound, flops_bound = timing.Peak(1e30, 1.0), timing.Peak(1.0, 1e30)
+    size = tiny_lm.dtype.itemsize
+    assert timing.roofline_seconds(tiny_lm, 2, 5, bytes_bound) == weights * size
+    assert timing.roofline_seconds(tiny_lm, 2, 5, flops_bound) == 2 * weights * 10
+
+
+def test_baseline_generates_what_it_is_asked_for(tiny_lm: FrozenLM) -> None:
+    generate = Generate(tiny_lm, torch.float32)
+    dynamic, static = (generate(5, 2, cache) for cache in ("dynamic", "static"))
+    assert dynamic.shape == static.shape == (2, 5)
+    assert torch.equal(dynamic, static)
+    assert torch.equal(Engine(tiny_lm, torch.float32)(5, 2), dynamic)
+
+
+def test_random_weights_are_measured_for_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prototok.model import shapes
+
+    small = shapes._pythia(64, 1, 2)
+    monkeypatch.setitem(shapes.SHAPES, "pythia-160m", lambda: small)
+    settings = bench.BenchSettings(shape="pythia-160m", lengths=(4,), texts=2, device="cpu")
+    (case,) = bench.run_bench(settings)["cases"]
+    assert case["model"] == "pythia-160m (random weights)"
+    assert case["exact"] is None and case["fit_seconds_per_text"] is None
+    assert case["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"),
+    [
+        ("pythia-160m", 162), ("pythia-410m", 405), ("pythia-1.4b", 1415),
+        ("llama-3.2-1b", 1236), ("llama-3.2-3b", 3213), ("llama-3.1-8b", 8030),
+    ],
+)  # fmt: skip
+def test_shapes_have_the_published_sizes(shape: str, millions: int) -> None:
+    from prototok.model.shapes import random_model
+
+    model = random_model(shape, torch.device("meta"), torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    assert round(count / 1e6) == millions
+
+
+def test_figure_is_well_formed_and_escaped() -> None:
+    svg = log_bars("a < b", "x & y", [Bar("g", "<l>", 0.5, "n"), Bar("g", "m", 2000.0, "2,000")])
+    root = ElementTree.fromstring(svg)
+    texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a < b" in texts and "<l>" in texts and "1,000" in texts
+    widths = [float(r.get("width")) for r in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert widths[0] < widths[1]
+
+
+FAKE_VLLM = """
+__version__ = "0.0.fake"
+class SamplingParams:
+    def __init__(self, **settings): self.n = settings["max_tokens"]
+class LLM:
+    def __init__(self, model, **settings):
+        import os
+        assert os.path.exists(model + "/config.json") and settings["load_format"] == LOAD
+    def generate(self, prompts, settings, use_tqdm):
+        ids = [prompts[0]["prompt_token_ids"][0]] * (settings.n - SHORT)
+        one = type("O", (), {"token_ids": ids})
+        return [type("R", (), {"outputs": [one]}) for _ in prompts]
+"""
+
+
+def fake_python(folder: Path, vllm: str | None) -> Path:
+    """An interpreter that has this vllm, or none."""
+    (folder / "packages").mkdir()
+    if vllm is not None:
+        (folder / "packages" / "vllm.py").write_text(vllm)
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{folder}/packages" exec "{sys.executable}" -S "$@"\n'
+    )
+    python.chmod(0o755)
+    return python
+
+
+def test_vllm_is_timed_through_its_own_interpreter(tiny_lm: FrozenLM, tmp_path: Path) -> None:
+    fake = FAKE_VLLM.replace("LOAD", "'auto'").replace("SHORT", "0")
+    seconds = vllm_seconds(tiny_lm, 5, (1, 3), fake_python(tmp_path, fake))
+    assert list(seconds) == [1, 3] and all(len(s) == 4 and min(s) > 0 for s in seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [
+        (None, "failed, vllm cannot be imported"),
+        (FAKE_VLLM.replace("LOAD", "'auto'").replace("SHORT", "2"), r"generated \[3\] tokens"),
+        (FAKE_VLLM.replace("LOAD", "'dummy'").replace("SHORT", "0"), "failed, AssertionError"),
+    ],
+)
+def test_vllm_that_fails_is_named(
+    tiny_lm: FrozenLM, tmp_path: Path, vllm: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match="vllm-python: .*" + message):
+        vllm_seconds(tiny_lm, 5, (1,), fake_python(tmp_path, vllm))
+    with pytest.raises(ValueError, match="vllm-python: .* could not be run"):
+        vllm_seconds(tiny_lm, 5, (1,), tmp_path / "none")

@@ -1,0 +1,39 @@
+"""A unit that reached its goal in the batch and does not hold alone goes on, and further."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prototok import FrozenLM, Recipe
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.run import Finished, run
+from prototok.results.arrangement import Arrangement
+
+
+@pytest.mark.parametrize("accuracy", [0.4, 1.0])
+def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy: float) -> None:
+    recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400, accuracy=accuracy)
+    length = 2 if accuracy == 1.0 else 8
+    targets = torch.randint(small_lm.vocab_size, (length,), generator=torch.manual_seed(1))
+    shown: list[Finished] = []
+
+    def confirm(finished: Finished) -> bool:
+        shown.append(finished)
+        return len(shown) == 3
+
+    (ended,) = run(
+        small_lm, make_units([targets], [0], None, None), OneForward(Arrangement.parse("e m*")),
+        recipe, "auto", "auto", confirm, lambda event: None,
+    )  # fmt: skip
+    assert len(shown) == 3 and ended is shown[-1]
+    steps = [finished.steps for finished in shown]
+    assert steps[0] < steps[1] < steps[2] < 400
+    right = [finished.correct[0] for finished in shown]
+    if accuracy == 1.0:
+        assert right == [length] * 3
+    else:  # no margin counts there: it is more right tokens that are asked for
+        assert right[0] >= accuracy * length
+        assert right[0] < right[1] < right[2]
+    assert not torch.equal(shown[0].vectors[0], shown[2].vectors[0])

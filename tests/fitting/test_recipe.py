@@ -1,0 +1,77 @@
+"""Recipes: the paper's settings, the schedules, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prototok import Recipe
+from prototok.fitting.recipe import PAPER, recipe_of
+
+
+def test_paper_recipe_is_the_papers() -> None:
+    assert recipe_of("paper") is PAPER
+    assert (PAPER.lr, PAPER.betas, PAPER.weight_decay) == (0.01, (0.9, 0.9), 0.01)
+    assert (PAPER.max_steps, PAPER.accuracy, PAPER.margin, PAPER.init_std) == (5000, 1.0, 0.0, 1.0)
+    assert (PAPER.schedule, PAPER.warmup, PAPER.temperature) == ("constant", 0, 1.0)
+    steps = torch.tensor([0, 1, 4999])
+    assert torch.equal(PAPER.lr_at(steps), torch.full((3,), 0.01))
+
+
+def test_cosine_with_warm_up() -> None:
+    recipe = Recipe(lr=0.2, schedule="cosine", warmup=10, max_steps=100)
+    rates = recipe.lr_at(torch.arange(101)).tolist()
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[9] == pytest.approx(0.1 * (1 + math.cos(math.pi * 0.09)))
+    assert rates[50] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_cycles_double_and_start_anew() -> None:
+    recipe = Recipe(lr=0.2, schedule="cosine", cycle=10, max_steps=70)
+    rates = recipe.lr_at(torch.arange(71)).tolist()
+    for start, length in ((0, 10), (10, 20), (30, 40)):
+        cosine = [0.1 * (1 + math.cos(math.pi * i / length)) for i in range(length)]
+        assert rates[start : start + length] == pytest.approx(cosine, abs=1e-6)
+    assert rates[70] == pytest.approx(0.2)
+
+
+def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
+    recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
+    near = recipe.from_prior(256)
+    assert near.lr == pytest.approx(0.3 / 16)
+    assert near.lr * near.weight_decay == pytest.approx(recipe.lr * recipe.weight_decay)
+    assert PAPER.from_prior(256) is PAPER and near.from_prior(64) is near
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"accuracy": 0.0}, "accuracy"),
+        ({"accuracy": 1.1}, "accuracy"),
+        ({"margin": -1.0}, "margin"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": 10.5}, "max_steps"),
+        ({"warmup": -1}, "warmup"),
+        ({"schedule": "cosine", "cycle": 0}, "cycle"),
+        ({"cycle": 10}, "cycle"),
+        ({"prior_rate": 0.0}, "prior_rate"),
+        ({"m_rate": -0.1}, "m_rate"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        Recipe(**changes)
+
+
+def test_unknown_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^recipe: 'quick' is not"):
+        recipe_of("quick")
