@@ -61,7 +61,7 @@ def test_errors_are_no_larger_than_those_of_the_loop(
     blocks, exact_blocks = blocks_of(body), blocks_of(exact_body)
     x, tables = stream(texts, length, body.norm.numel()), body.rotary(length)
     found = with_gradients(lambda x: blocks(x, *tables, start=start), [x], torch.bfloat16)
-    assert blocks._cpp is not None
+    assert blocks in packed._packed
     loop = with_gradients(
         lambda x: decoder_blocks_ref(blocks, x, *tables, start=start), [x], torch.bfloat16
     )
@@ -122,7 +122,7 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
         blocks, tables = blocks_of(body), body.rotary(7)
         x = stream(2, 7, body.norm.numel()).to(dtype)
         found = blocks(x, *tables, backend=backend)
-        assert blocks._cpp is None
+        assert blocks not in packed._packed
         assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, backend=backend))
     torch.set_num_threads(
         3
@@ -131,7 +131,7 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(packed, "_SMALL_TEXT", small_text)
         blocks = blocks_of(llama)
         blocks(stream(2, 7, llama.norm.numel()), *llama.rotary(7))
-        assert (blocks._cpp is not None) == taken
+        assert (blocks in packed._packed) == taken
 
 
 @needs_bf16
@@ -157,9 +157,7 @@ def test_a_step_makes_no_fresh_page() -> None:
 
 @needs_bf16
 def test_models_that_it_cannot_take_are_refused() -> None:
-    from prototok_kernels.decoder_blocks import _packed
-
     for name, dtype in (("qwen3, tied", torch.bfloat16), ("qwen2", torch.float32)):
         body = body_of(name, dtype)
         with pytest.raises(ValueError, match="model: "):
-            _packed(body.layers, body.norm, body.norm_bias, 12)
+            blocks_of(body)._packed(body.rotary.width)
