@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers.utils import logging
 
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.common.arguments import is_count
+from prototok.common.per_thread import PerThread
 from prototok.decoding.cpu_decoder import FEW, cpu_decoder
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, require_frozen, twin_of
@@ -162,21 +162,22 @@ def _body(lm: FrozenLM) -> DecoderBody:
     return lm.body
 
 
-# What the last call with a model used; the next one, a fit's verification above all, is alike.
-_twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
-_decoders: WeakKeyDictionary[FrozenLM, StaticDecoder] = WeakKeyDictionary()
+# What a thread's last call with a model used; the next one, a fit's verification above all, is
+# alike. Both hold a cache of the call that runs: transformers keeps its static one in the model.
+_twins, _decoders = PerThread(), PerThread()
 
 
 def _twin(lm: FrozenLM) -> PreTrainedModel:
-    if lm not in _twins:
-        _twins[lm] = twin_of(lm, lm.dtype)
-    return _twins[lm]
+    found: PreTrainedModel | None = _twins.of.get(lm)
+    if found is None:
+        found = _twins.of[lm] = twin_of(lm, lm.dtype)
+    return found
 
 
 def _static_decoder(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
     """A decoder with room for so many positions: that of the last call where it fits."""
     capacity = -(-positions // POSITIONS) * POSITIONS
-    found = _decoders.get(lm)
+    found: StaticDecoder | None = _decoders.of.get(lm)
     if found is None or found.rows != rows or found.capacity != capacity:
-        found = _decoders[lm] = StaticDecoder(_body(lm), lm, rows, capacity)
+        found = _decoders.of[lm] = StaticDecoder(_body(lm), lm, rows, capacity)
     return found

@@ -5,6 +5,7 @@ Letters: B rows, N positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
 from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
 from prototok.model.identity import ModelIdentity
+
+_casting = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +76,12 @@ class FrozenLM:
         """The same model from the same stored weights in another dtype, made once and kept."""
         if dtype == self.dtype:
             return self
-        if dtype not in self._twins:
-            self._twins[dtype] = freeze(
-                self.source, self.identity, self.tokenizer, self.device, dtype
-            )
-        return self._twins[dtype]
+        with _casting:  # so that threads that start together make it once
+            if dtype not in self._twins:
+                self._twins[dtype] = freeze(
+                    self.source, self.identity, self.tokenizer, self.device, dtype
+                )
+            return self._twins[dtype]
 
     def encode(self, text: str, bos: str = "drop") -> list[int]:
         """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""

@@ -9,6 +9,7 @@ rows stay independent of each other. Letters: R rows, N targets, d hidden size.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,7 @@ _RECIPE = Recipe(
 )  # fmt: skip
 
 _known: WeakKeyDictionary[FrozenLM, Tensor] = WeakKeyDictionary()
+_finding = threading.Lock()
 
 
 def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> Prior | None:
@@ -52,9 +54,10 @@ def eigenbasis(lm: FrozenLM, backend: str = "auto") -> Tensor:
     at the first call and kept as long as `lm` lives; it costs what a hundred steps of 32 rows of 16
     tokens do, and the eigenvectors of two d × d matrices.
     """
-    if lm not in _known:
-        _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
-    return _known[lm]
+    with _finding:  # so that threads that start together find it once
+        if lm not in _known:
+            _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
+        return _known[lm]
 
 
 def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
