@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -162,16 +163,16 @@ def _body(lm: FrozenLM) -> DecoderBody:
     return lm.body
 
 
+_twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
 # What a thread's last call with a model used; the next one, a fit's verification above all, is
-# alike. Both hold a cache of the call that runs: transformers keeps its static one in the model.
-_twins, _decoders = PerThread(), PerThread()
+# alike. It holds the key-value cache of the call.
+_decoders = PerThread()
 
 
 def _twin(lm: FrozenLM) -> PreTrainedModel:
-    found: PreTrainedModel | None = _twins.of.get(lm)
-    if found is None:
-        found = _twins.of[lm] = twin_of(lm, lm.dtype)
-    return found
+    if lm not in _twins:
+        _twins[lm] = twin_of(lm, lm.dtype)
+    return _twins[lm]
 
 
 def _static_decoder(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
