@@ -108,8 +108,8 @@ def fit(
         rows = [ended[t * len(chosen) + s] for t in texts for s in range(len(chosen))]
         shape = (len(texts), len(chosen))
 
-        def column(values: list[float] | list[int]) -> Tensor:
-            return torch.tensor(values).view(shape)
+        def column(values: list[float] | list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device="cpu").view(shape)
 
         accuracy = column([v.accuracy for _, v in rows])
         return MemFit(
@@ -118,7 +118,7 @@ def fit(
             accuracy=accuracy, exact=accuracy == 1.0,
             margin=column([v.margin for _, v in rows]),
             accuracy_teacher_forced=column([v.teacher_forced for _, v in rows]),
-            steps=column([f.steps for f, _ in rows]),
+            steps=column([f.steps for f, _ in rows], torch.int64),
             seconds=column([f.seconds for f, _ in rows]),
             provenance={
                 "recipe": json.dumps(dataclasses.asdict(settings)),

@@ -69,7 +69,11 @@ def generate(
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
         length -= 1
-    ids = first.new_empty(rows, 0) if first is not None else torch.empty(rows, 0).long()
+    ids = (
+        first.new_empty(rows, 0)
+        if first is not None
+        else torch.empty(rows, 0, dtype=torch.int64, device="cpu")
+    )
     if length:
         made = greedy(_twin(lm), length, cache, inputs_embeds=prompt)
         ids = made.cpu()
@@ -123,7 +127,7 @@ def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None = None) 
     if rows <= FEW:
         decoder = cpu_decoder(lm, rows, leading + length, leading)
         if decoder is not None:
-            ids = torch.empty(length, rows, dtype=torch.int64)
+            ids = torch.empty(length, rows, dtype=torch.int64, device="cpu")
             begin = 0
             if first is not None:
                 ids[0], begin = first, 1

@@ -143,7 +143,7 @@ def profile(
 
 def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator)
+    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator, device="cpu")
     units = make_units(list(ids), [0], None, None)
     endless = Recipe(margin=1e9, max_steps=10**9)
     capacity = Capacity(work.batch, work.batch, work.length)
@@ -155,7 +155,14 @@ def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], 
 
 def _decode(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(work.batch, arrangement.slots, lm.hidden_size, generator=generator)
+    vectors = torch.randn(
+        work.batch,
+        arrangement.slots,
+        lm.hidden_size,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
+    )
 
     def advance(times: int) -> None:
         for _ in range(times):

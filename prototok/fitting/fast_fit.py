@@ -220,19 +220,28 @@ class _Collector:
         }
         shape = (len(texts), seeds)
         measured = {
-            f.name: torch.zeros(shape, dtype=torch.int64 if f.name == "correct" else torch.float32)
+            f.name: torch.zeros(
+                shape, dtype=torch.int64 if f.name == "correct" else torch.float32, device="cpu"
+            )
             for f in dataclasses.fields(Verified)
         }
-        steps = torch.zeros(shape, dtype=torch.int64)
-        seconds, in_batch = torch.zeros(shape), torch.zeros(shape)
+        steps = torch.zeros(shape, dtype=torch.int64, device="cpu")
+        seconds, in_batch = (
+            torch.zeros(shape, dtype=torch.float32, device="cpu"),
+            torch.zeros(shape, dtype=torch.float32, device="cpu"),
+        )
         inner = {"e": (self.arrangement.leading, width), "m": (width,)}
         kept = [f for f in done if (f.unit.rows[0].text, f.unit.rows[0].seed) in place]
         kept.sort(key=lambda f: f.unit.group)
         stored: dict[str, Tensor] = {
-            name: torch.zeros(((len(kept),) if self.share == name else shape) + inner[name])
+            name: torch.zeros(
+                ((len(kept),) if self.share == name else shape) + inner[name],
+                dtype=torch.float32,
+                device="cpu",
+            )
             for name in ("e", "m")[: 1 + self.arrangement.has_m]
         }
-        groups = torch.zeros(len(texts), dtype=torch.int64)
+        groups = torch.zeros(len(texts), dtype=torch.int64, device="cpu")
         for g, finished in enumerate(kept):
             for name, vectors in zip(stored, finished.vectors, strict=True):
                 if self.share == name:
@@ -252,7 +261,9 @@ class _Collector:
         tokens = ProtoTokens(
             e=e.squeeze(-2) if self.arrangement.leading == 1 else e,
             m=stored.get("m"),
-            lengths=torch.tensor([len(self.targets[t]) for t in texts], dtype=torch.int64),
+            lengths=torch.tensor(
+                [len(self.targets[t]) for t in texts], dtype=torch.int64, device="cpu"
+            ),
             arrangement=self.arrangement.name,
             model=self.lm.identity,
             seeds=seeds,

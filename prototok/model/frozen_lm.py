@@ -100,7 +100,9 @@ class FrozenLM:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; text=True needs one"
             )
-        text = self.tokenizer.decode(torch.as_tensor(ids), clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            torch.as_tensor(ids, device="cpu"), clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 

@@ -201,7 +201,7 @@ class Worker:
 
     def _target(self, text: str, length: int) -> Tensor:
         """(N,) int64: the first tokens of a text of the run."""
-        return torch.tensor(self.texts[text]["ids"][:length], dtype=torch.int64)
+        return torch.tensor(self.texts[text]["ids"][:length], dtype=torch.int64, device="cpu")
 
     def _asked(self, unit: Unit, r: int) -> dict[str, Any]:
         """What row r of a unit was asked to be."""
@@ -282,12 +282,12 @@ def _tokens(lm: FrozenLM, unit: Unit, finished: Finished, recipe: str) -> ProtoT
     return ProtoTokens(
         e=e.view(1, *inner, width) if unit.share == "e" else e.view(rows, 1, *inner, width),
         m=None if m is None else m.view(*((1,) if unit.share == "m" else (rows, 1)), width),
-        lengths=torch.full((rows,), unit.length),
+        lengths=torch.full((rows,), unit.length, dtype=torch.int64, device="cpu"),
         arrangement=unit.arrangement,
         model=lm.identity,
         seeds=1,
         share=unit.share,
-        groups=torch.zeros(rows, dtype=torch.int64) if unit.share else None,
+        groups=torch.zeros(rows, dtype=torch.int64, device="cpu") if unit.share else None,
         provenance={"unit": unit.spec(), "recipe": recipe, "prototok": prototok.__version__},
     )
 
@@ -308,7 +308,7 @@ def recheck(run: RunFolder, key: str, rows: list[dict[str, Any]], lm: FrozenLM) 
     stored.require_model(lm)
     problems = []
     for row in rows:
-        target = torch.tensor(row["target_ids"], dtype=torch.int64)
+        target = torch.tensor(row["target_ids"], dtype=torch.int64, device="cpu")
         if isinstance(stored, MemFit):
             cache = "dynamic" if lm.body.family == "general" else "engine"
             found = min(

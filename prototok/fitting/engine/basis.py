@@ -43,7 +43,7 @@ def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> 
     basis = eigenbasis(lm, backend)
     if init is not None:
         return replace(init, basis=basis)
-    mean = torch.zeros(2, lm.hidden_size)
+    mean = torch.zeros(2, lm.hidden_size, dtype=torch.float32, device="cpu")
     return Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
 
 
@@ -64,12 +64,12 @@ def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
     """(2, d, d): Σ g gᵀ / |g|² over fits of random token ids, for e and for m."""
     length = min(_LENGTH, lm.context or _LENGTH)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator)
+    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator, device="cpu")
     slots = Slots(
         lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, Capacity(_ROWS, _ROWS, length)
     )
     slots.admit([Unit(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
-    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device)
+    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device, dtype=torch.float32)
     for _ in range(_STEPS):
         step(lm, slots, _ROWS)
         for covariance, bank in zip(total, slots.banks, strict=True):

@@ -86,7 +86,7 @@ def _peak(
     before = torch.cuda.memory_allocated(lm.device)
     torch.cuda.reset_peak_memory_stats(lm.device)
     slots = Slots(lm, inputs, recipe, backend, Capacity(rows, rows, length))
-    ids = torch.zeros(length, dtype=torch.int64)
+    ids = torch.zeros(length, dtype=torch.int64, device="cpu")
     slots.admit([Unit(r, (Row(r, r, 0, ids),), None) for r in range(rows)])
     leaves = [bank.values.detach().requires_grad_() for bank in slots.banks]
     forward_backward(lm, slots, leaves, slice(0, rows))
