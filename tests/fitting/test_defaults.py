@@ -1,4 +1,4 @@
-"""A caller's default dtype and default device change nothing: every tensor of ours names its own."""
+"""A caller's default dtype and device change nothing: every tensor of ours names its own."""
 
 from __future__ import annotations
 
