@@ -97,7 +97,7 @@ def sample(lm: FrozenLM, count: int, length: int, backend: str, seed: int = 0) -
     part of the text.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(lm.vocab_size, (count, 1), generator=generator)
+    first = torch.randint(lm.vocab_size, (count, 1), generator=generator, device="cpu")
     ids = first if lm.bos_id is None else torch.full_like(first, lm.bos_id)
     for _ in range(length):
         logits = lm.logits(lm.embed(ids), backend)[:, -1].float().cpu()

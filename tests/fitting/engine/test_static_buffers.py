@@ -16,7 +16,7 @@ from prototok.fitting.engine.inputs import Inputs, OneForward, TeacherForced
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import CapturedStep, StepRunner
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.engine.slots import Bank, Slots, Window
+from prototok.fitting.engine.slots import Bank, Room, Slots, Window
 from prototok.fitting.engine.step import step
 from prototok.results.arrangement import Arrangement
 from support import small_llama
