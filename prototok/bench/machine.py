@@ -66,7 +66,7 @@ def _processor() -> str:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the practical peak of this machine in this dtype."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device))
 
 

@@ -191,8 +191,14 @@ def _measure(
     which: list[bool] = []
     if settings.shape is not None:
         generator = torch.Generator().manual_seed(0)
-        targets = list(torch.randint(lm.vocab_size, (settings.texts, length), generator=generator))
-        vectors = torch.randn(1, 2, lm.hidden_size, generator=generator)
+        targets = list(
+            torch.randint(
+                lm.vocab_size, (settings.texts, length), generator=generator, device="cpu"
+            )
+        )
+        vectors = torch.randn(
+            1, 2, lm.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+        )
         step_seconds = _step_seconds(lm, targets, arrangement, look)
     else:
         pieces = _texts(lm, settings, length)

@@ -149,7 +149,7 @@ def profile(
 
 def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator)
+    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator, device="cpu")
     groups = make_groups(list(ids), [0], None, None)
     endless = Recipe(margin=1e9, max_steps=10**9)
     setup = Setup(lm, OneForward(arrangement), endless, work.backend, work.batch)
@@ -161,7 +161,14 @@ def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], 
 
 def _decode(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(work.batch, arrangement.slots, lm.hidden_size, generator=generator)
+    vectors = torch.randn(
+        work.batch,
+        arrangement.slots,
+        lm.hidden_size,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
+    )
 
     def advance(times: int) -> None:
         for _ in range(times):

@@ -98,8 +98,11 @@ def capacity(
     require_length(grid[0], lm, layout)
 
     count = len(targets)
-    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
-    seconds, ended = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64, device="cpu") for _ in range(3))
+    seconds, ended = (
+        torch.zeros(count, dtype=torch.float32, device="cpu"),
+        torch.zeros(count, dtype=torch.bool, device="cpu"),
+    )
     growing = [_Growth(t, ids) for t, ids in enumerate(targets)]
     for growth in growing:
         growth.reaches = sum(n <= len(growth.ids) for n in room)

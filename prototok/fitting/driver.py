@@ -158,4 +158,4 @@ def columns_of(
     rows: list[EndedRow[C]], seeds: int, read: Callable[[EndedRow[C]], float], dtype: torch.dtype
 ) -> Tensor:
     """(texts, seeds): one number of each row, rows text by text."""
-    return torch.tensor([read(one) for one in rows], dtype=dtype).view(-1, seeds)
+    return torch.tensor([read(one) for one in rows], dtype=dtype, device="cpu").view(-1, seeds)

@@ -97,7 +97,7 @@ def own_texts(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:
     part of the text.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(lm.vocab_size, (count, 1), generator=generator)
+    first = torch.randint(lm.vocab_size, (count, 1), generator=generator, device="cpu")
     if lm.bos_id is not None:
         first = torch.full_like(first, lm.bos_id)
     return sample(lm, first, length, seed)

@@ -115,17 +115,17 @@ def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
     e = rows[:, None, 0] if leading == 1 else rows[:, None, :leading]
     tokens = dataclasses.replace(
         first, e=e, m=None if first.m is None else rows[:, None, -1],
-        lengths=torch.tensor([f["length"] for f in fits]), seeds=1, share=None, groups=None,
-        model=lm.identity,
+        lengths=torch.tensor([f["length"] for f in fits], dtype=torch.int64, device="cpu"),
+        seeds=1, share=None, groups=None, model=lm.identity,
     )  # fmt: skip
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([f[name] for f in fits], dtype=dtype)[:, None]
+        return torch.tensor([f[name] for f in fits], dtype=dtype, device="cpu")[:, None]
 
     reals = ("accuracy", "margin", "loss", "seconds", "accuracy_in_batch")
     return FitResult(
         tokens=tokens,
-        targets=[torch.tensor(f["target_ids"], dtype=torch.int64) for f in fits],
+        targets=[torch.tensor(f["target_ids"], dtype=torch.int64, device="cpu") for f in fits],
         exact=column("exact", torch.bool),
         correct=column("correct", torch.int64),
         steps=column("steps", torch.int64),

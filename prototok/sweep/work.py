@@ -159,7 +159,7 @@ class Worker:
 
     def _target(self, text: str, length: int) -> Tensor:
         """(N,) int64: the first tokens of a text of the run."""
-        return torch.tensor(self.texts[text]["ids"][:length], dtype=torch.int64)
+        return torch.tensor(self.texts[text]["ids"][:length], dtype=torch.int64, device="cpu")
 
     def _asked(self, unit: Unit, r: int) -> dict[str, Any]:
         """What row r of a unit was asked to be."""
@@ -205,7 +205,7 @@ def recheck(run: RunFolder, key: str, rows: list[dict[str, Any]], lm: FrozenLM) 
     mode = mode_of(lm, unit, recipe_of_unit(unit.recipe, unit.changes), None)
     problems = []
     for row in rows:
-        target = torch.tensor(row["target_ids"], dtype=torch.int64)
+        target = torch.tensor(row["target_ids"], dtype=torch.int64, device="cpu")
         at = row["row"]
         vectors = stored.mem[at, 0] if isinstance(stored, MemFit) else stored.vectors(at)
         found = mode.verify(mode.setup, target, vectors).correct

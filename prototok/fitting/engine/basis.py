@@ -9,6 +9,7 @@ rows stay independent of each other. Letters: R rows, N targets, d hidden size.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ _RECIPE = Recipe(
 )  # fmt: skip
 
 _known: WeakKeyDictionary[FrozenLM, Tensor] = WeakKeyDictionary()
+_finding = threading.Lock()
 
 
 def with_basis(setup: Setup) -> Setup:
@@ -42,7 +44,7 @@ def with_basis(setup: Setup) -> Setup:
         return setup
     basis = eigenbasis(lm, setup.backend)
     if prior is None:
-        mean = torch.zeros(2, lm.hidden_size)
+        mean = torch.zeros(2, lm.hidden_size, dtype=torch.float32, device="cpu")
         prior = Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
     return replace(setup, inputs=setup.inputs.starting(replace(prior, basis=basis)))
 
@@ -54,20 +56,21 @@ def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
     at the first call and kept as long as `lm` lives; it costs what a hundred steps of 32 rows of 16
     tokens do, and the eigenvectors of two d × d matrices.
     """
-    if lm not in _known:
-        _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
-    return _known[lm]
+    with _finding:  # so that threads that start together find it once
+        if lm not in _known:
+            _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
+        return _known[lm]
 
 
 def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
     """(2, d, d): Σ g gᵀ / |g|² over fits of random token ids, for e and for m."""
     length = min(_LENGTH, lm.context or _LENGTH)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator)
+    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator, device="cpu")
     setup = Setup(lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, _ROWS)
     slots = Slots(setup, Room(_ROWS, _ROWS, length))
     slots.admit([Group(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
-    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device)
+    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device, dtype=torch.float32)
     for _ in range(_STEPS):
         step(lm, slots, _ROWS)
         for covariance, bank in zip(total, slots.banks, strict=True):

@@ -79,7 +79,7 @@ def _peak(setup: Setup, length: int, rows: int) -> int:
     before = torch.cuda.memory_allocated(lm.device)
     torch.cuda.reset_peak_memory_stats(lm.device)
     slots = Slots(setup, Room(rows, rows, length))
-    ids = torch.zeros(length, dtype=torch.int64)
+    ids = torch.zeros(length, dtype=torch.int64, device="cpu")
     slots.admit([Group(r, (Row(r, r, 0, ids),), None) for r in range(rows)])
     leaves = [bank.values.detach().requires_grad_() for bank in slots.banks]
     forward_backward(lm, slots, leaves, slice(0, rows))

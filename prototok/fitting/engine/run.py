@@ -131,5 +131,7 @@ def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, floa
 
 
 def _event(poll: Poll) -> FitEvent:
-    rows = torch.tensor([row.index for group in poll.groups for row in group.rows])
+    rows = torch.tensor(
+        [row.index for group in poll.groups for row in group.rows], dtype=torch.int64, device="cpu"
+    )
     return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin)

@@ -148,15 +148,15 @@ class Slots:
             for zeroed in bank.buffers()[2:]:
                 zeroed[place] = 0
         self._reset_groups(there, done=False)
-        self.group_of_row[here] = self._sent(torch.tensor(owners))
+        self.group_of_row[here] = self._sent(torch.tensor(owners, dtype=torch.int64, device="cpu"))
         lengths = [len(ids) for ids in rows]
-        targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64)
+        targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64, device="cpu")
         for r, ids in enumerate(rows):
             targets[r, : len(ids)] = ids
-        position = torch.arange(self.room.length)
-        end = torch.tensor(lengths)[:, None]
+        position = torch.arange(self.room.length, device="cpu")
+        end = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         scored = (position >= self.inputs.given) & (position < end)
-        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1) - 1e-9).long()
+        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1).float() - 1e-9).long()
         self.targets[here] = self._sent(targets)
         self.scored[here] = self._sent(scored)
         self.wanted[here] = self._sent(wanted)
@@ -189,7 +189,7 @@ class Slots:
             (by_group if bank.shared else by_row).extend(bank.buffers())
         rows, groups = len(owners), slice(len(kept_groups), len(kept_groups) + len(gone))
         for buffers, kept in ((by_row, kept_rows), (by_group, kept_groups)):
-            index = self._sent(torch.tensor(kept, dtype=torch.int64))
+            index = self._sent(torch.tensor(kept, dtype=torch.int64, device="cpu"))
             for buffer in buffers:
                 buffer[: len(kept)] = buffer.index_select(0, index)
         # A free place has nothing to score and vectors of zero, so that it adds zeros to whatever
@@ -202,7 +202,9 @@ class Slots:
         self._reset_groups(groups, done=True)
         place = {g: i for i, g in enumerate(kept_groups)}
         moved = [place[owners[r]] for r in kept_rows]
-        self.group_of_row[: len(moved)] = self._sent(torch.tensor(moved, dtype=torch.int64))
+        self.group_of_row[: len(moved)] = self._sent(
+            torch.tensor(moved, dtype=torch.int64, device="cpu")
+        )
         self.group_of_row[len(moved) : rows] = 0
 
     def reopen(self, group: int, margin: float) -> None:
