@@ -29,7 +29,7 @@ from prototok_kernels.plan import Plan
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """(a, b) of "a:b"; ValueError where it is none, or empty."""
+    """Read "a:b" as (a, b); ValueError where it is not a range, or an empty one."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     first, end = (int(match[1]), int(match[2])) if match else (0, 0)
     if not first < end:
@@ -76,7 +76,7 @@ class Capture:
                 self.profiler.export_chrome_trace(str(self.trace))
 
     def report(self, rows: int = 25) -> str:
-        """The table of the most expensive operations; empty where Nsight has the figures."""
+        """Return the table of the most expensive operations; empty where Nsight has the figures."""
         if not self.seconds:
             return "nothing was profiled: the work ended before its first step"
         if self.profiler is None:
@@ -104,7 +104,7 @@ class ProfiledSteps:
             self.close()
 
     def close(self) -> None:
-        """Stop, whether or not there were b steps."""
+        """Stop, even if the work ended before step b."""
         if self.capture.running:
             self.capture.stop()
             self.over = True

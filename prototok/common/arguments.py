@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def is_count(value: object) -> bool:
-    """Whether `value` is a positive integer."""
+    """Return True if `value` is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def seed_list(seeds: int | Sequence[int]) -> list[int]:
-    """0 … seeds − 1, or the seeds named; ValueError for anything else."""
+    """Return 0 … seeds − 1, or the seeds named; ValueError for anything else."""
     if is_count(seeds):
         assert isinstance(seeds, int)
         return list(range(seeds))

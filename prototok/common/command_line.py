@@ -1,4 +1,4 @@
-"""What the commands have in common: options, lines on stderr, and exit codes."""
+"""Shared by all commands: options, lines on stderr, and exit codes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _decoders = PerThread()
 
 
 def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder:
-    """A decoder of R rows with room for `positions`, in passes of at most `longest` of them.
+    """Return a decoder of R rows with room for `positions`, at most `longest` of them a pass.
 
     It is this thread's until its next call with the same model. Only where the plan's decoder is
     "cpu".

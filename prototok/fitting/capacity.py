@@ -34,7 +34,7 @@ GRID = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024,
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """How much of each text came back; every tensor is (T,).
+    """The part of each text that came back; every tensor is (T,).
 
     exact    int64, the longest N of the grid that came back whole; 0 where none did
     at_099   int64, the longest N at token accuracy ≥ 0.99

@@ -23,7 +23,7 @@ from prototok.results.mem_fit import MemFit
 
 
 class Check(Protocol):
-    """What a row gives when it is verified alone."""
+    """The result of verifying a row alone."""
 
     @property
     def accuracy(self) -> float: ...
@@ -91,7 +91,7 @@ def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
 
 
 def _vectors_by_row(finished: Finished) -> list[Tensor]:
-    """(slots, d) for each row of a group."""
+    """Return the vectors (slots, d) of each row of a group."""
     rows = len(finished.group.rows)
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
     return list(torch.cat(parts, dim=1))
@@ -99,7 +99,7 @@ def _vectors_by_row(finished: Finished) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Watching:
-    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callback."""
+    """Watchers of a fit: the bar's name, if it is shown (see `Progress`), the user's callback."""
 
     what: str
     progress: bool | None
@@ -146,7 +146,7 @@ def fit_all(
 
 
 def require_room_for(targets: list[Tensor], require: Callable[[int], None]) -> None:
-    """ValueError naming the first text whose length `require` refuses."""
+    """Raise ValueError naming the first text whose length `require` refuses."""
     for i, ids in enumerate(targets):
         try:
             require(len(ids))
@@ -157,5 +157,5 @@ def require_room_for(targets: list[Tensor], require: Callable[[int], None]) -> N
 def columns_of(
     rows: list[EndedRow[C]], seeds: int, read: Callable[[EndedRow[C]], float], dtype: torch.dtype
 ) -> Tensor:
-    """(texts, seeds): one number of each row, rows text by text."""
+    """Read one number of each row into (texts, seeds); rows are text by text."""
     return torch.tensor([read(one) for one in rows], dtype=dtype, device="cpu").view(-1, seeds)

@@ -90,7 +90,7 @@ class Prior:
 
 
 def shipped_prior(lm: FrozenLM) -> Prior | None:
-    """The prior in the package for the model that `lm` holds; None where there is none."""
+    """Return the prior in the package for the model that `lm` holds; None where there is none."""
     if lm.identity.name not in BUILT_IN:
         return None
     path = Path(path_of(lm.identity.name)) / FILE

@@ -1,4 +1,4 @@
-"""How a fit is run: initial vectors, optimiser, schedule and when to stop."""
+"""Recipes of a fit: initial vectors, optimiser, schedule and when to stop."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class Recipe:
         return AdamWSettings(self.betas, self.eps, self.weight_decay)
 
     def from_prior(self, width: int) -> Recipe:
-        """These settings for fits that start from a prior of vectors of `width` coordinates."""
+        """Return these settings for fits from a prior whose vectors have `width` coordinates."""
         if self.prior_rate is None:
             return self
         lr = self.prior_rate / math.sqrt(width)
         return replace(self, lr=lr, weight_decay=self.weight_decay * self.lr / lr, prior_rate=None)
 
     def lr_at(self, step: Tensor) -> Tensor:
-        """Learning rate of the update that follows `step` updates; on the device, row by row."""
+        """Return the rate of the update that follows `step` updates, on the device, row by row."""
         step = step.float()  # or torch's default dtype would be that of the quotients
         rate = torch.full_like(step, self.lr)
         if self.schedule == "cosine":
@@ -108,7 +108,7 @@ class Recipe:
         return rate
 
     def _phase(self, step: Tensor) -> Tensor:
-        """How much of its cosine is behind a unit that has made `step` updates, in [0, 1]."""
+        """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""
         if self.cycle is None:
             return step / self.max_steps
         # Cycle k begins at cycle · (2^k − 1). Its number comes from comparisons, for a logarithm
@@ -150,7 +150,7 @@ FAST = Recipe(
 
 
 def recipe_of(recipe: str | Recipe) -> Recipe:
-    """The recipe itself, or the one of that name."""
+    """Return the recipe itself, or the one of that name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe == "paper":

@@ -47,13 +47,13 @@ class Paths:
 
     @property
     def length_ratio(self) -> Tensor:
-        """(P,) length of the path over that of the straight segment; the paper's is at most 1.2."""
+        """Return (P,) length of the path over that of the segment; the paper's is at most 1.2."""
         return self.length / self.straight
 
 
 @dataclass(frozen=True)
 class BezierSettings:
-    """How a control point is fitted.
+    """Settings of fitting a control point.
 
     Attributes:
         lr, betas: AdamW's, without weight decay.
@@ -88,7 +88,7 @@ def interpolate(
     batch_size: int = 64,
     backend: str = "auto",
 ) -> Paths:
-    """Token accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (Figure 6 of the paper).
+    """Measure accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (the paper's Figure 6).
 
     Args:
         lm: the model that `fit` was made on.
@@ -139,7 +139,7 @@ def connect(
 
 
 def bezier(ends: Tensor, control: Tensor, t: Tensor) -> Tensor:
-    """φ(t) of curves with ends (P, 2, slots, d) and control (P, slots, d) at t (P, S) or (S,).
+    """Evaluate φ(t): ends (P, 2, slots, d), control points (P, slots, d), t (P, S) or (S,).
 
     Returns (P, S, slots, d).
     """
@@ -183,7 +183,7 @@ class _Ends:
         )  # fmt: skip
 
     def part(self, at: list[int]) -> _Ends:
-        """Some of the paths."""
+        """Return some of the paths."""
         targets = [self.targets[i] for i in at]
         return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets, self.backend)
 
@@ -191,7 +191,7 @@ class _Ends:
         return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
 
     def length(self, control: Tensor, t: Tensor) -> Tensor:
-        """(P,) length of the polyline through the curve's points at t."""
+        """Return (P,) length of the polyline through the curve's points at t."""
         points = bezier(self.ends.double(), control.double().to(self.ends.device), t.to(control))
         return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
 
@@ -216,7 +216,7 @@ class _Ends:
 
     @torch.no_grad()
     def accuracy(self, control: Tensor | None, t: Tensor, batch_size: int) -> Tensor:
-        """(P, S) token accuracy at t (S,) of the curves; without control, of the segments."""
+        """Measure (P, S) accuracy at t (S,) of the curves; without control, of the segments."""
         if control is None:
             control = self.ends.mean(1)  # a control point half-way makes the curve the segment
         found = []
@@ -234,7 +234,7 @@ class _Ends:
 def _fit_curves(
     ends: _Ends, t: Tensor, settings: BezierSettings, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Control points (P, slots, d), accuracy along them (P, S) and updates made (P,)."""
+    """Fit control points (P, slots, d); return accuracy along them (P, S) and updates (P,) too."""
     control = ends.ends.mean(1)
     adam = AdamWState.zeros(control.flatten(1))
     constants = AdamWSettings(settings.betas, weight_decay=0.0)
@@ -270,7 +270,7 @@ def _fit_curves(
 
 
 def _gradient(ends: _Ends, control: Tensor, path: Tensor, t: Tensor) -> Tensor:
-    """(A, slots, d) gradient in the control points of the loss summed over t (A, samples)."""
+    """Return (A, slots, d): the gradient in the control points of the loss summed over t."""
     leaf = control.detach().requires_grad_()
     rows = bezier(ends.ends[path], leaf, t.to(control)).flatten(0, 1)
     hidden, output = ends.head(rows, path.repeat_interleave(t.shape[1]), need_grad=True)

@@ -74,21 +74,21 @@ class FrozenLM:
         )  # fmt: skip
 
     def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
-        """(B, N, d) embeddings to what the head reads: (B, N, d), or logits when it has none."""
+        """Map embeddings (B, N, d) to what the head reads, or to logits where there is none."""
         rows, length, _ = inputs_embeds.shape
         return self.body.hidden(inputs_embeds, self.plan(rows, length, backend))
 
     def logits(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
-        """(B, N, d) embeddings to (B, N, V) logits in the model's dtype."""
+        """Map embeddings (B, N, d) to logits (B, N, V) in the model's dtype."""
         hidden = self.hidden(inputs_embeds, backend)
         return hidden if self.body.head is None else hidden @ self.body.head.T
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding matrix, (…, d)."""
+        """Return rows of the embedding matrix, (…, d)."""
         return self.embedding[ids.to(self.device)]
 
     def cast(self, dtype: torch.dtype) -> FrozenLM:
-        """The same model from the same stored weights in another dtype, made once and kept."""
+        """Return the model in another dtype, made once from the stored weights and kept."""
         if dtype == self.dtype:
             return self
         with _casting:  # so that threads that start together make it once
@@ -106,7 +106,7 @@ class FrozenLM:
         return list(dict.fromkeys((self, self.cast(torch.float32))))
 
     def encode(self, text: str, bos: str = "drop") -> list[int]:
-        """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
+        """Tokenise a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
         if self.tokenizer is None:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; pass token ids instead of text"
@@ -117,7 +117,7 @@ class FrozenLM:
         return ids
 
     def decode_ids(self, ids: Tensor | list[int]) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         if self.tokenizer is None:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; text=True needs one"
@@ -130,13 +130,13 @@ class FrozenLM:
 
     @cached_property
     def bos_id(self) -> int | None:
-        """Id of the beginning-of-text token, where tokenizer or configuration names one."""
+        """Return the beginning-of-text id, where tokenizer or configuration names one."""
         found = getattr(self.tokenizer, "bos_token_id", None)
         return found if found is not None else getattr(self.config, "bos_token_id", None)
 
 
 def require_frozen(lm: object) -> None:
-    """ValueError unless `lm` is a FrozenLM."""
+    """Raise ValueError unless `lm` is a FrozenLM."""
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
 

@@ -1,4 +1,4 @@
-"""Which model proto-tokens belong to: its name, its revision and a fingerprint of its weights."""
+"""The identity of a model: its name, its revision and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FINGERPRINT_SAMPLES = 64
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which frozen model proto-tokens belong to; stored with them."""
+    """The frozen model that proto-tokens belong to; stored with them."""
 
     name: str
     revision: str | None  # commit of the hub repository, where the model came from one
@@ -27,7 +27,7 @@ class ModelIdentity:
 
 @torch.no_grad()
 def fingerprint_of(source: PreTrainedModel) -> str:
-    """Hash of shapes and of a few elements of every weight, rounded to bfloat16.
+    """Hash shapes and a few elements of every weight, rounded to bfloat16.
 
     The rounding makes it the same for a checkpoint and for its bfloat16 or float32 copies.
     """

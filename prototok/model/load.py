@@ -93,7 +93,7 @@ def load(
 
 
 def _normal(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy of one made in inference mode, whose tensors autograd refuses."""
+    """Return the model, or a copy of one made in inference mode, which autograd refuses."""
     tensors = [*model.parameters(), *model.buffers()]
     if not any(tensor.is_inference() for tensor in tensors):
         return model
@@ -104,7 +104,7 @@ def _normal(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where it is no such name, or what it names cannot be had."""
+    """Raise ValueError where it is no such name, or what it names cannot be had."""
     if attention not in ("auto", "sdpa", "flash"):
         raise ValueError(f"attention: {attention!r} is not 'auto', 'sdpa' or 'flash'")
     if attention != "flash":
@@ -118,12 +118,12 @@ def _require_attention(attention: str, device: torch.device, dtype: torch.dtype)
 
 
 def path_of(model: str) -> str:
-    """Where a model is read from: the package's folder for a built-in one, else its own name."""
+    """Return where a model is read from: the package's folder if built in, else its own name."""
     return str(_MODELS / model) if model in BUILT_IN else model
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load` would take, without the weights; ValueError where there is none."""
+    """Load the tokenizer alone that `load` would take; ValueError where there is none."""
     found = _tokenizer_of(path_of(model), revision)
     if found is None:
         raise ValueError(f"model: {model!r} has no tokenizer here or on the hub")
@@ -131,7 +131,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one."""
+    """Return the device of that name; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -144,7 +144,7 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is the faster of bfloat16 and float32 on the device."""
+    """Return the dtype of that name; "auto" is the faster of bfloat16 and float32 on the device."""
     if dtype == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -155,7 +155,7 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]:
-    """Configuration checks first, weights after; every failure one sentence."""
+    """Check the configuration, then read the weights; every failure is one sentence."""
     local = Path(path).is_dir()
     if local:
         if not (Path(path) / "config.json").exists():
@@ -195,7 +195,7 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Reading weights from disk is quick; downloads keep the hub's own bar."""
+    """Hide transformers' bar: reading from disk is quick; downloads keep the hub's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -243,7 +243,7 @@ def _require_finite(source: PreTrainedModel, name: str) -> None:
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None where the folder or repository has none."""
+    """Load the model's tokenizer; None where the folder or repository has none."""
     try:
         cached_file(path, "tokenizer_config.json", revision=revision)
     except OSError:

@@ -26,7 +26,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @dataclass
 class Written:
-    """What was written, and what was left out and why."""
+    """The files that were written, and what was left out and why."""
 
     page: Path
     folder: Path | None
@@ -46,7 +46,7 @@ def build(
     Args:
         results: of a run.
         out: path of the page, such as report.html.
-        files: whether to write the folder.
+        files: write the folder, too.
         exhibits: most texts in the gallery.
         browser: a Chromium; None looks for one.
     """
@@ -110,7 +110,7 @@ def _print_page(out: Path, folder: Path, browser: str | None, written: Written) 
 
 
 def _origin(results: Results) -> str:
-    """Versions that made the fits, and that made the report."""
+    """Name the versions that made the fits, and that made the report."""
     fits = [fit for one in results.experiments.values() for fit in one.fits()]
     made = sorted({_versions(fit["versions"]) for fit in fits if fit["versions"]})
     devices = sorted({f"{fit['device']}, {fit['dtype']}" for fit in fits})
@@ -126,7 +126,7 @@ def _versions(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    """The file is there whole or not at all."""
+    """Write a file that is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""What a fit gives back, and the folder it is kept in.
+"""The result of a fit, and the folder it is kept in.
 
 Letters: T texts, S seeds, N targets of a text.
 """
@@ -58,7 +58,7 @@ class FitResult:
     accuracy_in_batch: Tensor
 
     def best(self) -> FitResult:
-        """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""
+        """Keep the best seed of each text: most right tokens, then largest margin; S becomes 1."""
         score = self.correct.double() + torch.sigmoid(self.margin.double()) / 2
         chosen = score.argmax(dim=1)
         at = torch.arange(len(chosen), device="cpu")
@@ -69,7 +69,7 @@ class FitResult:
         )
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a (text, seed), with the target ids."""
+        """Return a data frame, one row a (text, seed), with the target ids."""
         return self._table().to_pandas()
 
     def save(self, folder: str | Path) -> None:
@@ -137,7 +137,7 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
 
 
 def require_writable(folder: Path) -> None:
-    """ValueError unless a FitResult may be written there: nothing else must be in the way."""
+    """Raise ValueError unless a FitResult may be written there: nothing else is in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file")
     if folder.exists() and not (folder / _FITS).exists() and any(folder.iterdir()):

@@ -61,7 +61,7 @@ class MemFit:
     provenance: dict[str, str]
 
     def require_model(self, lm: FrozenLM) -> None:
-        """ValueError unless these were fitted on the model that `lm` holds."""
+        """Raise ValueError unless these were fitted on the model that `lm` holds."""
         require_model("mem", self.model, lm)
 
     def save(self, path: str | Path) -> None:

@@ -47,11 +47,11 @@ class ProtoTokens:
         return len(self.lengths)
 
     def __len__(self) -> int:
-        """Rows: texts × seeds, text by text."""
+        """Count the rows: texts × seeds, text by text."""
         return self.texts * self.seeds
 
     def vectors(self, row: int) -> Tensor:
-        """(slots, d): e₁ … e_K and, where the arrangement has one, m, of one row."""
+        """Return (slots, d): e₁ … e_K and, where the arrangement has one, m, of one row."""
         text, seed = divmod(row, self.seeds)
         parts = []
         for name, stored in (("e", self.e), ("m", self.m)):
@@ -66,7 +66,7 @@ class ProtoTokens:
         return torch.cat([part.reshape(-1, width) for part in parts])
 
     def select(self, texts: list[int], seeds: list[int] | None = None) -> ProtoTokens:
-        """The named texts; with `seeds`, one seed of each: seeds[i] of texts[i]."""
+        """Keep the named texts; with `seeds`, one seed of each: seeds[i] of texts[i]."""
         at = torch.tensor(texts, dtype=torch.int64, device="cpu")
 
         def pick(name: str, stored: Tensor | None) -> Tensor | None:
@@ -90,7 +90,7 @@ class ProtoTokens:
         )
 
     def require_model(self, lm: FrozenLM) -> None:
-        """ValueError unless these were fitted on the model that `lm` holds."""
+        """Raise ValueError unless these were fitted on the model that `lm` holds."""
         require_model("tokens", self.model, lm)
 
     def save(self, path: str | Path) -> None:
@@ -161,7 +161,7 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict:
 
 
 def _require_consistent(path: Path, header: dict, shapes: dict) -> None:
-    """The shapes in the file are the ones its header implies."""
+    """Raise ValueError unless the shapes in the file are the ones its header implies."""
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"path: {path} is inconsistent, {what}")

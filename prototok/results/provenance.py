@@ -1,4 +1,4 @@
-"""Where a result comes from: settings, model, kernels and versions, as strings in its file."""
+"""Provenance of a result: settings, model, kernels and versions, as strings in its file."""
 
 from __future__ import annotations
 

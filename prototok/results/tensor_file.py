@@ -1,4 +1,4 @@
-"""What every safetensors file of ours has in common: how it is written, and for which model."""
+"""Write safetensors files with a JSON header, and check which model they are for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prototok.model.identity import ModelIdentity
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header: dict) -> None:
-    """One safetensors file with a JSON header, there whole or not at all; None is left out."""
+    """Write one safetensors file with a JSON header, whole or not at all; None is left out."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -28,7 +28,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header
 
 
 def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
-    """ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
+    """Raise ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
     if stored.fingerprint != lm.identity.fingerprint:
         raise ValueError(
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "

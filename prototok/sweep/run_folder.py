@@ -51,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """The run at `path`, made if it is not there; ValueError where something else is."""
+        """Open the run at `path`, made if it is not there; ValueError where something else is."""
         path = Path(path)
         require_place(path)
         if (path / "run.json").exists():
@@ -64,7 +64,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """A run that was planned before; ValueError for anything else."""
+        """Open a run that was planned before; ValueError for anything else."""
         path = Path(path)
         if not (path / "run.json").is_file():
             raise ValueError(f"run: {path} is not a run folder (it has no run.json)")
@@ -81,20 +81,20 @@ class RunFolder:
     # What was planned.
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The settings of each planned experiment, in the order they were planned."""
+        """Return the settings of each planned experiment, in the order they were planned."""
         found: dict[str, dict[str, Any]] = self._json()["experiments"]
         return found
 
     def plan(self) -> pa.Table:
-        """`schema.PLAN`: one row an (experiment, unit)."""
+        """Read `schema.PLAN`: one row an (experiment, unit)."""
         return self._table("plan.parquet", schema.PLAN)
 
     def texts(self) -> pa.Table:
-        """`schema.TEXTS`."""
+        """Read `schema.TEXTS`."""
         return self._table("texts.parquet", schema.TEXTS)
 
     def units(self) -> dict[str, Unit]:
-        """Every planned unit once, by key, in the order they were planned."""
+        """Return every planned unit once, by key, in the order they were planned."""
         plan = self.plan()
         pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
         return {key: Unit.parse(spec) for key, spec in pairs}
@@ -137,7 +137,7 @@ class RunFolder:
     # What is done.
 
     def done(self) -> set[str]:
-        """Keys of the units that are done."""
+        """Return the keys of the units that are done."""
         # In this order: compaction moves units from the one to the other.
         shards = {e.name[: -len(".parquet")] for e in os.scandir(self.path / "fits")}
         return shards | self._compacted_keys()
@@ -146,7 +146,7 @@ class RunFolder:
         return (self.path / "fits" / f"{key}.parquet").exists() or key in self._compacted_keys()
 
     def fits(self, experiment: str | None = None) -> pa.Table:
-        """`schema.FITS`: the rows of every unit that is done.
+        """Read `schema.FITS`: the rows of every unit that is done.
 
         With `experiment`, those of the units it planned, and the column says its name.
         """
@@ -175,7 +175,7 @@ class RunFolder:
         return found
 
     def shards(self) -> Iterator[tuple[str, Callable[[], pa.Table]]]:
-        """(key, what reads its rows) of every planned unit that is done."""
+        """Yield (key, what reads its rows) of every planned unit that is done."""
         planned = set(self.plan()["key"].to_pylist())
         seen = set()
         for path in sorted((self.path / "fits").glob("*.parquet")):
@@ -193,7 +193,7 @@ class RunFolder:
                     yield key, functools.partial(table.take, own)
 
     def status(self) -> str:
-        """A table for people: each experiment's units, what is done and what failed."""
+        """Make a table for people: each experiment's units, what is done and what failed."""
         done, failed = self.done(), set(self.failures()["key"].to_pylist())
         plan = self.plan()
         found: dict[str, set[str]] = {name: set() for name in self.settings()}
@@ -213,7 +213,7 @@ class RunFolder:
         return self.path / "tensors" / f"{key}.safetensors"
 
     def tensors(self, key: str) -> ProtoTokens | MemFit:
-        """The vectors of a unit, as its mode stores them."""
+        """Load the vectors of a unit, as its mode stores them."""
         from prototok.results.mem_fit import MemFit
         from prototok.results.proto_tokens import ProtoTokens
 
@@ -264,7 +264,7 @@ class RunFolder:
         self._replace(f"failed/{key}.json", lambda path: dump_json(record, path))
 
     def failures(self) -> pa.Table:
-        """`schema.FAILED`: planned units that failed and were not done since."""
+        """Read `schema.FAILED`: planned units that failed and were not done since."""
         done, planned = self.done(), set(self.plan()["key"].to_pylist())
         records = []
         for path in sorted((self.path / "failed").glob("*.json")):
@@ -282,7 +282,7 @@ class RunFolder:
     # Upkeep.
 
     def sweep_up(self) -> int:
-        """Remove what processes of this host that no longer live left in tmp/; how many files."""
+        """Remove what dead processes of this host left in tmp/; return how many files."""
         mine, removed = host(), 0
         for path in (self.path / "tmp").glob("*~*"):
             name, _, pid = path.name.partition("~")[2].rpartition(".")
@@ -292,7 +292,7 @@ class RunFolder:
         return removed
 
     def compact(self) -> dict[str, int]:
-        """Merge shards into one file an experiment; rows by experiment.
+        """Merge shards into one file an experiment; return its rows by experiment.
 
         The merged file is in place and read back before the first shard it replaces is removed, and
         its rows then are the record that their units are done.
@@ -332,7 +332,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time; the lock goes with the process that holds it."""
+        """Let one process in at a time; the lock goes with the process that holds it."""
         with open(self.path / "tmp" / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -345,7 +345,7 @@ class RunFolder:
         return keys
 
     def _temporary(self, name: str) -> Path:
-        """A path in tmp/ that no other process uses."""
+        """Return a path in tmp/ that no other process uses."""
         return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
@@ -373,7 +373,7 @@ class RunFolder:
 
 
 def require_place(path: Path) -> None:
-    """ValueError unless a run may be planned there: a run, an empty folder or nothing."""
+    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing."""
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not empty and not (path / "run.json").is_file():
         raise ValueError(f"run: {path} exists and is not a run folder")

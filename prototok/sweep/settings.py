@@ -1,4 +1,4 @@
-"""What an experiment may be told, and the checks on it."""
+"""Settings of an experiment, and the checks on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings:
         arrangements: of the one-forward fits.
         share: which vector is shared; None fits each row alone.
         group_sizes: texts that share; None is all texts of a (model, source, N).
-        seeds_share: whether the seeds of a text share the vector, too, or are fits of their own.
+        seeds_share: the seeds of a text share the vector, too; else they are fits of their own.
         vectors: K of the autoregressive fits beside them; none where it is empty.
         contexts, continuations: of figures 4 and 5, where each context is continued so many times.
         recipe: its name; `changes` are fields of `Recipe` that differ from it.
@@ -90,12 +90,12 @@ class Settings:
         recipe_of_unit(self.recipe, self.changes)
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json keeps."""
+        """Return what run.json keeps."""
         return dataclasses.asdict(self)
 
 
 def recipe_of_unit(name: str, changes: dict[str, Any]) -> Recipe:
-    """The recipe of that name with the changes; ValueError where they cannot be."""
+    """Return the recipe of that name with the changes; ValueError where they cannot be."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     if "lr" in values:  # a rate that was asked for holds with a prior too
         values.setdefault("prior_rate", None)
@@ -103,7 +103,7 @@ def recipe_of_unit(name: str, changes: dict[str, Any]) -> Recipe:
 
 
 def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """A YAML file's settings, with lists as tuples and sources parsed; every mistake is named."""
+    """Read a YAML file's settings, lists as tuples and sources parsed; every mistake is named."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -120,7 +120,7 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
-    """A setting as YAML gives it, in its type."""
+    """Return a setting as YAML gives it, in its type."""
     kind = str(next(f.type for f in dataclasses.fields(Settings) if f.name == key))
     if kind.startswith("tuple"):
         listed = value if isinstance(value, list) else [value]
@@ -159,7 +159,7 @@ def _source(value: Any) -> Source:
 
 
 def require_known(found: Iterable[str], known: Iterable[str], where: str) -> None:
-    """ValueError for a key that is not known, with the nearest one that is."""
+    """Raise ValueError for a key that is not known, with the nearest one that is."""
     known = list(known)
     for key in found:
         if key not in known:

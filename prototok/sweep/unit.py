@@ -14,7 +14,7 @@ MODES = ("one-forward", "autoregressive")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is fitted: the rows (texts[i], seeds[i]) that share a vector, or a single row.
+    """A unit of work: the rows (texts[i], seeds[i]) that share a vector, or a single row.
 
     Attributes:
         mode: "one-forward" fits e and m, "autoregressive" fits `vectors` [mem] vectors.
@@ -52,23 +52,23 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """24 hexadecimal digits, the same for the same specification everywhere."""
+        """Hash the specification to 24 hexadecimal digits, the same everywhere."""
         return hashlib.sha256(self.spec().encode()).hexdigest()[:24]
 
     def spec(self) -> str:
-        """The specification as canonical JSON: sorted names, no spaces."""
+        """Write the specification as canonical JSON: sorted names, no spaces."""
         return json.dumps(
             dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True
         )
 
     @classmethod
     def parse(cls, spec: str) -> Unit:
-        """The unit that `spec` gave."""
+        """Read the unit that `spec` gave."""
         found = json.loads(spec)
         return cls(**found | {"texts": tuple(found["texts"]), "seeds": tuple(found["seeds"])})
 
     def group(self) -> tuple:
-        """Units of equal `group()` can be fitted in one batch; the length may differ."""
+        """Return what units that can be fitted in one batch have in common; N may differ."""
         return (
             self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.recipe,
             json.dumps(self.changes, sort_keys=True), self.share, self.alone, self.timed,
@@ -76,10 +76,10 @@ class Unit:
 
     @property
     def positions(self) -> int:
-        """Rows × N: what one step of this unit computes."""
+        """Return rows × N: what one step of this unit computes."""
         return len(self.texts) * self.length
 
 
 def text_id(ids: Sequence[int]) -> str:
-    """16 hexadecimal digits of the token ids: what units call a text."""
+    """Hash token ids to 16 hexadecimal digits: what units call a text."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

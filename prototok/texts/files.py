@@ -8,7 +8,7 @@ from prototok.model.frozen_lm import FrozenLM
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; ValueError where it is missing, not UTF-8 or empty."""
+    """Read a UTF-8 file; ValueError where it is missing, not UTF-8 or empty."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"text: there is no file {path}")
@@ -22,7 +22,7 @@ def read_text(path: str | Path) -> str:
 
 
 def chunks(lm: FrozenLM, text: str, length: int, limit: int | None = None) -> list[list[int]]:
-    """Consecutive pieces of `length` tokens, the last one shorter; at most `limit` of them.
+    """Cut a text into at most `limit` pieces of `length` tokens, the last one shorter.
 
     Their ids one after another are those of the text, so decoded chunks joined are the text.
     """

@@ -1,4 +1,4 @@
-"""Where target texts come from: books, documents, random words, a model's own continuations."""
+"""Sources of target texts: books, documents, random words, a model's own continuations."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """`[NAME=]KIND[:PATH]`, such as `held-out`, `PG-19=folder:books`, `generated:held-out`.
+        """Read `[NAME=]KIND[:PATH]`, such as `held-out`, `PG-19=folder:books`.
 
         A data set's column follows a `#`.
         """
@@ -117,7 +117,7 @@ class TargetText:
 def target_texts(
     source: Source, encode: Encode, count: int, length: int, seed: int = 0
 ) -> list[TargetText]:
-    """The first `count` texts of a source that have `length` tokens, cut to exactly those.
+    """Return the first `count` texts of a source that have `length` tokens, cut to those.
 
     Raises:
         ValueError: the source cannot be read or has fewer such texts.
@@ -139,7 +139,7 @@ def target_texts(
 def continuations(
     source: Source, lm: FrozenLM, contexts: int, each: int, length: int, seed: int = 0
 ) -> list[TargetText]:
-    """`each` continuations of `length` tokens of each of the first contexts of `source.of`.
+    """Sample `each` continuations of `length` tokens of each of the first contexts.
 
     Sampled by the model itself at temperature 1 with no top-k and no top-p, never ending early (the
     paper's PG-19 (gen)); `context` of the result says which context it continues.
@@ -178,7 +178,7 @@ def continuations(
 
 
 def passages(source: Source, seed: int = 0) -> Iterator[Passage]:
-    """The texts of a source in their order, the same for the same seed; without end for "random".
+    """Yield the texts of a source, the same for the same seed; without end for "random".
 
     Books take turns, so that the first texts are of many books.
     """
@@ -205,7 +205,7 @@ def _cut(text: str, words: tuple[int, int] | None, seed: int, name: str) -> Iter
 
 
 def chunks_of_sentences(text: str, words: tuple[int, int], seed: str) -> Iterator[tuple[str, str]]:
-    """Kuratov et al.'s chunks: runs of consecutive sentences, halved into context and target.
+    """Cut Kuratov et al.'s chunks: runs of consecutive sentences, as context and target.
 
     A run is ended by the sentence with which it reaches a number of words drawn from `words`.
     Sentences that are left over at the end are dropped.
@@ -246,7 +246,7 @@ def _book(path: Path, folder: Path, source: Source, seed: int) -> Iterator[Passa
 
 
 def documents(path: str, column: str) -> Iterator[str]:
-    """The texts of a data set in Parquet or JSON lines: a file, a folder, or a hub id.
+    """Yield the texts of a data set in Parquet or JSON lines: a file, a folder, or a hub id.
 
     A hub id is fetched through huggingface_hub, or found in its cache where there is no network.
     """
@@ -294,7 +294,7 @@ def _lines(path: Path, column: str) -> Iterator[str]:
 
 
 def _random(path: str | None, seed: int) -> Iterator[Passage]:
-    """Words drawn alike from the most frequent ones of a list; longer than any target."""
+    """Draw words alike from the most frequent ones of a list; longer than any target."""
     words = word_list(path)
     for number in itertools.count():
         draw = random.Random(f"{seed} {number}")
@@ -302,7 +302,7 @@ def _random(path: str | None, seed: int) -> Iterator[Passage]:
 
 
 def word_list(path: str | None) -> list[str]:
-    """The first field of each line of a list, or the words of the held-out book."""
+    """Return the first field of each line of a list, or the words of the held-out book."""
     if path is None:
         text = read_text(Path(path_of(BUILT_IN[0])) / "held_out.txt").lower()
         return sorted(set(re.findall(r"[a-z]{2,}", text)))

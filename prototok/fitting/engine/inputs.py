@@ -1,4 +1,4 @@
-"""What the frozen model is fed: a row's vectors, arranged, and where its targets are read.
+"""Inputs of the frozen model: a row's vectors, arranged, and where its targets are read.
 
 Letters: R rows, N targets (of the longest row), L input positions, K leading vectors, d hidden
 size, V vocabulary.
@@ -22,7 +22,7 @@ class Inputs(Protocol):
 
     @property
     def leading(self) -> int:
-        """K, the vectors a row has of its own beside m."""
+        """Return K, the vectors a row has of its own beside m."""
         ...
 
     @property
@@ -30,7 +30,7 @@ class Inputs(Protocol):
 
     @property
     def is_pair(self) -> bool:
-        """Whether the input is [e, m, m, …, m], whose first block has a closed form."""
+        """Return True if the input is [e, m, m, …, m], whose first block has a closed form."""
         ...
 
     @property
@@ -38,24 +38,24 @@ class Inputs(Protocol):
 
     @property
     def given(self) -> int:
-        """Targets at the front that the input holds, so that they are not scored."""
+        """Return how many targets the input holds at its front; these are not scored."""
         ...
 
     @property
     def prior(self) -> Prior | None:
-        """Where its vectors start and in which coordinates they move; None: the recipe says."""
+        """Return where vectors start and how their coordinates are turned; None: see the recipe."""
         ...
 
     def starting(self, prior: Prior | None) -> Inputs:
-        """The same inputs with this prior."""
+        """Return the same inputs with this prior."""
         ...
 
     def input_length(self, length: int) -> int:
-        """L for N targets."""
+        """Return L for N targets."""
         ...
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """What `embeds` needs to know of each row, (R, …), from targets (R, N) padded with 0."""
+        """Lay out what `embeds` needs of each row, (R, …), from targets (R, N) padded with 0."""
         ...
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Body = DecoderBody | GeneralBody
 
 
 def body_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Body:
-    """The family's own forward where it covers the model, else the general one."""
+    """Return the family's own forward where it covers the model, else the general one."""
     for family in (llama, gpt_neox):
         if family.covers(model.config):
             return family.body(model, device, dtype)

@@ -21,7 +21,7 @@ from prototok_kernels.plan import Plan, Shape
 
 @dataclass(frozen=True)
 class DecoderBody:
-    """What the Llama and GPT-NeoX families make of a model."""
+    """A model of the Llama or GPT-NeoX family as plain tensors."""
 
     family: str
     layers: list[DecoderLayer]
@@ -31,11 +31,11 @@ class DecoderBody:
     rotary: RotaryTables
 
     def flash(self) -> DecoderBody:
-        """The same body, attending by the flash-attn package."""
+        """Return the same body, attending by the flash-attn package."""
         return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
-        """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
+        """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
         rotary = self.rotary(inputs_embeds.shape[1])
         return self._blocks(inputs_embeds, *rotary, plan)
 
@@ -47,7 +47,7 @@ class DecoderBody:
         length: int,  # N
         plan: Plan,
     ) -> Tensor:  # (B, N, d)
-        """`hidden` of the input [e, m, …, m] (N positions), its first block in closed form.
+        """Compute `hidden` of [e, m, …, m] (N positions), its first block in closed form.
 
         And, where the plan says so, the first products of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
@@ -62,7 +62,7 @@ class DecoderBody:
 
     @cached_property
     def shape(self) -> Shape:
-        """What a plan must know of this body."""
+        """Return what a plan must know of this body."""
         return Shape.of(self.layers, self.head)
 
     @cached_property

@@ -34,5 +34,5 @@ class GeneralBody:
         return cls(twin.to(device=device, dtype=dtype))
 
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
-        """(B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
+        """Map (B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
         return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

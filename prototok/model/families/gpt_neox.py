@@ -16,7 +16,7 @@ from prototok_kernels.layers import NeoXLayer
 
 
 def covers(config: PreTrainedConfig) -> bool:
-    """Whether `body` gives what transformers would."""
+    """Return True if `body` gives what transformers would."""
     return (
         config.model_type == "gpt_neox"
         and has_static_rope(config)
@@ -25,7 +25,7 @@ def covers(config: PreTrainedConfig) -> bool:
 
 
 def body(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> DecoderBody:
-    """The model's decoder as plain tensors."""
+    """Return the model's decoder as plain tensors."""
     inner: Any = model.gpt_neox
     output: Any = model.get_output_embeddings()
     return DecoderBody(

@@ -15,7 +15,7 @@ from prototok_kernels.layers import LlamaLayer
 
 
 def covers(config: PreTrainedConfig) -> bool:
-    """Whether `body` gives what transformers would."""
+    """Return True if `body` gives what transformers would."""
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in ("llama", "mistral", "qwen2", "qwen3")
@@ -26,7 +26,7 @@ def covers(config: PreTrainedConfig) -> bool:
 
 
 def body(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> DecoderBody:
-    """The model's decoder as plain tensors."""
+    """Return the model's decoder as plain tensors."""
     inner: Any = model.model
     lm_head: Any = model.lm_head
     return DecoderBody(

@@ -13,7 +13,7 @@ _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
 
 def has_static_rope(config: PreTrainedConfig) -> bool:
-    """Whether one table of angles serves inputs of every length."""
+    """Return True if one table of angles serves inputs of every length."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("rope_type", "default") in _STATIC_ROPE
 
@@ -32,7 +32,7 @@ class RotaryTables:
 
     @property
     def width(self) -> int:
-        """r"""
+        """Return r."""
         return 2 * len(self.inv_freq)
 
     def __call__(self, length: int) -> tuple[Tensor, Tensor]:
