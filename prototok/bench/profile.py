@@ -120,6 +120,10 @@ class Work:
     backend: str = "auto"
     eager: bool = False  # on CUDA, steps without a graph: only those show their spans
 
+    def __post_init__(self) -> None:
+        if self.what not in ("fit", "decode"):
+            raise ValueError(f"what: {self.what!r} is not 'fit' or 'decode'")
+
     def plan(self, lm: FrozenLM) -> Plan:
         """Return which kernels it runs on."""
         return lm.plan(self.batch, self.length, self.backend, pair=self.what == "fit")
@@ -131,10 +135,8 @@ def profile(
     """Return seconds a step of steps a … b−1, and the table of torch.profiler where it was used.
 
     Raises:
-        ValueError: an unknown kind of work, or a length the model has no room for.
+        ValueError: a length the model has no room for.
     """
-    if work.what not in ("fit", "decode"):
-        raise ValueError(f"what: {work.what!r} is not 'fit' or 'decode'")
     arrangement = Arrangement.parse("e m*")
     require_length(work.length, lm, arrangement)
     advance = _fit(lm, work, arrangement) if work.what == "fit" else _decode(lm, work, arrangement)

@@ -145,9 +145,9 @@ def _notes(record: dict) -> list[str]:
     return [
         f"{device}, {m['threads']} threads, torch {m['torch']}, "
         f"transformers {m['transformers']}, {dtypes}",
-        "exact: texts that come back whole when decoded alone, in the model's dtype and in float32.",
+        "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
         "of roof: share of the speed that this machine's matrix and copy rates allow.",
-        "ratio: against the fastest autoregressive way. engine static-KV is prototok's own decoder.",
+        "ratio: against the fastest autoregressive way. engine static-KV: prototok's own decoder.",
         "vs dynamic: against generate with its default cache, which is the paper's comparison.",
         f"best batch: each way at its best batch size of {', '.join(map(str, BATCHES))}.",
         "ceiling: the largest ratio that two efficient implementations could show here at batch 1.",
