@@ -187,7 +187,9 @@ def profile(
     lm = load(model, device, dtype) if shape is None else load_shape(shape, device, dtype)
     if trace is None and lm.device.type != "cuda":
         trace = Path("profile.json")
-    seconds, table = run_profile(lm, Work(what, length, batch, backend, eager), which, trace)
+    work = Work(what, length, batch, backend, eager)
+    say(str(work.plan(lm)))
+    seconds, table = run_profile(lm, work, which, trace)
     if table:
         print(table)
     say(f"{1e3 * seconds:.3f} ms a step" + (f"; trace in {trace}" if trace else ""))
@@ -232,11 +234,15 @@ def report(
 
 @app.command()
 def env() -> None:
-    """Print machine and versions, one a line."""
-    from prototok.bench.machine import describe
+    """Print machine, versions, and which kernels a usual model runs on here."""
+    import torch
+
+    from prototok.bench.machine import describe, usual_plan
 
     for name, value in describe().items():
         print(f"{name}: {value}")
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"\na Llama of hidden size 768, {usual_plan(dtype)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

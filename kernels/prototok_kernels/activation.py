@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_for
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
 
 try:
@@ -162,7 +162,7 @@ def activation(
     bias: Tensor | None,  # (I,), gated (2 I,), frozen; added to z first
     name: str,
     gated: bool,
-    backend: str = "auto",
+    backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (…, I)
     """act(z + bias), or act(gate) · up of the two halves of z + bias; differentiable in z.
 
@@ -170,7 +170,7 @@ def activation(
 
     Raises ValueError for a name, shape, dtype or backend that cannot be met.
     """
-    resolved = resolve_for(backend, z)
+    require(backend, z)
     if name not in ACTIVATIONS:
         raise ValueError(f"name: {name!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
     if gated and z.shape[-1] % 2:
@@ -180,11 +180,11 @@ def activation(
             f"bias: must be ({z.shape[-1]},) of {z.dtype} like z, saw {tuple(bias.shape)} of "
             f"{bias.dtype}"
         )
-    if resolved == "torch":
+    if backend == "torch":
         return activation_ref(z, bias, name, gated)
     if torch.is_grad_enabled() and z.requires_grad:
-        return _Activation.apply(z, bias, ACTIVATIONS[name], gated, resolved)
-    return _pass(None, z.contiguous(), bias, ACTIVATIONS[name], gated, resolved)
+        return _Activation.apply(z, bias, ACTIVATIONS[name], gated, backend)
+    return _pass(None, z.contiguous(), bias, ACTIVATIONS[name], gated, backend)
 
 
 def activation_ref(z: Tensor, bias: Tensor | None, name: str, gated: bool) -> Tensor:
@@ -198,12 +198,12 @@ def activation_ref(z: Tensor, bias: Tensor | None, name: str, gated: bool) -> Te
 
 
 def activation_backward(
-    grad: Tensor, z: Tensor, bias: Tensor | None, name: str, gated: bool, backend: str = "auto"
+    grad: Tensor, z: Tensor, bias: Tensor | None, name: str, gated: bool, backend: str
 ) -> Tensor:
     """∂/∂z of `activation`, times `grad` (…, I), for a backward pass that makes z again."""
-    resolved = resolve_for(backend, z)
-    if resolved != "torch":
-        return _pass(grad, z.contiguous(), bias, ACTIVATIONS[name], gated, resolved)
+    require(backend, z)
+    if backend != "torch":
+        return _pass(grad, z.contiguous(), bias, ACTIVATIONS[name], gated, backend)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         (out,) = torch.autograd.grad(activation_ref(z, bias, name, gated), z, grad)

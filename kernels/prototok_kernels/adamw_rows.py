@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_backend
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
 
 try:
@@ -180,34 +180,30 @@ def adamw_rows_(
     active: Tensor,  # (R,) bool; other rows keep every bit of theirs
     settings: AdamWSettings,
     *,
-    backend: str = "auto",
+    backend: str,
 ) -> None:
     """One decoupled-weight-decay Adam update of the active rows (Loshchilov & Hutter 2019).
 
     Rows that start together and stay active get what `torch.optim.AdamW` gives, to rounding.
     Steps and learning rates are read on the device: nothing waits for the host.
 
-    `backend` is "torch", "triton" (CUDA), "cpu" (C++) or "auto". The last two of those named update
-    fp32 tensors with contiguous rows; for others "auto" takes "torch". Raises ValueError for a
-    shape, dtype or backend that cannot be met.
+    `backend` is "torch", "triton" (CUDA) or "cpu" (C++); the last two update fp32 tensors with
+    contiguous rows. Raises ValueError for a shape, dtype or backend that cannot be met.
     """
     _check(param, grad, state, lr, active)
-    resolved = resolve_backend(backend, param.device)
-    if resolved != "torch":
-        updated = {"param": param, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        unfit = [
-            name
-            for name, tensor in {**updated, "step": state.step}.items()
-            if not tensor.is_contiguous() or (name in updated and tensor.dtype != torch.float32)
-        ]
-        if unfit and backend != "auto":
-            raise ValueError(f"{unfit[0]}: backend {backend!r} needs contiguous fp32 rows")
-        if unfit:
-            resolved = "torch"
-    if resolved == "torch":
+    require(backend, param)
+    if backend == "torch":
         adamw_rows_ref_(param, grad, state, lr, active, settings)
         return
-    update = _adamw_cpu if resolved == "cpu" else _adamw_triton
+    updated = {"param": param, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    unfit = [
+        name
+        for name, tensor in {**updated, "step": state.step}.items()
+        if not tensor.is_contiguous() or (name in updated and tensor.dtype != torch.float32)
+    ]
+    if unfit:
+        raise ValueError(f"{unfit[0]}: backend {backend!r} needs contiguous fp32 rows")
+    update = _adamw_cpu if backend == "cpu" else _adamw_triton
     rates = lr.to(torch.float32).contiguous()
     update(param, grad.to(torch.float32).contiguous(), state, rates, active.contiguous(), settings)
 

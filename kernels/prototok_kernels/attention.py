@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_for
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
 
 try:
@@ -222,7 +222,7 @@ def attention(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
-    backend: str = "auto",
+    backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (B, N, H·c)
     """Causal self-attention with rotary positions, differentiable in qkv.
 
@@ -233,18 +233,18 @@ def attention(
 
     Raises ValueError for a shape, dtype or backend that cannot be met.
     """
-    resolved = resolve_for(backend, qkv)
+    require(backend, qkv)
     _check(qkv, cos, sin, heads, kv_heads, window)
-    if flash and resolved == "cpu":
+    if flash and backend == "cpu":
         raise ValueError("flash: backend 'cpu' attends by itself")
-    if resolved == "torch":
+    if backend == "torch":
         return attention_ref(
             qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window,
             flash=flash,
         )  # fmt: skip
     length = qkv.shape[1]
     cos, sin = cos.float(), sin.float()
-    if resolved == "triton":
+    if backend == "triton":
         qkv = qkv.contiguous()
         q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

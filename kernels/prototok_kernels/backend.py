@@ -1,6 +1,11 @@
-"""Which implementation of an operation runs: plain torch, Triton, or the C++ of `csrc/`."""
+"""What this process can run: Triton, the C++ kernels, and the instruction sets of the processor.
+
+Found once, at import. `plan` chooses from it; nothing else does.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +18,6 @@ try:
 except ImportError:  # installed without a compiler
     _cpu = None
 
-BACKENDS = ("auto", "torch", "triton", "cpu")
-
 # What the kernels take; torch takes every floating dtype.
 KERNEL_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -25,47 +28,63 @@ KERNEL_DTYPES = {
 TRITON_INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """The implementation that `backend` stands for on `device`: "torch", "triton" or "cpu".
+@dataclass(frozen=True)
+class Machine:
+    """What there is to choose from.
 
-    "auto" is Triton on CUDA and the C++ kernels on the CPU, or torch where those are missing.
-    Raises ValueError when another name is given, or one that cannot run on `device`.
+    cpp              the C++ kernels were built
+    instruction_sets those of the C++ kernels that this processor has, the best first
+    triton           the triton package is installed
+    interpreted      Triton's kernels run through its interpreter, on CPU tensors
+    threads          threads of torch's CPU operations and of the C++ kernels
     """
-    kind = torch.device(device).type
-    missing = unavailable(backend, kind)
-    if missing is not None:
-        raise ValueError(missing)
-    if backend != "auto":
-        return backend
-    preferred = {"cuda": "triton", "cpu": "cpu"}.get(kind, "torch")
-    return preferred if unavailable(preferred, kind) is None else "torch"
+
+    cpp: bool
+    instruction_sets: tuple[str, ...]
+    triton: bool
+    interpreted: bool
+    threads: int
+
+    def lacks(self, backend: str, kind: str) -> str | None:
+        """Return why `backend` cannot run on devices of type `kind`, or None when it can."""
+        if backend == "triton":
+            if not self.triton:
+                return "backend: 'triton' needs the triton package, which is not installed"
+            if kind != "cuda" and not (kind == "cpu" and self.interpreted):
+                return f"backend: 'triton' needs tensors on a CUDA device, these are on {kind!r}"
+        if backend == "cpu":
+            if kind != "cpu":
+                return f"backend: 'cpu' needs tensors on the CPU, these are on {kind!r}"
+            if not self.cpp:
+                return "backend: 'cpu' needs the C++ kernels; this installation has none"
+        return None
 
 
-def resolve_for(backend: str, x: torch.Tensor) -> str:
-    """`resolve_backend` for a tensor: "auto" is torch for a dtype that the kernels do not take.
+_INSTRUCTION_SETS = () if _cpu is None else tuple(_cpu.instruction_sets())
 
-    Raises ValueError when a kernel is asked for by name and cannot take x.
-    """
-    resolved = resolve_backend(backend, x.device)
-    if x.dtype in KERNEL_DTYPES.get(resolved, (x.dtype,)):
-        return resolved
-    if backend != "auto":
-        raise ValueError(f"backend: {backend!r} does not take tensors of {x.dtype}")
-    return "torch"
+
+def this_machine() -> Machine:
+    """Return what this process can run, with as many threads as torch uses now."""
+    return Machine(
+        cpp=_cpu is not None,
+        instruction_sets=_INSTRUCTION_SETS,
+        triton=triton is not None,
+        interpreted=TRITON_INTERPRETED,
+        threads=torch.get_num_threads(),
+    )
 
 
 def unavailable(backend: str, kind: str) -> str | None:
-    """Why `backend` cannot run on devices of type `kind`, in one sentence; None when it can."""
-    if backend not in BACKENDS:
-        return f"backend: {backend!r} is not one of {', '.join(BACKENDS)}"
-    if backend == "triton":
-        if triton is None:
-            return "backend: 'triton' needs the triton package, which is not installed"
-        if kind != "cuda" and not (kind == "cpu" and TRITON_INTERPRETED):
-            return f"backend: 'triton' needs tensors on a CUDA device, and these are on {kind!r}"
-    if backend == "cpu":
-        if kind != "cpu":
-            return f"backend: 'cpu' needs tensors on the CPU, and these are on {kind!r}"
-        if _cpu is None:
-            return "backend: 'cpu' needs the C++ kernels, which this installation was built without"
-    return None
+    """Return why `backend` cannot run here on devices of type `kind`, or None when it can."""
+    return this_machine().lacks(backend, kind)
+
+
+def require(backend: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless `backend` ("torch", "triton" or "cpu") can compute on x."""
+    if backend not in ("torch", *KERNEL_DTYPES):
+        raise ValueError(f"backend: {backend!r} is not one of torch, triton, cpu")
+    missing = unavailable(backend, x.device.type)
+    if missing is not None:
+        raise ValueError(missing)
+    if x.dtype not in KERNEL_DTYPES.get(backend, (x.dtype,)):
+        raise ValueError(f"backend: {backend!r} does not take tensors of {x.dtype}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.layers import (
     ACTIVATIONS,
     DecoderLayer,
@@ -26,12 +26,6 @@ from prototok_kernels.layers import (
 from prototok_kernels.views import View, views
 
 POSITIONS = 64  # T is a multiple of this
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `Decoder` runs there: the C++ kernels, the CPU, float32 or bfloat16."""
-    return _cpu is not None and device.type == "cpu" and dtype in _DTYPES
 
 
 def decoder_model(
@@ -45,6 +39,7 @@ def decoder_model(
     Any number of threads may read it. A weight that is not contiguous is read from a copy.
     Raises ValueError for weights that are not of one dtype and the shapes of one model, on the CPU.
     """
+    require("cpu", norm[0])
     first = layers[0]
 
     def block(layer: DecoderLayer) -> tuple[dict[str, View], int]:

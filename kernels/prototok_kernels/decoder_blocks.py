@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_for
+from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder import decoder_model
 from prototok_kernels.layers import (
     DecoderLayer,
@@ -26,7 +26,8 @@ from prototok_kernels.layers import (
     is_parallel,
     parallel_block_end,
 )
-from prototok_kernels.packed import packed, thread_a_text
+from prototok_kernels.packed import packed
+from prototok_kernels.plan import Plan
 from prototok_kernels.residual_norm import residual_norm
 from prototok_kernels.views import views
 
@@ -56,21 +57,21 @@ class DecoderBlocks:
         x: Tensor,  # (B, N, d)
         cos: Tensor,  # (≥ N, r), the halves of a row alike
         sin: Tensor,  # (≥ N, r)
+        plan: Plan,
         start: int = 0,  # the block that x enters
-        backend: str = "auto",
         products: tuple[Tensor, Tensor] | None = None,  # (B, N, 3 H·c), (B, N, I)
     ) -> Tensor:  # (B, N, d)
         """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
 
         `products`: q, k, v and the up-projection of block `start`, which must be a parallel one;
-        "triton" overwrites them.
+        Triton's passes overwrite them.
 
         Raises ValueError for products that are not this block's.
         """
         if products is not None:
             _check(products, x, self.layers[start])
-        if not self._covers(x, backend):
-            return decoder_blocks_ref(self, x, cos, sin, start, backend, products)
+        if plan.blocks.taken != "cpu":
+            return decoder_blocks_ref(self, x, cos, sin, plan.passes.taken, start, products)
         cpp = self._packed(cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         qkv, z = (None, None) if products is None else (t.contiguous() for t in products)
@@ -85,16 +86,6 @@ class DecoderBlocks:
 
         return packed(self, self._weights, make)
 
-    def _covers(self, x: Tensor, backend: str) -> bool:
-        return (
-            resolve_for(backend, x) == "cpu"
-            and x.dtype == torch.bfloat16
-            and x.numel() > 0
-            and thread_a_text(*x.shape)
-            and "avx512bf16" in _cpu.instruction_sets()
-            and all(_plain(layer) for layer in self.layers)
-        )
-
 
 def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:
     if not is_parallel(layer):
@@ -106,11 +97,6 @@ def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> N
                 f"products: must be {expected} of {x.dtype}, saw {tuple(product.shape)} of "
                 f"{product.dtype}"
             )
-
-
-def _plain(layer: DecoderLayer) -> bool:
-    sizes = (*layer.qkv.shape, *layer.o.shape, *layer.down.shape)
-    return layer.q_norm is None and not layer.flash and not any(size % 2 for size in sizes)
 
 
 def _shape(x: Tensor, start: int) -> dict[str, int]:
@@ -167,8 +153,8 @@ class _CpuBlocks(torch.autograd.Function):
 
 
 def decoder_blocks_ref(
-    blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, start: int = 0,
-    backend: str = "torch", products: tuple[Tensor, Tensor] | None = None,
+    blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, backend: str = "torch",
+    start: int = 0, products: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The same block by block, each of its ops by `backend`."""
     delta: Tensor | None = None

@@ -130,15 +130,13 @@ def is_parallel(layer: DecoderLayer) -> TypeGuard[NeoXLayer]:
     return isinstance(layer, NeoXLayer) and layer.parallel
 
 
-def inner_activation(
-    z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str = "auto"
-) -> Tensor:
+def inner_activation(z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str) -> Tensor:
     """What `down` reads, (…, I), from the projections in front of it, (…, I) or gated (…, 2 I)."""
     return activation(z, bias, layer.activation, isinstance(layer, LlamaLayer), backend)
 
 
 def inner_activation_backward(
-    grad: Tensor, z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+    grad: Tensor, z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str
 ) -> Tensor:
     """∂/∂z of `inner_activation`, times `grad` (…, I)."""
     gated = isinstance(layer, LlamaLayer)
@@ -157,7 +155,7 @@ def project_heads(
 
 
 def input_norm(
-    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str
 ) -> tuple[Tensor, Tensor]:
     """x + delta, and the norm in front of the attention."""
     bias = layer.input_norm_bias if isinstance(layer, NeoXLayer) else None
@@ -165,7 +163,7 @@ def input_norm(
 
 
 def post_norm(
-    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str = "auto"
+    x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str
 ) -> tuple[Tensor, Tensor]:
     """x + delta, and the norm in front of the MLP."""
     bias = layer.post_norm_bias if isinstance(layer, NeoXLayer) else None
@@ -177,7 +175,7 @@ def self_attention(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:  # (B, N, d)
     """Causal self-attention between its input and output projections."""
     qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
@@ -223,7 +221,7 @@ def bias_behind_norm(layer: DecoderLayer) -> Tensor | None:
     return F.linear(layer.post_norm_bias, weight, bias) if isinstance(layer, NeoXLayer) else bias
 
 
-def mlp(normed: Tensor, layer: DecoderLayer, backend: str = "auto") -> Tensor:
+def mlp(normed: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
     """The MLP behind its norm, residual not included; (…, d)."""
     return _mlp_end(F.linear(normed, inner_projection(layer)[0]), layer, backend)
 
@@ -240,7 +238,7 @@ def decoder_block(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """One block on the stream x + delta, positions 0 … N − 1, causal.
 
@@ -261,7 +259,7 @@ def parallel_block_end(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:  # (B, N, d)
     """What a parallel block adds to the stream, from its stacked q, k, v and its up-projection."""
     qkv, z = products
@@ -273,7 +271,7 @@ def decoder_layer(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:  # (B, N, d)
     """One block by itself on any input, positions 0 … N − 1, causal."""
     x, delta = decoder_block(x, None, layer, cos, sin, backend)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_for
-from prototok_kernels.packed import can_be_packed, packed
+from prototok_kernels.backend import _cpu, require
+from prototok_kernels.packed import packed, why_unpacked
 from prototok_kernels.views import views
 
 try:
@@ -327,7 +327,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     need_grad: bool = True,
     workspace_bytes: int = 256 << 20,
-    backend: str = "auto",
+    backend: str,
 ) -> HeadOutput:
     """Cross-entropy of `softmax(hidden @ weight.T / temperature)` and what a fit needs beside it.
 
@@ -336,26 +336,30 @@ def linear_cross_entropy(
     and one more product turns that into the gradient of the hidden state. There is no gradient of
     the weight, no synchronisation with the host on a GPU, and every row is summed in a fixed order.
 
-    `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "auto". In
-    the last two the logits have hidden's dtype, and all arithmetic on them is fp32.
-    "cpu" lays a bf16 weight out for its products when it first sees it (AVX-512 BF16 only) and
-    keeps that, twice the weight's size with gradients, as long as the weight lives.
+    `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "packed". In
+    the last three the logits have hidden's dtype, and all arithmetic on them is fp32. "packed" is
+    C++ throughout, for bf16 on a processor with AVX-512 BF16: it lays the weight out for its
+    products when it first sees it and keeps that, twice the weight's size with gradients, as long
+    as the weight lives.
 
     Raises ValueError for a shape, dtype, temperature or backend that cannot be met, and on the CPU
     for a target outside [0, V); on a GPU such a row's loss is NaN.
     """
     _check(hidden, weight, targets, token_weight, temperature)
-    resolved = resolve_for(backend, hidden)
-    if resolved == "torch":
+    require("cpu" if backend == "packed" else backend, hidden)
+    if backend == "torch":
         return _linear_cross_entropy_torch(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
         )
-    if resolved == "cpu" and weight is not None and can_be_packed(weight):
+    if backend == "packed":
+        why = "hidden holds logits" if weight is None else why_unpacked([weight])
+        if weight is None or why is not None:
+            raise ValueError(f"weight: backend 'packed' cannot take it, {why}")
         return _linear_cross_entropy_packed(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes
         )
     return _linear_cross_entropy_fused(
-        hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes, resolved
+        hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes, backend
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from prototok_kernels.backend import _cpu
+# The instructions that products with packed weights are made of.
+PACKED = "avx512bf16"
 
 Made = TypeVar("Made")
 
@@ -43,26 +44,17 @@ def _state_of(weight: Tensor) -> object:
     return object() if weight.is_inference() else (weight.data_ptr(), weight._version)
 
 
-# N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
-_SMALL_TEXT = 1 << 24
-
-
-def thread_a_text(texts: int, length: int, hidden_size: int) -> bool:
-    """Whether texts that are one thread's each are quicker than products shared by all threads."""
-    return texts >= torch.get_num_threads() or length * hidden_size**2 < _SMALL_TEXT
-
-
-def can_be_packed(*weights: Tensor) -> bool:
-    """Whether the C++ products take these: bf16 of even sizes, and the instructions are there."""
-    return (
-        _cpu is not None
-        and "avx512bf16" in _cpu.instruction_sets()
-        and all(
-            weight.dtype == torch.bfloat16
-            and weight.device.type == "cpu"
-            and weight.is_contiguous()
-            and not weight.is_inference()  # has no version
-            and not any(size % 2 for size in weight.shape)
-            for weight in weights
-        )
-    )
+def why_unpacked(weights: Sequence[Tensor]) -> str | None:
+    """Return why the packed products do not take these weights, or None when they do."""
+    for weight in weights:
+        if weight.device.type != "cpu":
+            return f"a weight is on {weight.device}"
+        if weight.dtype != torch.bfloat16:
+            return f"a weight is {str(weight.dtype).removeprefix('torch.')}"
+        if any(size % 2 for size in weight.shape):
+            return f"a weight of {tuple(weight.shape)} has an odd size"
+        if not weight.is_contiguous():
+            return "a weight is not contiguous"
+        if weight.is_inference():
+            return "a weight was made in inference mode, so that a change would not be seen"
+    return None

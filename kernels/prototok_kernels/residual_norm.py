@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_for
+from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
 
 try:
@@ -178,7 +178,7 @@ def residual_norm(
     weight: Tensor,  # (d,), frozen
     bias: Tensor | None,  # (d,), frozen
     eps: float,
-    backend: str = "auto",
+    backend: str,  # "torch", "triton" or "cpu"
 ) -> tuple[Tensor, Tensor]:  # (…, d) each
     """x + delta, and its norm: LayerNorm where there is a bias, RMSNorm where there is none.
 
@@ -189,14 +189,14 @@ def residual_norm(
 
     Raises ValueError for a shape, dtype or backend that cannot be met.
     """
-    resolved = resolve_for(backend, x)
+    require(backend, x)
     _check(x, delta, weight, bias)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    if resolved == "torch":
+    if backend == "torch":
         return residual_norm_ref(x, delta, weight, bias, eps)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
-        return _ResidualNorm.apply(x, delta, weight, bias, eps, resolved)
-    total, normed, _ = _forward(x, delta, weight, bias, eps, resolved)
+        return _ResidualNorm.apply(x, delta, weight, bias, eps, backend)
+    total, normed, _ = _forward(x, delta, weight, bias, eps, backend)
     return total, normed
 
 

@@ -25,7 +25,6 @@ from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.fit_result import FitInterrupted
 from prototok.results.mem_fit import MemFit
 from prototok.texts.targets import Texts, targets_of
-from prototok_kernels.backend import resolve_backend
 
 
 def fit(
@@ -74,7 +73,7 @@ def fit(
         raise ValueError(f"k: {k!r} is not a positive integer")
     if first not in ("predicted", "given"):
         raise ValueError(f"first: {first!r} is not 'predicted' or 'given'")
-    resolved = resolve_backend(backend, lm.device)
+    lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     require_batch_size(batch_size)
     chosen = seed_list(seeds)
     given = int(first == "given")
@@ -92,7 +91,7 @@ def fit(
 
     def confirm(finished: Finished) -> bool:
         (row,) = finished.unit.rows
-        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given)
+        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given, backend)
         return verified[row.index].accuracy >= settings.accuracy
 
     inputs = TeacherForced(lm.embedding, k, given)
@@ -112,6 +111,8 @@ def fit(
             return torch.tensor(values, dtype=dtype, device="cpu").view(shape)
 
         accuracy = column([v.accuracy for _, v in rows])
+        positions = inputs.input_length(max(len(ids) for ids in targets))
+        plan = lm.plan(len(targets) * len(chosen), positions, backend)
         return MemFit(
             mem=torch.stack([f.vectors[0][0] for f, _ in rows]).view(*shape, k, lm.hidden_size),
             targets=[targets[t] for t in texts], first=first, model=lm.identity,
@@ -125,7 +126,8 @@ def fit(
                 "seeds": json.dumps(chosen),
                 "dtype": str(lm.dtype).removeprefix("torch."),
                 "device": lm.device.type,
-                "backend": resolved,
+                "backend": plan.passes.taken,
+                "plan": plan.summary(),
                 "verified with": _cache(lm),
                 "prototok": prototok.__version__,
                 "torch": torch.__version__,
@@ -135,7 +137,7 @@ def fit(
 
     try:
         with Progress(len(units), "fit [mem]", progress) as bar:
-            fits = run(lm, units, inputs, settings, batch_size, resolved, confirm, observe)
+            fits = run(lm, units, inputs, settings, batch_size, backend, confirm, observe)
             for finished in fits:
                 (row,) = finished.unit.rows
                 check = verified.pop(row.index)
@@ -168,15 +170,15 @@ class _Verified:
     teacher_forced: float
 
 
-def _verify(lm: FrozenLM, targets: Tensor, mem: Tensor, given: int) -> _Verified:
+def _verify(lm: FrozenLM, targets: Tensor, mem: Tensor, given: int, backend: str) -> _Verified:
     """Generate from one row's vectors (K, d) and compare with its targets (N,)."""
     accuracy = teacher_forced = 1.0
     margin = float("inf")
     first = targets[:1] if given else None
     for model in (lm, lm.cast(torch.float32)):
-        ids = generate(model, mem[None], len(targets), _cache(lm), first)[0]
+        ids = generate(model, mem[None], len(targets), _cache(lm), first, backend)[0]
         right = (ids == targets)[given:]
-        margins = _margins(model, targets, mem)[given:]
+        margins = _margins(model, targets, mem, backend)[given:]
         accuracy = min(accuracy, float(right.double().mean()))
         teacher_forced = min(teacher_forced, float((margins > 0).double().mean()))
         # Up to its first wrong token the generation has read the text itself.
@@ -188,11 +190,11 @@ def _verify(lm: FrozenLM, targets: Tensor, mem: Tensor, given: int) -> _Verified
 
 
 @torch.no_grad()
-def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor) -> Tensor:
+def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor:
     """(N,) target logit minus the best other logit, with the text before each target given."""
     vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
     inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
-    logits = lm.logits(inputs_embeds)[0, len(mem) - 1 :].float()  # (N, V)
+    logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)
     own = logits.gather(1, ids[:, None])
     best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
     return (own[:, 0] - best_other).cpu()

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.common.arguments import is_count
 from prototok.common.per_thread import PerThread
-from prototok.decoding.cpu_decoder import FEW, cpu_decoder
+from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, require_frozen, twin_of
 from prototok_kernels.decoder import POSITIONS
@@ -32,6 +32,7 @@ def generate(
     length: int,
     cache: str = "engine",
     first: Tensor | None = None,  # (R,) int64
+    backend: str = "auto",
 ) -> Tensor:
     """Greedy ids (R, N) int64, on the CPU, generated behind [mem_1 … mem_K]; no stop at an EOS.
 
@@ -43,6 +44,7 @@ def generate(
             "dynamic" or "static", transformers' `generate`.
         first: t_1 of each row where it is given (Kuratov et al.) rather than predicted; it is the
             first of the N tokens.
+        backend: which kernels of "engine": "torch", "triton" (CUDA), "cpu" (C++), or "auto".
 
     Raises:
         ValueError: an argument that cannot be met; "engine" for a model of the general family.
@@ -64,7 +66,7 @@ def generate(
         worst = int(first.min()) if int(first.min()) < 0 else int(first.max())
         raise ValueError(f"first: {worst} is not a token id below {lm.vocab_size}")
     if cache == "engine":
-        return engine(lm, mem, length, first)
+        return engine(lm, mem, length, first, backend)
     prompt = mem.to(lm.device, lm.dtype)
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
@@ -117,24 +119,25 @@ def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) ->
     return ids
 
 
-def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:
+def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None, backend: str) -> Tensor:
     """Ids (R, N) from our own decoder behind mem (R, K, d) and, where given, t_1 (R,).
 
     On the CPU that is the C++ one, a call for the prompt and one for all tokens, where it has the
     model's dtype; on CUDA, and for what C++ does not cover, `StaticDecoder`.
     """
     rows, leading, _ = mem.shape
-    if rows <= FEW:
-        decoder = cpu_decoder(lm, rows, leading + length, leading)
-        if decoder is not None:
-            ids = torch.empty(length, rows, dtype=torch.int64, device="cpu")
-            begin = 0
-            if first is not None:
-                ids[0], begin = first, 1
-            decoder.pass_(mem.to(lm.dtype), 0)
-            decoder.greedy(ids, begin, leading)
-            return ids.T.contiguous()
-    return _static_decoder(lm, rows, leading + length).generate(mem, length, first)
+    plan = lm.plan(rows, 1, backend)  # of one token
+    if plan.decoder.taken != "cpu":
+        decoder = _static_decoder(lm, rows, leading + length, plan.passes.taken)
+        return decoder.generate(mem, length, first)
+    few = cpu_decoder(lm, rows, leading + length, leading)
+    ids = torch.empty(length, rows, dtype=torch.int64, device="cpu")
+    begin = 0
+    if first is not None:
+        ids[0], begin = first, 1
+    few.pass_(mem.to(lm.dtype), 0)
+    few.greedy(ids, begin, leading)
+    return ids.T.contiguous()
 
 
 def matrices(lm: FrozenLM) -> list[Tensor] | None:
@@ -179,10 +182,11 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
     return _twins[lm]
 
 
-def _static_decoder(lm: FrozenLM, rows: int, positions: int) -> StaticDecoder:
+def _static_decoder(lm: FrozenLM, rows: int, positions: int, backend: str) -> StaticDecoder:
     """A decoder with room for so many positions: that of the last call where it fits."""
     capacity = -(-positions // POSITIONS) * POSITIONS
     found: StaticDecoder | None = _decoders.of.get(lm)
-    if found is None or found.rows != rows or found.capacity != capacity:
-        found = _decoders.of[lm] = StaticDecoder(_body(lm), lm, rows, capacity)
+    wanted = (rows, capacity, backend)
+    if found is None or (found.rows, found.capacity, found.backend) != wanted:
+        found = _decoders.of[lm] = StaticDecoder(_body(lm), lm, rows, capacity, backend)
     return found

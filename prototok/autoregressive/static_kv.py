@@ -35,10 +35,12 @@ class StaticDecoder:
     float32 the ids are those of transformers' greedy `generate`.
     """
 
-    def __init__(self, body: DecoderBody, lm: FrozenLM, rows: int, capacity: int) -> None:
+    def __init__(
+        self, body: DecoderBody, lm: FrozenLM, rows: int, capacity: int, backend: str
+    ) -> None:
         first = body.layers[0]
         self.body, self.embedding, self.device = body, lm.embedding, lm.device
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity, self.backend = rows, capacity, backend
         self.parts = [first.heads, first.kv_heads, first.kv_heads]
         size = first.head_size
 
@@ -123,16 +125,17 @@ class StaticDecoder:
                 assert layer.window is not None
                 masks[layer.window] = past & (self.every_position > self.position - layer.window)
         for i, layer in enumerate(self.body.layers):
-            _linear_(self.qkv, input_norm(self.x, None, layer)[1], layer.qkv, layer.qkv_bias)
+            normed = input_norm(self.x, None, layer, self.backend)[1]
+            _linear_(self.qkv, normed, layer.qkv, layer.qkv_bias)
             mixed = self._attend(i, layer, cos, sin, masks[layer.window])
             parallel = isinstance(layer, NeoXLayer) and layer.parallel
-            h = post_norm(self.x, None, layer)[1] if parallel else None
+            h = post_norm(self.x, None, layer, self.backend)[1] if parallel else None
             _linear_(self.x, mixed, layer.o, layer.o_bias, add=True)
-            h = post_norm(self.x, None, layer)[1] if h is None else h
+            h = post_norm(self.x, None, layer, self.backend)[1] if h is None else h
             _linear_(self.inner, h, *inner_projection(layer))
             _linear_(
                 self.x,
-                inner_activation(self.inner, None, layer),
+                inner_activation(self.inner, None, layer, self.backend),
                 layer.down,
                 layer.down_bias,
                 add=True,
@@ -162,7 +165,7 @@ class StaticDecoder:
         body = self.body
         assert body.head is not None
         eps = body.layers[0].eps
-        _, normed = residual_norm(self.x, None, body.norm, body.norm_bias, eps)
+        _, normed = residual_norm(self.x, None, body.norm, body.norm_bias, eps, self.backend)
         torch.mm(normed, body.head.T, out=self.logits)
         torch.argmax(self.logits, dim=-1, out=self.last)
 

@@ -42,7 +42,9 @@ class Engine:
 
     def __call__(self, length: int, batch: int) -> Tensor:
         """(batch, length) int64 generated ids."""
-        return engine(self.lm, self.lm.embed(self.first).expand(batch, -1, -1), length)
+        return engine(
+            self.lm, self.lm.embed(self.first).expand(batch, -1, -1), length, None, "auto"
+        )
 
     def call(self, length: int, batch: int) -> Callable[[], Tensor]:
         """The same, ready to be timed."""

@@ -11,20 +11,41 @@ from pathlib import Path
 
 import torch
 
+from prototok_kernels.backend import this_machine
+from prototok_kernels.plan import Plan, Shape, plan_of
+
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "flash-attn")
 
 
 def describe() -> dict[str, str]:
     """Machine and versions, for records; no value names a user or a host."""
-    found = {
+    found = this_machine()
+    facts = {
         "prototok": _version("prototok"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
+        "C++ kernels": ", ".join(found.instruction_sets) if found.cpp else "not built",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-    return found | {name: _version(name) for name in _PACKAGES}
+    return facts | {name: _version(name) for name in _PACKAGES}
+
+
+def usual_plan(dtype: torch.dtype) -> Plan:
+    """Return what "auto" takes on this machine for a usual model, without one at hand.
+
+    The model is a Llama of hidden size 768, 12 heads and even sizes; 16 rows of 64 positions.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why = None if dtype == torch.bfloat16 else f"a weight is {str(dtype).removeprefix('torch.')}"
+    shape = Shape(
+        blocks=12, hidden_size=768, heads=12, head_size=64, parallel=(False, False), unpacked=why,
+        head_unpacked=why,
+    )  # fmt: skip
+    return plan_of(
+        shape, rows=16, length=64, dtype=dtype, device=device, backend="auto", pair=True
+    )  # fmt: skip
 
 
 def _version(package: str) -> str:

@@ -213,7 +213,7 @@ def _measure(
         steps = float(solved.float().median()) if len(solved) else None
         row = int(fit.exact.flatten().int().argmax())
         vectors = fit.tokens.vectors(row)[None]
-        decoded = decode_ids(lm, vectors, arrangement, length)[0]
+        decoded = decode_ids(lm, vectors, arrangement, length, "auto")[0]
         if exact and not torch.equal(decoded, fit.targets[row]):
             raise RuntimeError(f"{name}: a fit that was exact no longer decodes to its text")
     timings = time_all(lm, vectors, length, peak, settings.vllm_python)

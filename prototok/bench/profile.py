@@ -24,6 +24,7 @@ from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
+from prototok_kernels.plan import Plan
 
 
 def step_range(text: str) -> tuple[int, int]:
@@ -118,11 +119,15 @@ class Work:
     backend: str = "auto"
     eager: bool = False  # on CUDA, steps without a graph: only those show their spans
 
+    def plan(self, lm: FrozenLM) -> Plan:
+        """Return which kernels it runs on."""
+        return lm.plan(self.batch, self.length, self.backend, pair=self.what == "fit")
+
 
 def profile(
     lm: FrozenLM, work: Work, steps: tuple[int, int] = (20, 30), trace: Path | None = None
 ) -> tuple[float, str]:
-    """Seconds a step of steps a … b−1, and the table of torch.profiler where that was used.
+    """Return seconds a step of steps a … b−1, and the table of torch.profiler where it was used.
 
     Raises:
         ValueError: an unknown kind of work, or a length the model has no room for.
@@ -166,6 +171,6 @@ def _decode(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int
 
     def advance(times: int) -> None:
         for _ in range(times):
-            decode_vectors(lm, vectors, arrangement, work.length)
+            decode_vectors(lm, vectors, arrangement, work.length, None, work.backend)
 
     return advance

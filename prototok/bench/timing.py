@@ -125,7 +125,9 @@ def time_all(
         ways: dict[tuple[str, torch.dtype], Callable[[], object]] = {}
         if vectors is not None:
             rows = vectors.expand(batch, -1, -1)
-            ways[ONE, lm.dtype] = functools.partial(decode_ids, lm, rows, arrangement, length)
+            ways[ONE, lm.dtype] = functools.partial(
+                decode_ids, lm, rows, arrangement, length, "auto"
+            )
         for dtype, decoder in engine.items():
             ways[ENGINE, dtype] = decoder.call(length, batch)
         quick = list(ways)

@@ -10,29 +10,23 @@ from typing import Any
 from prototok.common.per_thread import PerThread
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
-from prototok_kernels.decoder import POSITIONS, Decoder, decoder_model, usable
+from prototok_kernels.decoder import POSITIONS, Decoder, decoder_model
 from prototok_kernels.packed import packed
-
-# Positions (R · N) up to which one pass is faster than torch's products (docs/log.md).
-FEW = 64
 
 # The decoder of a thread's last call with a model; a fit's verification repeats itself.
 _decoders = PerThread()
 
 
-def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder | None:
+def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder:
     """A decoder of R rows with room for `positions`, in passes of at most `longest` of them.
 
-    It is this thread's until its next call with the same model. None where there is none: on CUDA,
-    in other dtypes than float32 and bfloat16, for models of the general family, and in an
-    installation without the C++ kernels.
+    It is this thread's until its next call with the same model. Only where the plan's decoder is
+    "cpu".
     """
     body = lm.body
-    if not isinstance(body, DecoderBody) or not usable(lm.device, lm.dtype):
-        return None
-    assert body.head is not None
+    assert isinstance(body, DecoderBody) and body.head is not None
     model = _model(lm, body)
-    found = _decoders.of.get(lm)
+    found: Decoder | None = _decoders.of.get(lm)
     if (
         found is None
         or found.model is not model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
-from prototok.decoding.cpu_decoder import FEW, cpu_decoder
+from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
 from prototok.results.proto_tokens import ProtoTokens
@@ -41,13 +41,14 @@ def decode_vectors(
     vectors: Tensor,  # (R, slots, d)
     arrangement: Arrangement,
     length: int,
-    targets: Tensor | None = None,  # (R, N) int64
+    targets: Tensor | None,  # (R, N) int64
+    backend: str,
 ) -> Decoded:
     """One forward for rows of one length; the results are on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        decoder = _passed(lm, inputs_embeds)
-        logits = lm.logits(inputs_embeds).float() if decoder is None else decoder.logits()
+        decoder = _passed(lm, inputs_embeds, backend)
+        logits = decoder.logits() if decoder else lm.logits(inputs_embeds, backend).float()
         logits = logits[:, arrangement.offset :][:, :length]
         ids = logits.argmax(dim=-1)
         chosen = (ids if targets is None else targets.to(lm.device))[..., None]
@@ -63,12 +64,13 @@ def decode_ids(
     vectors: Tensor,  # (R, slots, d)
     arrangement: Arrangement,
     length: int,
+    backend: str,
 ) -> Tensor:
     """The ids (R, N) of the same forward and nothing else, on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        decoder = _passed(lm, inputs_embeds)
-        ids = lm.logits(inputs_embeds).argmax(dim=-1) if decoder is None else decoder.ids()
+        decoder = _passed(lm, inputs_embeds, backend)
+        ids = decoder.ids() if decoder else lm.logits(inputs_embeds, backend).argmax(dim=-1)
         return ids[:, arrangement.offset :][:, :length].cpu()
 
 
@@ -78,26 +80,27 @@ def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     return vectors.to(lm.device, lm.dtype)[:, layout]
 
 
-def _passed(lm: FrozenLM, inputs_embeds: Tensor) -> Decoder | None:
-    """The C++ decoder behind its pass over the inputs, where they are few and there is one."""
+def _passed(lm: FrozenLM, inputs_embeds: Tensor, backend: str) -> Decoder | None:
+    """The C++ decoder behind its pass over the inputs, where the plan takes it."""
     rows, length, _ = inputs_embeds.shape
-    decoder = cpu_decoder(lm, rows, length, length) if rows * length <= FEW else None
-    if decoder is not None:
-        decoder.pass_(inputs_embeds, 0)
+    if lm.plan(rows, length, backend).decoder.taken != "cpu":
+        return None
+    decoder = cpu_decoder(lm, rows, length, length)
+    decoder.pass_(inputs_embeds, 0)
     return decoder
 
 
 @overload
 def decode(
     lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
-    batch_size: int = 1, text: Literal[False] = False,
+    batch_size: int = 1, text: Literal[False] = False, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def decode(
     lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
-    batch_size: int = 1, text: Literal[True],
+    batch_size: int = 1, text: Literal[True], backend: str = "auto",
 ) -> list[str]: ...  # fmt: skip
 
 
@@ -108,6 +111,7 @@ def decode(
     *,
     batch_size: int = 1,
     text: bool = False,
+    backend: str = "auto",
 ) -> Tensor | list[str]:
     """Token ids (rows, N) of proto-tokens, rows = texts × seeds, text by text; one forward a batch.
 
@@ -118,6 +122,7 @@ def decode(
         batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
             size can round differently and flip a token whose margin is near zero.
         text: return strings.
+        backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
 
     Rows shorter than the longest are filled with −1.
 
@@ -144,7 +149,7 @@ def decode(
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             vectors = torch.stack([tokens.vectors(r) for r in part])
-            ids[part, :size] = decode_ids(lm, vectors, arrangement, size)
+            ids[part, :size] = decode_ids(lm, vectors, arrangement, size, backend)
     if not text:
         return ids
     return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]

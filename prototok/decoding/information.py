@@ -50,7 +50,11 @@ class Information:
 
 @torch.no_grad()
 def information(
-    lm: FrozenLM, texts: Texts, length: int | None = None, bos: str = "drop"
+    lm: FrozenLM,
+    texts: Texts,
+    length: int | None = None,
+    bos: str = "drop",
+    backend: str = "auto",
 ) -> Information:
     """Autoregressive cross-entropy H_LM of each text (the paper's §3, in nats).
 
@@ -59,6 +63,7 @@ def information(
         length: cut every text to this many tokens.
         bos: "drop" conditions on nothing, so t_1 is given and N − 1 tokens are scored; "keep" puts
             the BOS token in front and scores all N.
+        backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
 
     The forward runs in the model's dtype, one text at a time; log-probabilities are summed in fp64.
     """
@@ -78,9 +83,14 @@ def information(
             raise ValueError(f"texts: {len(context)} tokens do not fit a context of {lm.context}")
         total = 0.0
         if len(context) > 1:
-            hidden = lm.hidden(lm.embed(context[None, :-1]))[0]
+            hidden = lm.hidden(lm.embed(context[None, :-1]), backend)[0]
+            plan = lm.plan(1, len(context) - 1, backend)
             head = linear_cross_entropy(
-                hidden, lm.body.head, context[1:].to(lm.device), need_grad=False
+                hidden,
+                lm.body.head,
+                context[1:].to(lm.device),
+                need_grad=False,
+                backend=plan.head.taken,
             )
             total = float(head.loss.double().sum())
         nats.append(total)

@@ -56,6 +56,7 @@ def capacity(
     recipe: str | Recipe = "fast",
     init: Prior | None = None,
     restarts: int = 1,
+    backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
 ) -> Capacity:
@@ -72,7 +73,7 @@ def capacity(
         recipe: "fast", "paper", or a `Recipe`; its `max_steps` are those of one fit.
         init: where fresh vectors start, as in `fast_fit`.
         restarts: fresh starts after a warm one has come near and failed.
-        batch_size, progress: as in `fast_fit`.
+        backend, batch_size, progress: as in `fast_fit`.
 
     Raises:
         ValueError: an argument that cannot be met, named.
@@ -106,7 +107,7 @@ def capacity(
         while growing:
             units = [growth.unit(room) for growth in growing]
             fits = fit_units(
-                lm, units, layout, settings, batch_size, "auto", lambda event: None, init
+                lm, units, layout, settings, batch_size, backend, lambda event: None, init
             )
             for finished, (check,) in fits:
                 growth = next(g for g in growing if g.text == finished.unit.group)

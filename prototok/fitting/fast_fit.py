@@ -27,7 +27,6 @@ from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.texts.targets import Texts, targets_of
-from prototok_kernels.backend import resolve_backend
 
 __all__ = ["FitEvent", "fast_fit"]
 
@@ -91,7 +90,7 @@ def fast_fit(
         if not isinstance(init, Prior):
             raise ValueError(f"init: {type(init).__name__} is not a Prior; see learn_shared")
         init.require_model(lm)
-    resolved = resolve_backend(backend, lm.device)
+    lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     require_batch_size(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
@@ -113,7 +112,7 @@ def fast_fit(
         if callback is not None:
             callback(event)
 
-    collected = _Collector(lm, layout, settings, targets, chosen, share, resolved)
+    collected = _Collector(lm, layout, settings, targets, chosen, share, backend)
     try:
         with Progress(total, "fit", progress) as bar:
             fits = fit_units(lm, units, layout, settings, batch_size, backend, observe, init)
@@ -143,7 +142,7 @@ def fit_units(
 
     def confirm(finished: Finished) -> bool:
         checked = [
-            _verify(lm, arrangement, row.targets, vectors)
+            _verify(lm, arrangement, row.targets, vectors, backend)
             for row, vectors in zip(finished.unit.rows, vectors_by_row(finished), strict=True)
         ]
         verified[finished.unit.group] = checked
@@ -173,11 +172,15 @@ class Verified:
         return self.accuracy == 1.0
 
 
-def _verify(lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor) -> Verified:
+def _verify(
+    lm: FrozenLM, arrangement: Arrangement, targets: Tensor, vectors: Tensor, backend: str
+) -> Verified:
     """Decode one row's vectors (slots, d) at batch 1 and compare with its targets (N,)."""
     correct, margin, loss = len(targets), float("inf"), 0.0
     for model in dict.fromkeys((lm, lm.cast(torch.float32))):
-        decoded = decode_vectors(model, vectors[None], arrangement, len(targets), targets[None])
+        decoded = decode_vectors(
+            model, vectors[None], arrangement, len(targets), targets[None], backend
+        )
         correct = min(correct, int((decoded.ids[0] == targets).sum()))
         margin = min(margin, float(decoded.margin.min()))
         loss = float(decoded.loss.mean())
@@ -282,12 +285,16 @@ class _Collector:
         )
 
     def _provenance(self) -> dict[str, str]:
+        positions = self.arrangement.input_length(max(len(ids) for ids in self.targets))
+        rows = len(self.targets) * len(self.seeds)
+        plan = self.lm.plan(rows, positions, self.backend, self.arrangement.is_pair)
         return {
             "recipe": json.dumps(dataclasses.asdict(self.recipe)),
             "seeds": json.dumps(self.seeds),
             "dtype": str(self.lm.dtype).removeprefix("torch."),
             "device": self.lm.device.type,
-            "backend": self.backend,
+            "backend": plan.passes.taken,
+            "plan": plan.summary(),
             "attention": self.lm.attention,
             "family": self.lm.body.family,
             "prototok": prototok.__version__,

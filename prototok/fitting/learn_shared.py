@@ -55,7 +55,7 @@ def learn_shared(
         raise ValueError(f"length: {length!r} is not a positive integer")
     lengths = _LENGTHS if length is None else (length,)
     if texts is None:
-        texts = sample(lm, 32, lengths[0])
+        texts = sample(lm, 32, lengths[0], backend)
     targets = targets_of(lm, texts, lengths[0])
     if len(targets) < 2:
         raise ValueError("texts: one text has nothing in common with others; pass two or more")
@@ -90,7 +90,7 @@ def learn_shared(
 
 
 @torch.no_grad()
-def sample(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:
+def sample(lm: FrozenLM, count: int, length: int, backend: str, seed: int = 0) -> Tensor:
     """(count, length) token ids drawn from the model at temperature 1, behind its BOS.
 
     A model without a BOS starts from one id of its vocabulary a text, drawn evenly, which is not
@@ -100,7 +100,7 @@ def sample(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:
     first = torch.randint(lm.vocab_size, (count, 1), generator=generator, device="cpu")
     ids = first if lm.bos_id is None else torch.full_like(first, lm.bos_id)
     for _ in range(length):
-        logits = lm.logits(lm.embed(ids))[:, -1].float().cpu()
+        logits = lm.logits(lm.embed(ids), backend)[:, -1].float().cpu()
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
     return ids[:, 1:]

@@ -84,6 +84,7 @@ def interpolate(
     pairs: Sequence[tuple[int, int]] | None = None,
     points: int = 101,
     batch_size: int = 64,
+    backend: str = "auto",
 ) -> Paths:
     """Token accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (Figure 6 of the paper).
 
@@ -94,11 +95,12 @@ def interpolate(
             two exact seeds of every text.
         points: values of t, evenly spaced, both ends among them.
         batch_size: rows a forward.
+        backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
 
     Raises:
         ValueError: another model, pairs that are none, or fewer than two points.
     """
-    ends = _Ends.of(lm, fit, pairs)
+    ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     still = torch.zeros(len(ends.pairs), dtype=torch.int64, device="cpu")
     accuracy = ends.accuracy(None, t, batch_size)
@@ -113,6 +115,7 @@ def connect(
     points: int = 101,
     settings: BezierSettings | None = None,
     batch_size: int = 64,
+    backend: str = "auto",
 ) -> Paths:
     """Fit φ(t) = (1 − t)² p₁ + 2 t (1 − t) π + t² p₂ so that every point reconstructs the text.
 
@@ -120,7 +123,7 @@ def connect(
     half-way (the paper's quadratic Bezier curves, Figure 6). Arguments as in `interpolate`.
     """
     settings = settings or BezierSettings()
-    ends = _Ends.of(lm, fit, pairs)
+    ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     at_once = max(1, batch_size // settings.samples)
     parts = [
@@ -151,10 +154,11 @@ class _Ends:
     pairs: Tensor  # (P, 2)
     ends: Tensor  # (P, 2, slots, d) fp32 on the model's device
     targets: list[Tensor]  # P of (N,)
+    backend: str
 
     @classmethod
     def of(
-        cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None
+        cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None, backend: str
     ) -> _Ends:  # fmt: skip
         tokens = fit.tokens
         tokens.require_model(lm)
@@ -172,13 +176,13 @@ class _Ends:
         targets = [fit.targets[first // seeds] for first, _ in chosen]
         return cls(
             lm, OneForward(arrangement), torch.tensor(chosen, dtype=torch.int64, device="cpu"),
-            ends.to(lm.device), targets,
+            ends.to(lm.device), targets, backend,
         )  # fmt: skip
 
     def part(self, at: list[int]) -> _Ends:
         """Some of the paths."""
         targets = [self.targets[i] for i in at]
-        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets)
+        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets, self.backend)
 
     def straight(self) -> Tensor:
         return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
@@ -194,14 +198,16 @@ class _Ends:
         lengths = [len(ids) for ids in rows]
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)
         layout = self.inputs.lay_out(targets, lengths, self.lm.dtype)
-        hidden = self.lm.hidden(self.inputs.embeds(vectors, layout))
+        embeds = self.inputs.embeds(vectors, layout)
+        plan = self.lm.plan(len(embeds), embeds.shape[1], self.backend)
+        hidden = self.lm.body.hidden(embeds, plan)
         offset = self.inputs.offset
         hidden = hidden[:, offset : offset + targets.shape[1]].flatten(0, 1)
         position = torch.arange(targets.shape[1], device=targets.device)
         scored = position < torch.tensor(lengths, device=targets.device, dtype=torch.int64)[:, None]
         output = linear_cross_entropy(
             hidden.detach(), self.lm.body.head, targets.flatten(), scored.flatten().float(),
-            need_grad=need_grad,
+            need_grad=need_grad, backend=plan.head.taken,
         )  # fmt: skip
         return hidden, output
 
@@ -233,6 +239,7 @@ def _fit_curves(
     generator = torch.Generator().manual_seed(settings.seed)
     best, best_accuracy = control.clone(), ends.accuracy(control, t, batch_size)
     active = best_accuracy.amin(1) < 1.0
+    backend = ends.lm.plan(len(control), 1, ends.backend).update.taken
     for step in range(1, settings.max_steps + 1):
         alive = active.nonzero()[:, 0]
         if not len(alive):
@@ -243,7 +250,13 @@ def _fit_curves(
         grad = torch.zeros_like(control)
         grad[alive] = _gradient(ends, control[alive], alive, drawn)
         adamw_rows_(
-            control.flatten(1), grad.flatten(1), adam, rate, active.to(control.device), constants
+            control.flatten(1),
+            grad.flatten(1),
+            adam,
+            rate,
+            active.to(control.device),
+            constants,
+            backend=backend,
         )
         if step % settings.check_every == 0 or step == settings.max_steps:
             seen = ends.part(alive.tolist()).accuracy(control[alive], t, batch_size)

@@ -22,6 +22,7 @@ from transformers import (
 from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
 from prototok.model.identity import ModelIdentity
+from prototok_kernels.plan import Plan, plan_of
 
 _casting = threading.Lock()
 
@@ -59,13 +60,27 @@ class FrozenLM:
     def vocab_size(self) -> int:
         return self.identity.vocab_size
 
-    def hidden(self, inputs_embeds: Tensor) -> Tensor:
-        """(B, N, d) embeddings to what the head reads: (B, N, d), or logits when it has none."""
-        return self.body.hidden(inputs_embeds)
+    def plan(self, rows: int, length: int, backend: str = "auto", pair: bool = False) -> Plan:
+        """Choose what runs for `rows` rows of `length` positions; print it to see why.
 
-    def logits(self, inputs_embeds: Tensor) -> Tensor:
+        `backend` is "torch", "triton" (CUDA), "cpu" (C++) or "auto", the fastest there is; `pair`:
+        the input is [e, m, …, m], so that the first layers may collapse.
+
+        Raises ValueError for a backend that is unknown or cannot be had.
+        """
+        return plan_of(
+            self.body.shape, rows=rows, length=length, dtype=self.dtype, device=self.device,
+            backend=backend, pair=pair,
+        )  # fmt: skip
+
+    def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
+        """(B, N, d) embeddings to what the head reads: (B, N, d), or logits when it has none."""
+        rows, length, _ = inputs_embeds.shape
+        return self.body.hidden(inputs_embeds, self.plan(rows, length, backend))
+
+    def logits(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
         """(B, N, d) embeddings to (B, N, V) logits in the model's dtype."""
-        hidden = self.body.hidden(inputs_embeds)
+        hidden = self.hidden(inputs_embeds, backend)
         return hidden if self.body.head is None else hidden @ self.body.head.T
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from prototok.sweep.models import load_model
 from prototok.sweep.run_folder import RunFolder, now
 from prototok.sweep.settings import recipe_of_unit
 from prototok.sweep.unit import Unit
-from prototok_kernels.backend import resolve_backend
 
 
 class Worker:
@@ -105,10 +104,9 @@ class Worker:
         for unit in units:
             require_length(unit.length, lm, arrangement)
         recipe = recipe_of_unit(units[0].recipe, units[0].changes)
-        backend = resolve_backend("auto", lm.device)
         shared = {
             "recipe_settings": json.dumps(dataclasses.asdict(recipe)),
-            "backend": backend,
+            "backend": lm.plan(1, 1).passes.taken,
             **_model_columns(lm),
         }
         rows: list[Row] = []
@@ -121,7 +119,7 @@ class Worker:
             rows += own
             queue.append(EngineUnit(g, tuple(own), unit.share))
         fits = fit_units(
-            lm, queue, arrangement, recipe, self.batch_size, backend, lambda event: None
+            lm, queue, arrangement, recipe, self.batch_size, "auto", lambda event: None
         )
         for finished, checks in fits:
             unit = units[finished.unit.group]
@@ -145,7 +143,13 @@ class Worker:
                 )
                 if unit.timed and check.exact:
                     call = functools.partial(
-                        decode_vectors, lm, vectors[r][None], arrangement, unit.length
+                        decode_vectors,
+                        lm,
+                        vectors[r][None],
+                        arrangement,
+                        unit.length,
+                        None,
+                        "auto",
                     )
                     records[-1] |= _timing(lm, call, unit.length, "one forward")
             tokens = _tokens(lm, unit, finished, shared["recipe_settings"])
@@ -156,7 +160,7 @@ class Worker:
         recipe = recipe_of_unit(units[0].recipe, units[0].changes)
         shared = {
             "recipe_settings": json.dumps(dataclasses.asdict(recipe)),
-            "backend": resolve_backend("auto", lm.device),
+            "backend": lm.plan(1, 1).passes.taken,
             **_model_columns(lm),
         }
         cache = "dynamic" if lm.body.family == "general" else "engine"
@@ -260,7 +264,7 @@ def _worse_decoding(
 ) -> Decoded:
     """One row alone in the model's dtype and in float32; the one with fewer tokens right."""
     found = [
-        decode_vectors(model, vectors[None], arrangement, len(target), target[None])
+        decode_vectors(model, vectors[None], arrangement, len(target), target[None], "auto")
         for model in dict.fromkeys((lm, lm.cast(torch.float32)))
     ]
     return min(found, key=lambda d: (int((d.ids[0] == target).sum()), float(d.margin.min())))

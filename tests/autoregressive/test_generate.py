@@ -14,8 +14,8 @@ from prototok import FrozenLM
 from prototok.autoregressive import generate
 from prototok.autoregressive.generate import bytes_read
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.decoding.cpu_decoder import FEW
 from prototok.model.families.body import DecoderBody
+from prototok_kernels.plan import FEW_POSITIONS
 from support import shared, small_llama
 from zoo import OWN, made
 
@@ -27,7 +27,7 @@ def loaded(name: str, dtype: str = "float32") -> FrozenLM:
 def on_static_decoder(lm: FrozenLM, mem: Tensor, length: int) -> Tensor:
     """What a CUDA graph replays, run without one."""
     assert isinstance(lm.body, DecoderBody)
-    return StaticDecoder(lm.body, lm, len(mem), 64).generate(mem, length)
+    return StaticDecoder(lm.body, lm, len(mem), 64, "torch").generate(mem, length)
 
 
 def vectors(lm: FrozenLM, rows: int, k: int = 2, seed: int = 3) -> Tensor:
@@ -58,7 +58,7 @@ def test_what_a_graph_replays_gives_the_same(name: str, rows: int) -> None:
 
 def test_more_rows_than_few_and_float64_take_the_torch_decoder() -> None:
     lm = loaded("llama, grouped, tied")
-    mem = vectors(lm, FEW + 1)
+    mem = vectors(lm, FEW_POSITIONS + 1)
     ids = generate(lm, mem, 6)
     assert torch.equal(ids[:3], generate(lm, mem[:3], 6))
     assert torch.equal(generate(lm.cast(torch.float64), mem, 6), ids)
@@ -82,7 +82,10 @@ def test_decoders_keep_nothing_of_the_last_call() -> None:
     lm = loaded("llama, grouped, tied")
     one, other = vectors(lm, 2), vectors(lm, 2, seed=4)
     assert isinstance(lm.body, DecoderBody)
-    for decode in (StaticDecoder(lm.body, lm, 2, 64).generate, functools.partial(generate, lm)):
+    for decode in (
+        StaticDecoder(lm.body, lm, 2, 64, "torch").generate,
+        functools.partial(generate, lm),
+    ):
         expected = decode(one, 20)
         assert not torch.equal(decode(other, 30)[:, :20], expected)
         assert torch.equal(decode(one, 20), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -257,17 +258,27 @@ def test_callback_sees_every_step(small_lm: FrozenLM) -> None:
     assert [e.steps.tolist() for e in events] == [[i, i] for i in range(4)]
 
 
-def test_both_ways_to_import_give_a_function() -> None:
+@pytest.mark.parametrize("name", ["capacity", "decode", "fast_fit", "learn_shared"])
+def test_every_way_to_import_gives_the_function(name: str) -> None:
     code = (
-        "import sys, prototok; assert 'torch' not in sys.modules\n"
-        "import prototok.fast_fit; assert callable(prototok.fast_fit)\n"
-        "from prototok import fast_fit; assert fast_fit is prototok.fast_fit\n"
-        "import prototok.decode; from prototok import decode; assert callable(decode)\n"
-        "try: prototok.fast_fit(None, ['a'])\n"
-        "except ValueError as e: assert str(e).startswith('lm: NoneType')\n"
+        "import sys, pickle, types, prototok; assert 'torch' not in sys.modules\n"
+        f"import prototok.{name}; assert isinstance(prototok.{name}, types.FunctionType)\n"
+        f"from prototok import {name}; assert {name} is prototok.{name}\n"
+        f"from prototok.{name} import {name} as again; assert again is {name}\n"
+        f"assert pickle.loads(pickle.dumps(prototok.{name})) is {name}\n"
+        f"try: prototok.{name}(None, ['a'])\n"
+        "except (ValueError, AttributeError): pass\n"
         "else: raise SystemExit('accepted')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_shows_the_function() -> None:
+    """Its signature and docstring, not those of a module."""
+    text = pydoc.plain(pydoc.render_doc(prototok.fast_fit))
+    assert "function fast_fit in module" in text
+    assert "share: str | None = None" in text or "share: 'str | None' = None" in text
+    assert "Fit proto-tokens" in text
 
 
 def test_exact_means_plain_transformers_agree(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_the_straight_path_is_what_decoding_gives_point_by_point(
         target = fit.targets[a // 3]
         for i, t in enumerate(paths.t.tolist()):
             point = (1 - t) * fit.tokens.vectors(a) + t * fit.tokens.vectors(b)
-            ids = decode_vectors(lm, point[None], Arrangement.parse("e m*"), len(target)).ids[0]
+            ids = decode_vectors(
+                lm, point[None], Arrangement.parse("e m*"), len(target), None, "auto"
+            ).ids[0]
             assert float(paths.accuracy[p, i]) == pytest.approx(
                 float((ids == target).float().mean())
             )
@@ -71,7 +73,7 @@ def test_the_curve_stays_where_the_segment_leaves(lm: FrozenLM, fit: FitResult) 
     assert bool((curve.accuracy.amin(1) > straight.accuracy.amin(1)).all())
     assert bool((curve.length_ratio > 1).all())
     # The accuracy is that of the control point which is returned.
-    ends = _Ends.of(lm, alone, None)
+    ends = _Ends.of(lm, alone, None, "auto")
     assert torch.equal(ends.accuracy(curve.control, curve.t, 7), curve.accuracy)
     whole = curve.accuracy.amin(1) == 1
     assert bool((curve.steps[~whole] == 80).all()) and bool((curve.steps <= 80).all())
@@ -79,7 +81,7 @@ def test_the_curve_stays_where_the_segment_leaves(lm: FrozenLM, fit: FitResult) 
 
 def test_a_shared_vector_stays_where_it_is(lm: FrozenLM, fit: FitResult) -> None:
     settings = BezierSettings(max_steps=5, check_every=1)
-    ends = _Ends.of(lm, fit, [(0, 1)])
+    ends = _Ends.of(lm, fit, [(0, 1)], "auto")
     assert fit.tokens.m is not None
     control = ends.ends.mean(1)
     assert _gradient(ends, control, torch.tensor([0]), torch.tensor([[0.5]]))[:, 0].any()
@@ -90,7 +92,7 @@ def test_a_shared_vector_stays_where_it_is(lm: FrozenLM, fit: FitResult) -> None
 
 def test_the_gradient_is_that_of_the_papers_loss(lm: FrozenLM, fit: FitResult) -> None:
     twin = lm.cast(torch.float64)
-    ends = _Ends.of(twin, fit, [(0, 1), (3, 5)])
+    ends = _Ends.of(twin, fit, [(0, 1), (3, 5)], "auto")
     ends = dataclasses.replace(ends, ends=ends.ends.double())
     t = torch.tensor([[0.2, 0.9], [0.5, 0.1]], dtype=torch.float64)
     control = ends.ends.mean(1) + 0.1

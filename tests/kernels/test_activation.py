@@ -106,8 +106,8 @@ def test_gradcheck_of_the_reference():
 def test_names_what_does_not_fit():
     z = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="name: 'tanh' is not one of"):
-        activation(z, None, "tanh", False)
+        activation(z, None, "tanh", False, "torch")
     with pytest.raises(ValueError, match="z: a gated row must have two halves"):
-        activation(z, None, "silu", True)
+        activation(z, None, "silu", True, "torch")
     with pytest.raises(ValueError, match="bias: must be"):
-        activation(z, torch.zeros(4), "silu", False)
+        activation(z, torch.zeros(4), "silu", False, "torch")

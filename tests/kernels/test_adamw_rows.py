@@ -123,7 +123,7 @@ def test_rows_that_no_kernel_takes():
     state = AdamWState.zeros(wide[:, ::2].contiguous())
     lr, active = torch.full((3,), 0.1), torch.ones(3, dtype=torch.bool)
     before = wide.clone()
-    adamw_rows_(wide[:, ::2], torch.ones(3, 4), state, lr, active, SETTINGS)
+    adamw_rows_(wide[:, ::2], torch.ones(3, 4), state, lr, active, SETTINGS, backend="torch")
     assert (wide[:, ::2] != before[:, ::2]).all() and torch.equal(wide[:, 1::2], before[:, 1::2])
     if module._cpu is not None:
         with pytest.raises(ValueError, match="param: backend 'cpu' needs contiguous fp32 rows"):
@@ -150,6 +150,7 @@ def test_a_users_mistake_is_named(change, message):
         "lr": torch.zeros(3),
         "active": torch.ones(3, dtype=torch.bool),
         "settings": SETTINGS,
+        "backend": "torch",
     }
     with pytest.raises(ValueError, match=message):
         adamw_rows_(**{**arguments, **change})

@@ -114,7 +114,7 @@ def test_gradcheck_of_the_reference():
 
 def test_names_what_does_not_fit():
     qkv, (cos, sin) = make((1, 4, 2, 1, 8, 8), torch.float32, "cpu")
-    options = {"heads": 2, "kv_heads": 1, "scaling": 0.5}
+    options = {"heads": 2, "kv_heads": 1, "scaling": 0.5, "backend": "torch"}
     with pytest.raises(ValueError, match="qkv: must be"):
         attention(qkv[..., :-1], cos, sin, **options)
     with pytest.raises(ValueError, match="cos: must be"):

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
+from plans import plan_for
 from prototok.common.allocator import keep_freed_memory
 from prototok.model.families.body import DecoderBody
 from prototok_kernels import packed
+from prototok_kernels import plan as planning
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
 from zoo import OWN, made
@@ -36,6 +38,14 @@ def blocks_of(body: DecoderBody) -> DecoderBlocks:
     return DecoderBlocks(body.layers, body.norm, body.norm_bias)
 
 
+def through(
+    blocks: DecoderBlocks, x: Tensor, tables: tuple[Tensor, Tensor], start: int = 0,
+    backend: str = "cpu",
+) -> Tensor:  # fmt: skip
+    plan = plan_for(blocks.layers, len(x), x.shape[1], backend, pair=False)
+    return blocks(x, *tables, plan, start)
+
+
 def stream(texts: int, length: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(texts, length, width, generator=generator).bfloat16()
@@ -47,6 +57,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    planning._plan_of.cache_clear()
 
 
 @needs_bf16
@@ -60,19 +71,19 @@ def test_errors_are_no_larger_than_those_of_the_loop(
     body, exact_body = body_of(name), body_of(name, torch.float64)
     blocks, exact_blocks = blocks_of(body), blocks_of(exact_body)
     x, tables = stream(texts, length, body.norm.numel()), body.rotary(length)
-    found = with_gradients(lambda x: blocks(x, *tables, start=start), [x], torch.bfloat16)
+    found = with_gradients(lambda x: through(blocks, x, tables, start), [x], torch.bfloat16)
     assert blocks in packed._packed
     loop = with_gradients(
-        lambda x: decoder_blocks_ref(blocks, x, *tables, start=start), [x], torch.bfloat16
+        lambda x: decoder_blocks_ref(blocks, x, *tables, "torch", start), [x], torch.bfloat16
     )
-    exact_tables = exact_body.rotary(length)
+    exact_tables = [t.double() for t in exact_body.rotary(length)]
     exact = with_gradients(
-        lambda x: decoder_blocks_ref(exact_blocks, x, *(t.double() for t in exact_tables), start),
+        lambda x: decoder_blocks_ref(exact_blocks, x, *exact_tables, "torch", start),
         [x], torch.float64,
     )  # fmt: skip
     assert_as_close_as_torch(found, loop, exact)
     with torch.no_grad():  # nothing is kept, and nothing else changes
-        assert torch.equal(blocks(x, *tables, start=start), found[0])
+        assert torch.equal(through(blocks, x, tables, start), found[0])
 
 
 @needs_bf16
@@ -82,7 +93,7 @@ def test_a_text_is_the_same_beside_any_others_on_any_threads(name: str) -> None:
     body = body_of(name)
     blocks, tables = blocks_of(body), body.rotary(13)
     x = stream(9, 13, body.norm.numel())
-    run = lambda x: blocks(x, *tables)  # noqa: E731
+    run = lambda x: through(blocks, x, tables)  # noqa: E731
     whole = with_gradients(run, [x], torch.bfloat16)
     for count in (2, 3):
         torch.set_num_threads(count)
@@ -103,7 +114,7 @@ def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
 
     def gradient(part: slice) -> Tensor:
         leaf = x[part].clone().requires_grad_()
-        return torch.autograd.grad(blocks(leaf, *tables), leaf, probe[part])[0]
+        return torch.autograd.grad(through(blocks, leaf, tables), leaf, probe[part])[0]
 
     whole = gradient(slice(None))
     assert torch.equal(gradient(slice(4, 5)), whole[4:5])
@@ -121,16 +132,17 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
     for body, dtype, backend in cases:
         blocks, tables = blocks_of(body), body.rotary(7)
         x = stream(2, 7, body.norm.numel()).to(dtype)
-        found = blocks(x, *tables, backend=backend)
+        found = through(blocks, x, tables, 0, backend)
         assert blocks not in packed._packed
-        assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, backend=backend))
-    torch.set_num_threads(
-        3
-    )  # more than there are texts, which torch's products use if they are large
+        ops = plan_for(body.layers, 2, 7, backend, pair=False).passes.taken
+        assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, ops))
+    # More than there are texts, which torch's products use if they are large.
+    torch.set_num_threads(3)
     for small_text, taken in ((1 << 24, HAS_BF16), (0, False)):
-        monkeypatch.setattr(packed, "_SMALL_TEXT", small_text)
+        monkeypatch.setattr(planning, "SMALL_TEXT", small_text)
+        planning._plan_of.cache_clear()
         blocks = blocks_of(llama)
-        blocks(stream(2, 7, llama.norm.numel()), *llama.rotary(7))
+        through(blocks, stream(2, 7, llama.norm.numel()), llama.rotary(7), 0, "auto")
         assert (blocks in packed._packed) == taken
 
 
@@ -145,7 +157,7 @@ def test_a_step_makes_no_fresh_page() -> None:
     probe = torch.ones_like(leaf)
 
     def both_ways() -> None:
-        torch.autograd.grad(body.hidden(leaf), leaf, probe)
+        torch.autograd.grad(lm.hidden(leaf), leaf, probe)
 
     for _ in range(15):  # until the heap has places for all of it
         both_ways()

@@ -22,11 +22,12 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer as HFNeo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from plans import plan_for
 from prototok_kernels import packed
 from prototok_kernels.backend import unavailable
-from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
+from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer, is_parallel
 from prototok_kernels.pair import first_layer_cpu
-from prototok_kernels.pair.first_layer import _low_rank_pays, first_layer, first_layer_ref
+from prototok_kernels.pair.first_layer import first_layer, first_layer_ref
 
 HERE = Path(__file__).parent
 D, INNER, HEADS, HEAD_SIZE = 32, 56, 4, 8
@@ -134,12 +135,17 @@ def with_gradients(h: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return h.detach(), *filled
 
 
+def planned(backend: str, *args: Any) -> Tensor:
+    e, _, _, length, layer, *_ = args
+    return first_layer(*args, plan_for([layer], len(e), length, backend))
+
+
 def torch_backend(*args: Any) -> Tensor:
-    return first_layer(*args, backend="torch")
+    return planned("torch", *args)
 
 
 def cpu_backend(*args: Any) -> Tensor:
-    return first_layer(*args, backend="cpu")
+    return planned("cpu", *args)
 
 
 needs_cpp = pytest.mark.skipif(
@@ -154,7 +160,7 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def triton_backend(*args: Any) -> Tensor:
     """On that device, from and to the CPU; gradients pass through."""
     moved = [a.to(TRITON_DEVICE) if isinstance(a, (Tensor, DecoderLayer)) else a for a in args]
-    return first_layer(*moved, backend="triton").cpu()
+    return planned("triton", *moved).cpu()
 
 
 @pytest.mark.parametrize("groups", [None, 2])
@@ -164,7 +170,8 @@ def test_equals_general_layer(case: str, length: int, groups: int | None) -> Non
     layer, tables = CASES[case]
     cos, sin = tables(length)
     e, m, group = vectors(3, groups)
-    expected = with_gradients(decoder_layer(expanded(e, m, group, length), layer, cos, sin), e, m)
+    in_full = decoder_layer(expanded(e, m, group, length), layer, cos, sin, "torch")
+    expected = with_gradients(in_full, e, m)
     for implementation in (first_layer_ref, torch_backend):
         found = with_gradients(implementation(e, m, group, length, layer, cos, sin), e, m)
         for f, x in zip(found, expected, strict=True):
@@ -178,7 +185,8 @@ def test_equals_general_layer(case: str, length: int, groups: int | None) -> Non
 def test_gradcheck(case: str, implementation: Callable[..., Tensor], groups: int | None) -> None:
     layer, tables = CASES[case]
     length = 9
-    assert _low_rank_pays(length, layer)
+    plan = plan_for([layer], 2, length, "torch")
+    assert is_parallel(layer) or plan.first_mlp.taken == "span"
     e, m, group = vectors(2, groups)
     cos, sin = tables(length)
     assert torch.autograd.gradcheck(
@@ -279,7 +287,8 @@ def test_equals_transformers(kind: str) -> None:
     x = expanded(e, m, None, length)
     theirs = module(x, attention_mask=mask, position_embeddings=(cos[None], sin[None]))
     expected = with_gradients(theirs, e, m)
-    general = with_gradients(decoder_layer(expanded(e, m, None, length), layer, cos, sin), e, m)
+    in_full = decoder_layer(expanded(e, m, None, length), layer, cos, sin, "torch")
+    general = with_gradients(in_full, e, m)
     found = with_gradients(torch_backend(e, m, None, length, layer, cos, sin), e, m)
     for g, f, x in zip(general, found, expected, strict=True):
         torch.testing.assert_close(g, x, rtol=1e-9, atol=1e-9)
@@ -299,7 +308,7 @@ def errors_against_fp64(
     e, m = (t.detach().float().requires_grad_() for t in (e, m))
     exact = layer.to(torch.float64)
     x = expanded(e.double(), m.double(), group, length)
-    truth = with_gradients(decoder_layer(x, exact, *tables), e, m)
+    truth = with_gradients(decoder_layer(x, exact, *tables, "torch"), e, m)
     out = {}
     for name, implementation in implementations.items():
         h = implementation(e, m, group, length, layer, *tables)
@@ -313,7 +322,7 @@ def errors_against_fp64(
 
 def general(*args: Any) -> Tensor:
     e, m, group, length, layer, cos, sin = args
-    return decoder_layer(expanded(e, m, group, length).to(layer.dtype), layer, cos, sin)
+    return decoder_layer(expanded(e, m, group, length).to(layer.dtype), layer, cos, sin, "torch")
 
 
 def assert_as_good_as_general(errors: dict[str, list[float]], dtype: torch.dtype) -> None:
@@ -339,9 +348,8 @@ def test_low_precision_errs_no_more_than_general_layer(case: str, dtype: torch.d
 def test_cpp_errs_no_more_than_general_layer(case: str, length: int, groups: int | None) -> None:
     layer, tables = CASES[case]
     layer = layer.to(torch.bfloat16)
-    assert first_layer_cpu.covers(torch.empty(3, D), length, layer, "auto") == (
-        "avx512bf16" in first_layer_cpu._cpu.instruction_sets()
-    )
+    taken = plan_for([layer], 3, length, "auto").first_layer.taken
+    assert (taken == "cpu") == ("avx512bf16" in first_layer_cpu._cpu.instruction_sets())
     implementations = {"general": general, "cpu": cpu_backend}
     errors = errors_against_fp64(layer, tables(length), length, implementations, groups)
     assert_as_good_as_general(errors, torch.bfloat16)
@@ -574,7 +582,7 @@ def test_inputs_and_weights_are_left_alone() -> None:
     layer, tables = CASES["llama-gqa"]
     before = copy.deepcopy(layer)
     e, m, _ = vectors(2)
-    first_layer(e, m, None, 40, layer, *tables(40)).sum().backward()
+    torch_backend(e, m, None, 40, layer, *tables(40)).sum().backward()
     assert e.grad is not None and m.grad is not None
     for field in dataclasses.fields(layer):
         old, new = getattr(before, field.name), getattr(layer, field.name)
@@ -587,15 +595,15 @@ def test_refuses_what_does_not_fit() -> None:
     cos, sin = tables(8)
     e, m, _ = vectors(3)
     with pytest.raises(ValueError, match="backend"):
-        first_layer(e, m, None, 8, layer, cos, sin, backend="cuda")
+        planned("cuda", e, m, None, 8, layer, cos, sin)
     with pytest.raises(ValueError, match="length"):
-        first_layer(e, m, None, 9, layer, cos, sin)
+        torch_backend(e, m, None, 9, layer, cos, sin)
     with pytest.raises(ValueError, match="length"):
-        first_layer(e, m, None, 0, layer, cos, sin)
+        torch_backend(e, m, None, 0, layer, cos, sin)
     with pytest.raises(ValueError, match="m must"):
-        first_layer(e, m[:2], None, 8, layer, cos, sin)
+        torch_backend(e, m[:2], None, 8, layer, cos, sin)
     with pytest.raises(ValueError, match="group"):
-        first_layer(e, m[:2], torch.zeros(2, dtype=torch.int64), 8, layer, cos, sin)
+        torch_backend(e, m[:2], torch.zeros(2, dtype=torch.int64), 8, layer, cos, sin)
     with pytest.raises(ValueError, match="activation"):
         dataclasses.replace(layer, activation="swishy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from prototok_kernels import linear_cross_entropy as module
 from prototok_kernels import packed
+from prototok_kernels.backend import this_machine
 from prototok_kernels.linear_cross_entropy import (
     HeadOutput,
     linear_cross_entropy,
@@ -41,6 +43,15 @@ def make_inputs(rows, d, vocabulary, dtype, device):
     token_weight = torch.rand(rows, generator=generator)
     token_weight[::3] = 0.0
     return tuple(x.to(device) for x in (hidden, weight, targets, token_weight))
+
+
+HAS_PACKED = packed.PACKED in this_machine().instruction_sets
+
+
+def ways(backend, weight):
+    """`backend`, and beside the C++ pass the C++ head on a packed weight, where it takes that."""
+    fits = HAS_PACKED and packed.why_unpacked([weight]) is None
+    return ["cpu", "packed"] if backend == "cpu" and fits else [backend]
 
 
 def on_cpu(out: HeadOutput) -> HeadOutput:
@@ -81,14 +92,15 @@ def test_is_as_close_to_fp64_as_torch(backend, device, shape, dtype, temperature
     exact = reference(*inputs, temperature)
     run = functools.partial(linear_cross_entropy, *inputs, temperature=temperature)
     plain = on_cpu(run(backend="torch"))
-    # A workspace of four fp32 rows (eight of bf16) also takes the larger cases through chunks.
-    out = on_cpu(run(backend=backend, workspace_bytes=16 * shape[2]))
-    assert_close_as_torch(out, plain, exact, dtype)
     logits = inputs[0].cpu().double() @ inputs[1].cpu().double().T
-    chosen = logits.gather(1, out.predicted[:, None])[:, 0]
-    if shape[0]:
-        slack = 2 * torch.finfo(dtype).eps * logits.abs().amax()
-        assert (logits.amax(dim=-1) - chosen <= slack).all()
+    for way in ways(backend, inputs[1]):
+        # A workspace of four fp32 rows (eight of bf16) also takes the larger cases through chunks.
+        out = on_cpu(run(backend=way, workspace_bytes=16 * shape[2]))
+        assert_close_as_torch(out, plain, exact, dtype)
+        chosen = logits.gather(1, out.predicted[:, None])[:, 0]
+        if shape[0]:
+            slack = 2 * torch.finfo(dtype).eps * logits.abs().amax()
+            assert (logits.amax(dim=-1) - chosen <= slack).all()
 
 
 def special_logits(dtype):
@@ -124,8 +136,7 @@ def test_logits_given_edges_of_rows_vectors_and_blocks(backend, device, dtype):
 def test_every_instruction_set(monkeypatch, instruction_set, dtype):
     head = functools.partial(module._cpu.head, instruction_set=instruction_set)
     monkeypatch.setattr(module, "_cpu", types.SimpleNamespace(head=head))
-    # The products stay torch's, so that only the pass is another.
-    monkeypatch.setattr(module, "can_be_packed", lambda weight: False)
+    monkeypatch.setattr(sys.modules[__name__], "HAS_PACKED", False)  # of this pass alone
     test_logits_given_edges_of_rows_vectors_and_blocks("cpu", "cpu", dtype)
     for shape in SHAPES:
         test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, dtype, 0.5)
@@ -208,18 +219,19 @@ def test_a_sure_target_keeps_its_digits(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_do_not_change_the_result(backend, device, dtype):
     inputs = make_inputs(11, 32, 130, dtype, device)
-    whole = linear_cross_entropy(*inputs, backend=backend)
     unit = 3 * torch.finfo(dtype).eps
-    for workspace_bytes in (1, 130 * 4 * 4):
-        parts = linear_cross_entropy(*inputs, backend=backend, workspace_bytes=workspace_bytes)
-        # Products of another height may be summed in another order, nothing else may differ.
-        torch.testing.assert_close(parts.loss, whole.loss, rtol=unit, atol=8 * unit)
-        torch.testing.assert_close(parts.grad_hidden, whole.grad_hidden, rtol=unit, atol=8 * unit)
+    close = functools.partial(torch.testing.assert_close, rtol=unit, atol=8 * unit)
+    for way in ways(backend, inputs[1]):
+        whole = linear_cross_entropy(*inputs, backend=way)
+        for workspace_bytes in (1, 130 * 4 * 4):
+            parts = linear_cross_entropy(*inputs, backend=way, workspace_bytes=workspace_bytes)
+            # Products of another height may be summed in another order, nothing else may differ.
+            close(parts.loss, whole.loss)
+            close(parts.grad_hidden, whole.grad_hidden)
 
 
 needs_packed_head = pytest.mark.skipif(
-    module._cpu is None or "avx512bf16" not in module._cpu.instruction_sets(),
-    reason="needs the C++ kernels and AVX-512 BF16",
+    not HAS_PACKED, reason="needs the C++ kernels and AVX-512 BF16"
 )
 
 
@@ -236,26 +248,27 @@ def test_packed_head_where_a_later_chunk_leads_or_equals(temperature):
     token_weight = torch.linspace(0.0, 2.0, len(targets))
     inputs = (hidden, weight, targets, token_weight)
     run = functools.partial(linear_cross_entropy, *inputs, temperature=temperature)
-    out, exact = run(backend="cpu"), reference(*inputs, temperature)
+    out, exact = run(backend="packed"), reference(*inputs, temperature)
     assert_close_as_torch(out, run(backend="torch"), exact, torch.bfloat16)
     first_of_the_largest = logits.double().argmax(-1)
     assert torch.equal(out.predicted, first_of_the_largest)
-    assert torch.equal(out.predicted, run(backend="cpu", need_grad=False).predicted)
+    assert torch.equal(out.predicted, run(backend="packed", need_grad=False).predicted)
 
 
 @needs_packed_head
 def test_a_row_of_the_packed_head_is_its_own_and_follows_its_weight():
     hidden, weight, targets, _ = make_inputs(70, 32, 130, torch.bfloat16, "cpu")
     held = len(packed._packed)
-    whole = linear_cross_entropy(hidden, weight, targets)
+    run = functools.partial(linear_cross_entropy, backend="packed")
+    whole = run(hidden, weight, targets)
     assert len(packed._packed) == held + 1
     for part in (slice(0, 1), slice(5, 13)):
-        alone = linear_cross_entropy(hidden[part], weight, targets[part])
+        alone = run(hidden[part], weight, targets[part])
         for name in ("loss", "predicted", "margin", "grad_hidden"):
             assert torch.equal(getattr(alone, name), getattr(whole, name)[part])
     weight.mul_(2)
-    doubled = linear_cross_entropy(hidden, weight, targets)
-    fresh = linear_cross_entropy(hidden, weight.clone(), targets)
+    doubled = run(hidden, weight, targets)
+    fresh = run(hidden, weight.clone(), targets)
     assert torch.equal(doubled.loss, fresh.loss) and not torch.equal(doubled.loss, whole.loss)
     assert torch.equal(doubled.grad_hidden, fresh.grad_hidden)
     del weight
@@ -359,18 +372,21 @@ def test_a_target_outside_the_vocabulary(backend, device, target):
         ({"weight": torch.zeros(30, 8, dtype=torch.bfloat16)}, "weight: must have hidden's dtype"),
         ({"token_weight": torch.zeros(1)}, "token_weight: must be"),
         ({"backend": "cuda"}, "backend: 'cuda' is not one of"),
+        ({"backend": "packed"}, "weight: backend 'packed' cannot take it, a weight is float32"),
+        ({"backend": "packed", "weight": None}, "'packed' cannot take it, hidden holds logits"),
     ],
 )
 def test_a_users_mistake_is_named(change, message):
     names = ("hidden", "weight", "targets", "token_weight")
     arguments = dict(zip(names, make_inputs(3, 8, 30, torch.float32, "cpu"), strict=True))
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**{**arguments, **change})
+        linear_cross_entropy(**{**arguments, "backend": "torch", **change})
 
 
 def test_a_dtype_without_a_kernel():
     hidden, weight, targets, _ = make_inputs(3, 8, 30, torch.float64, "cpu")
-    assert linear_cross_entropy(hidden, weight, targets).grad_hidden.dtype == torch.float64
+    out = linear_cross_entropy(hidden, weight, targets, backend="torch")
+    assert out.grad_hidden.dtype == torch.float64
     if module._cpu is not None:
         with pytest.raises(ValueError, match="backend: 'cpu' does not take tensors of"):
             linear_cross_entropy(hidden, weight, targets, backend="cpu")

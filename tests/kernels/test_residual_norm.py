@@ -102,4 +102,4 @@ def test_names_what_does_not_fit(name):
     arguments = {"delta": delta, "weight": weight, "bias": bias}
     arguments[name] = arguments[name][..., :5]
     with pytest.raises(ValueError, match=f"{name}: must be"):
-        residual_norm(x, **arguments, eps=EPS)
+        residual_norm(x, **arguments, eps=EPS, backend="torch")

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
+from plans import plan_for
 from prototok.model.families.body import DecoderBody
 from prototok_kernels import packed
 from prototok_kernels.backend import _cpu, unavailable
 from prototok_kernels.pair.first_layer import first_layer_spanned
 from prototok_kernels.pair.second_layer import (
-    second_layer_collapses,
     second_layer_products,
     second_layer_products_ref,
 )
@@ -52,7 +52,12 @@ def pair(
     body: DecoderBody, group: Tensor | None, length: int, backend: str, device: str = "cpu"
 ) -> Callable[..., Tensor]:
     group = None if group is None else group.to(device)
-    return lambda e, m: body.hidden_of_pair(e.to(device), m.to(device), group, length, backend)
+
+    def run(e: Tensor, m: Tensor) -> Tensor:
+        plan = plan_for(body.layers, len(e), length, backend)
+        return body.hidden_of_pair(e.to(device), m.to(device), group, length, plan)
+
+    return run
 
 
 def laid_out(
@@ -61,7 +66,8 @@ def laid_out(
     def run(e: Tensor, m: Tensor) -> Tensor:
         m = m if group is None else m[group]
         x = torch.cat([e[:, None], m[:, None].expand(-1, length - 1, -1)], dim=1)
-        return body.hidden(x.to(device, body.norm.dtype), backend)
+        plan = plan_for(body.layers, len(x), length, backend, pair=False)
+        return body.hidden(x.to(device, body.norm.dtype), plan)
 
     return run
 
@@ -73,10 +79,11 @@ def test_equal_the_products_at_every_position(name: str, length: int, groups: in
     """Forward and gradients, those of the stream x beside them included."""
     body = body_of(name, torch.float64)
     e, m, group = vectors(body.norm.numel(), groups)
+    plan = plan_for(body.layers, ROWS, length, "torch")
 
     def run(e: Tensor, m: Tensor, ref: bool) -> tuple[Tensor, ...]:
         first, second = body.layers[:2]
-        x, coef, span = first_layer_spanned(e, m, group, length, first, *body.rotary(length))
+        x, coef, span = first_layer_spanned(e, m, group, length, first, *body.rotary(length), plan)
         if ref:
             return x, *second_layer_products_ref(x, second)
         return x, *second_layer_products(x, coef, span, second)
@@ -95,7 +102,8 @@ def test_the_model_is_the_general_one(name: str, groups: int | None) -> None:
     body = body_of(name, torch.float64)
     e, m, group = vectors(body.norm.numel(), groups)
     for length in (SHORTEST - 1, SHORTEST, 40):
-        assert second_layer_collapses(body.layers, length) == (length >= SHORTEST)
+        taken = plan_for(body.layers, len(e), length, "torch").second_layer.taken
+        assert (taken == "span") == (length >= SHORTEST)
         found, expected = (
             with_gradients(way(body, group, length, "torch"), [e, m], torch.float64)
             for way in (pair, laid_out)
@@ -147,9 +155,9 @@ def test_only_two_parallel_blocks_collapse() -> None:
     parallel = body_of("gpt-neox, parallel", torch.float32).layers
     sequential = body_of("gpt-neox, sequential", torch.float32).layers
     llama = body_of("llama, grouped, tied", torch.float32).layers
-    assert second_layer_collapses(parallel, 60)
+    assert plan_for(parallel, 3, 60, "torch").second_layer.taken == "span"
     for layers in (parallel[:1], sequential, llama, [parallel[0], sequential[1]]):
-        assert not second_layer_collapses(layers, 60)
+        assert plan_for(layers, 3, 60, "torch").second_layer.taken == "in full"
 
 
 class Largest(TorchDispatchMode):
@@ -173,9 +181,10 @@ def test_nothing_is_larger_than_the_products() -> None:
     body, length = body_of("gpt-neox, parallel", torch.float32), SHORTEST
     e, m, _ = vectors(body.norm.numel(), None)
     first, second = body.layers[:2]
+    plan = plan_for(body.layers, ROWS, length, "torch")
     x, coef, span = (
         t.detach().requires_grad_()
-        for t in first_layer_spanned(e, m, None, length, first, *body.rotary(length))
+        for t in first_layer_spanned(e, m, None, length, first, *body.rotary(length), plan)
     )
     with Largest() as seen:
         qkv, z = second_layer_products(x, coef, span, second)
@@ -188,6 +197,7 @@ def test_products_of_another_block_are_refused() -> None:
     width, tables = body.norm.numel(), body.rotary(7)
     x, qkv = torch.randn(2, 7, width), torch.randn(2, 7, 3 * width)
     with pytest.raises(ValueError, match=r"products: must be \(2, 7, 80\) of torch.float32, saw"):
-        body._blocks(x, *tables, start=1, products=(qkv, qkv))
+        body._blocks(x, *tables, plan_for(body.layers, 2, 7, "torch"), 1, (qkv, qkv))
     with pytest.raises(ValueError, match="products: only a block with a parallel residual"):
-        llama._blocks(x, *llama.rotary(7), start=1, products=(qkv, qkv))
+        plan = plan_for(llama.layers, 2, 7, "torch")
+        llama._blocks(x, *llama.rotary(7), plan, 1, (qkv, qkv))

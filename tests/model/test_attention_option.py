@@ -76,7 +76,7 @@ def test_flash_is_given_what_it_wants(window: int | None, monkeypatch: pytest.Mo
     x = torch.randn(2, 7, lm.hidden_size, generator=torch.Generator().manual_seed(0))
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     outs = [
-        body.hidden(leaf, "torch")
+        body.hidden(leaf, lm.plan(2, 7, "torch"))
         for body, leaf in zip((lm.body, lm.body.flash()), leaves, strict=True)
     ]
     grads = [torch.autograd.grad(o.square().sum(), x) for o, x in zip(outs, leaves, strict=True)]
@@ -86,4 +86,4 @@ def test_flash_is_given_what_it_wants(window: int | None, monkeypatch: pytest.Mo
     assert seen == [(2, 7, 4, 8, 2, *span)] * len(lm.body.layers)
     if unavailable("cpu", "cpu") is None:
         with pytest.raises(ValueError, match="^flash: backend 'cpu' attends by itself"):
-            lm.body.flash().hidden(x, "cpu")
+            lm.body.flash().hidden(x, lm.plan(2, 7, "cpu"))

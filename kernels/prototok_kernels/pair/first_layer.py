@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import resolve_backend
 from prototok_kernels.layers import (
     DecoderLayer,
     NeoXLayer,
@@ -32,6 +31,7 @@ from prototok_kernels.layers import (
     project_heads,
 )
 from prototok_kernels.pair import first_layer_cpu
+from prototok_kernels.plan import Plan
 
 
 def _span(
@@ -39,6 +39,7 @@ def _span(
     m: Tensor,  # (G, d)
     group: Tensor | None,  # (B,)
     layer: DecoderLayer,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the layer makes of the two vectors alone, each weight read once.
 
@@ -46,7 +47,7 @@ def _span(
     """
     rows, heads = e.shape[0], layer.heads
     x = torch.cat([e.to(layer.dtype), m.to(layer.dtype)])  # (B + G, d)
-    _, normed = input_norm(x, None, layer)
+    _, normed = input_norm(x, None, layer, backend)
     q_m = project_heads(normed[rows:], layer.q, layer, layer.q_norm)
     k = project_heads(normed, layer.k, layer, layer.k_norm)
     v = project_heads(normed, layer.v, layer)
@@ -54,7 +55,7 @@ def _span(
         k, v = (t.repeat_interleave(heads // layer.kv_heads, dim=1) for t in (k, v))
     base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
     if is_parallel(layer):
-        base = base + mlp(post_norm(x, None, layer)[1], layer)
+        base = base + mlp(post_norm(x, None, layer, backend)[1], layer, backend)
     v_e, v_m = v[:rows], _per_row(v[rows:], group)
     o = layer.o.unflatten(1, (heads, layer.head_size)).permute(1, 2, 0)  # (H, c, d)
     u = torch.bmm((v_e - v_m).transpose(0, 1), o).transpose(0, 1)  # (B, H, d)
@@ -116,12 +117,6 @@ def _coefficients(w: Tensor, dtype: torch.dtype) -> Tensor:
     coef[:, 1, 0] = 1
     coef[:, 2:, 1:] = w
     return coef
-
-
-def _low_rank_pays(length: int, layer: DecoderLayer) -> bool:
-    """Whether projecting S spanning vectors and combining beats projecting N positions."""
-    span, d = layer.heads + 2, layer.hidden_size
-    return span * (d + length) < length * d
 
 
 class _AffineScan(torch.autograd.Function):
@@ -226,30 +221,33 @@ class _AffineMLP(torch.autograd.Function):
         coef: Tensor,  # (B, S, N)
         span: Tensor,  # (B, S, d)
         layer: DecoderLayer,
+        backend: str,
     ) -> Tensor:  # (B, N, d)
         centred = centred_for(span, layer)
         projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
         rms_inverse = rms_inverse_of(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
-        ctx.layer = layer
+        ctx.layer, ctx.backend = layer, backend
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(combined(scaled, projected), bias_behind_norm(layer), layer)
+        inner = inner_activation(
+            combined(scaled, projected), bias_behind_norm(layer), layer, backend
+        )
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
         z, bias = combined(scaled, projected), bias_behind_norm(layer)
-        grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer)
+        grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer, ctx.backend)
         grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
         grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
         )
-        return grad, grad_coef, grad_span, None
+        return grad, grad_coef, grad_span, None, None
 
 
 def first_layer_spanned(
@@ -260,7 +258,7 @@ def first_layer_spanned(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # x (B, N, d), coef (B, S, N), span (B, S, d)
     """`first_layer` up to where it leaves the span: x = coefᵀ · span, and its two factors.
 
@@ -268,13 +266,11 @@ def first_layer_spanned(
     errors are those of `first_layer`.
     """
     _check(e, m, group, length, cos)
-    # The kernels compute in fp32: float64 weights take them only when asked to, and are refused.
-    wide = backend == "auto" and layer.dtype == torch.float64
-    if not wide and resolve_backend(backend, e.device) == "triton":
+    if plan.first_layer.taken == "triton":
         from prototok_kernels.pair.first_layer_triton import affine_scan
     else:
         affine_scan = _AffineScan.apply
-    q_m, k_m, k_e, span = _span(e, m, group, layer)
+    q_m, k_m, k_e, span = _span(e, m, group, layer, plan.passes.taken)
     a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
     x, coef = affine_scan(_per_row(a, group), b, span)
     return x, coef, span
@@ -288,26 +284,26 @@ def first_layer(
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r), row i for position i
     sin: Tensor,  # (≥ N, r)
-    backend: str = "auto",
+    plan: Plan,  # whose first layer is not "in full"
 ) -> Tensor:  # (B, N, d) in the layer's dtype
     """`decoder_layer` of the input [e, m, …, m] (N positions), differentiable in e and m.
 
     Neither copies of m nor anything N × N is made. The two vectors are cast to the layer's dtype
     and run through it as the general layer would; logits and the scan are at least fp32.
 
-    Raises ValueError for shapes that do not fit and for a backend that cannot be had.
+    Raises ValueError for shapes that do not fit.
     """
     _check(e, m, group, length, cos)
-    low_rank = _low_rank_pays(length, layer)
-    if low_rank and first_layer_cpu.covers(e, length, layer, backend):
+    if plan.first_layer.taken == "cpu":
         return first_layer_cpu.first_layer(e, _per_row(m, group), length, layer, cos, sin)
-    x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, backend)
+    x, coef, span = first_layer_spanned(e, m, group, length, layer, cos, sin, plan)
     if is_parallel(layer):
         return x
-    if low_rank:
-        return _AffineMLP.apply(x, coef, span, layer)
-    x, normed = post_norm(x, None, layer)
-    return x + mlp(normed, layer)
+    backend = plan.passes.taken
+    if plan.first_mlp.taken == "span":
+        return _AffineMLP.apply(x, coef, span, layer, backend)
+    x, normed = post_norm(x, None, layer, backend)
+    return x + mlp(normed, layer, backend)
 
 
 def _check(e: Tensor, m: Tensor, group: Tensor | None, length: int, cos: Tensor) -> None:
@@ -334,16 +330,15 @@ def first_layer_ref(
     sin: Tensor,  # (≥ N, r)
 ) -> Tensor:  # (B, N, d)
     """The same closed form in plain torch, differentiated by autograd."""
-    q_m, k_m, k_e, span = _span(e, m, group, layer)
+    q_m, k_m, k_e, span = _span(e, m, group, layer, "torch")
     a, b = _logits(q_m, k_m, k_e, group, cos[:length], sin[:length], layer.scaling)
     prefix = _per_row(torch.logcumsumexp(a[..., :-1], dim=-1), group)
     coef = _coefficients(torch.sigmoid(b[..., 1:] - prefix), span.dtype)
     x = combined(coef, span)
     if is_parallel(layer):
         return x
-    if not _low_rank_pays(length, layer):
-        return x + mlp(post_norm(x, None, layer)[1], layer)
     scaled = (coef * rms_inverse_of(x, layer)[:, None]).to(coef.dtype)
     projected = F.linear(centred_for(span, layer) * layer.post_norm, inner_projection(layer)[0])
-    inner = inner_activation(combined(scaled, projected), bias_behind_norm(layer), layer)
+    z = combined(scaled, projected)
+    inner = inner_activation(z, bias_behind_norm(layer), layer, "torch")
     return x + F.linear(inner, layer.down, layer.down_bias)

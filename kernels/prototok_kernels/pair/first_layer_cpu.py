@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, resolve_backend
+from prototok_kernels.backend import _cpu
 from prototok_kernels.layers import (
     ACTIVATIONS,
     DecoderLayer,
@@ -21,21 +21,9 @@ from prototok_kernels.layers import (
     NeoXLayer,
     bias_behind_norm,
     inner_projection,
-    is_parallel,
 )
-from prototok_kernels.packed import can_be_packed, packed, thread_a_text
+from prototok_kernels.packed import packed
 from prototok_kernels.views import views
-
-
-def covers(e: Tensor, length: int, layer: DecoderLayer, backend: str) -> bool:
-    """Whether `first_layer` is for these rows, e (B, d), N positions and this block."""
-    return (
-        resolve_backend(backend, e.device) == "cpu"
-        and not is_parallel(layer)
-        and thread_a_text(len(e), length, layer.hidden_size)
-        and layer.head_size % 2 == 0
-        and can_be_packed(layer.qkv, layer.o, inner_projection(layer)[0], layer.down)
-    )
 
 
 def first_layer(

@@ -11,30 +11,19 @@ S = H + 2 spanning vectors per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, is_parallel, post_norm
+from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, post_norm
 from prototok_kernels.pair.first_layer import (
     affine_norm_backward,
     centred_for,
     combined,
     rms_inverse_of,
 )
-
-
-def second_layer_collapses(layers: Sequence[DecoderLayer], length: int) -> bool:
-    """Whether `second_layer_products` covers the first two blocks, and pays at N positions.
-
-    Up to 3 S positions it is no faster than the products it replaces (docs/log.md).
-    """
-    two = layers[:2]
-    return len(two) == 2 and all(map(is_parallel, two)) and length > 3 * (two[0].heads + 2)
-
 
 # Weight and bias of a LayerNorm, weight and bias of the product behind it.
 _Part = tuple[Tensor, Tensor, Tensor, Tensor | None]

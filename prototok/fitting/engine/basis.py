@@ -47,7 +47,7 @@ def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> 
     return Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
 
 
-def eigenbasis(lm: FrozenLM, backend: str = "auto") -> Tensor:
+def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
     """(2, d, d) fp32 on the model's device: eigenvectors for e and for m, in columns.
 
     The same model gives the same basis up to rounding, whatever is fitted with it. It is computed

@@ -18,6 +18,7 @@ from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
 from prototok_kernels.adamw_rows import AdamWState, adamw_rows_
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
+from prototok_kernels.plan import Plan
 
 
 def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
@@ -28,6 +29,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
     runs out of memory can be run again with fewer rows at a time.
     """
     window = slots.window
+    backend = lm.plan(window.rows, window.length, slots.backend).update.taken
     counts = [window.units if bank.shared else window.rows for bank in slots.banks]
     leaves = [
         bank.values[:n].detach().requires_grad_()
@@ -41,7 +43,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
             total += grad
     with named_range("update", lm.device):
         active = _keep_best(slots, window)
-        _update(slots, window, counts, active)
+        _update(slots, window, counts, active, backend)
 
 
 def forward_backward(
@@ -50,12 +52,14 @@ def forward_backward(
     """Scores of some rows, written, and the gradient of the sum of their losses."""
     length, offset = slots.window.length, slots.inputs.offset
     targets, scored = slots.targets[part, :length], slots.scored[part, :length]
+    positions = slots.inputs.input_length(length)
+    plan = lm.plan(len(targets), positions, slots.backend, slots.inputs.is_pair)
     with named_range("forward", lm.device):
-        hidden = _hidden(lm, slots, leaves, part)[:, offset : offset + length].flatten(0, 1)
+        hidden = _hidden(lm, slots, leaves, part, plan)[:, offset : offset + length].flatten(0, 1)
     with named_range("head", lm.device):
         head = linear_cross_entropy(
             hidden.detach(), lm.body.head, targets.flatten(), scored.flatten().float(),
-            temperature=slots.recipe.temperature, backend=slots.backend,
+            temperature=slots.recipe.temperature, backend=plan.head.taken,
         )  # fmt: skip
     with named_range("backward", lm.device):
         grads = torch.autograd.grad(hidden, leaves, head.grad_hidden)
@@ -68,26 +72,24 @@ def forward_backward(
     return grads
 
 
-def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice) -> Tensor:
+def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan: Plan) -> Tensor:
     """(R, L, d) hidden states of some rows, from the vectors they use."""
     body, length = lm.body, slots.window.length
-    positions = slots.inputs.input_length(length)
     owner = slots.unit_of_row[part]
-    # [e, m, m, …, m] needs its first block for two vectors a row only; every other input, and
-    # every model that is run by transformers, is laid out position by position.
-    if slots.inputs.is_pair and isinstance(body, DecoderBody) and body.collapses(positions):
+    if plan.first_layer.taken != "in full":
+        assert isinstance(body, DecoderBody)
         (e, m), (e_bank, m_bank) = leaves, slots.banks
         e, m = e[:, 0], m[:, 0]
         e = e.index_select(0, owner) if e_bank.shared else e[part]
         if m_bank.shared:  # what depends on m alone is made once a group
-            return body.hidden_of_pair(e, m, owner, positions, slots.backend)
-        return body.hidden_of_pair(e, m[part], None, positions, slots.backend)
+            return body.hidden_of_pair(e, m, owner, plan.length, plan)
+        return body.hidden_of_pair(e, m[part], None, plan.length, plan)
     vectors = [
         leaf.index_select(0, owner) if bank.shared else leaf[part]
         for leaf, bank in zip(leaves, slots.banks, strict=True)
     ]
     layout = slots.layout_of(part, length)
-    return lm.hidden(slots.inputs.embeds(torch.cat(vectors, dim=1), layout))
+    return body.hidden(slots.inputs.embeds(torch.cat(vectors, dim=1), layout), plan)
 
 
 def _keep_best(slots: Slots, window: Window) -> Tensor:
@@ -122,7 +124,7 @@ def _keep_best(slots: Slots, window: Window) -> Tensor:
     return ~done & ~slots.spent()[units]
 
 
-def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> None:
+def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
     """AdamW for the vectors of active units; each unit is at a step of its own."""
     step, owner = slots.step[: window.units], slots.unit_of_row[: window.rows]
     rate_of_e = slots.recipe.lr_at(step)
@@ -135,7 +137,7 @@ def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> 
         if bank.basis is None:
             adamw_rows_(
                 values.flatten(1), grad.flatten(1), adam, rates, moving, settings,
-                backend=slots.backend,
+                backend=backend,
             )  # fmt: skip
             continue
         # The decay is the same in any coordinates; so only the step is made in those of the basis,
@@ -143,7 +145,7 @@ def _update(slots: Slots, window: Window, counts: list[int], active: Tensor) -> 
         moved = torch.zeros_like(values)
         adamw_rows_(
             moved.flatten(1), (grad @ bank.basis).flatten(1), adam, rates, moving,
-            replace(settings, weight_decay=0.0), backend=slots.backend,
+            replace(settings, weight_decay=0.0), backend=backend,
         )  # fmt: skip
         decay = 1 - rates * settings.weight_decay * moving
         values.mul_(decay[:, None, None]).add_(moved @ bank.basis.T)

@@ -15,7 +15,8 @@ from prototok.model.families.rotary import RotaryTables
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
-from prototok_kernels.pair.second_layer import second_layer_collapses, second_layer_products
+from prototok_kernels.pair.second_layer import second_layer_products
+from prototok_kernels.plan import Plan, Shape
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class DecoderBody:
         """The same body, attending by the flash-attn package."""
         return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
-    def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
         rotary = self.rotary(inputs_embeds.shape[1])
-        return self._blocks(inputs_embeds, *rotary, backend=backend)
+        return self._blocks(inputs_embeds, *rotary, plan)
 
     def hidden_of_pair(
         self,
@@ -44,28 +45,25 @@ class DecoderBody:
         m: Tensor,  # (B, d), or (G, d) with `group`
         group: Tensor | None,  # (B,) the row of m each row reads; None = its own
         length: int,  # N
-        backend: str = "auto",
+        plan: Plan,
     ) -> Tensor:  # (B, N, d)
         """`hidden` of the input [e, m, …, m] (N positions), its first block in closed form.
 
-        And, where that pays, the first products of the second block. Only where
-        `collapses(length)`. e and m may be of any floating dtype.
+        And, where the plan says so, the first products of the second block. Its first layer must
+        not be "in full". e and m may be of any floating dtype.
         """
         rotary = self.rotary(length)
-        pair = (e, m, group, length, self.layers[0], *rotary, backend)
-        if not second_layer_collapses(self.layers, length):
-            return self._blocks(first_layer(*pair), *rotary, start=1, backend=backend)
+        pair = (e, m, group, length, self.layers[0], *rotary, plan)
+        if plan.second_layer.taken != "span":
+            return self._blocks(first_layer(*pair), *rotary, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
         products = second_layer_products(x, coef, span, self.layers[1])
-        return self._blocks(x, *rotary, start=1, backend=backend, products=products)
+        return self._blocks(x, *rotary, plan, start=1, products=products)
 
-    def collapses(self, length: int) -> bool:
-        """Whether the first block of [e, m, …, m] (N positions) has its closed form.
-
-        With a shorter sliding window positions beyond it do not see e, and the form is another.
-        """
-        window = self.layers[0].window
-        return window is None or window >= length
+    @cached_property
+    def shape(self) -> Shape:
+        """What a plan must know of this body."""
+        return Shape.of(self.layers, self.head)
 
     @cached_property
     def _blocks(self) -> DecoderBlocks:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prototok_kernels.plan import Plan, Shape
+
 
 class GeneralBody:
     """A frozen twin of the model; `hidden` returns logits, whatever stands between them and it."""
 
     family = "general"
     head: Tensor | None = None
+    shape = Shape()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -30,5 +33,6 @@ class GeneralBody:
         twin = copy.deepcopy(model, memo).eval()
         return cls(twin.to(device=device, dtype=dtype))
 
-    def hidden(self, inputs_embeds: Tensor) -> Tensor:
+    def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
+        """(B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
         return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits

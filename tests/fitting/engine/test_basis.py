@@ -20,7 +20,7 @@ EIGEN = Recipe(lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, eigenbasis=True, max
 
 
 def test_basis_is_orthonormal_and_diagonalises_the_gradients(small_lm: FrozenLM) -> None:
-    basis = eigenbasis(small_lm)
+    basis = eigenbasis(small_lm, "auto")
     eye = torch.eye(small_lm.hidden_size).expand_as(basis)
     assert torch.allclose(basis.mT @ basis, eye, atol=1e-5)
     turned = basis.mT @ gradient_covariance(small_lm, "auto") @ basis
@@ -33,9 +33,9 @@ def test_basis_is_orthonormal_and_diagonalises_the_gradients(small_lm: FrozenLM)
 
 def test_basis_belongs_to_the_model_alone() -> None:
     one, other = (load(small_llama(), dtype="float32") for _ in range(2))
-    assert eigenbasis(one) is eigenbasis(one)
+    assert eigenbasis(one, "auto") is eigenbasis(one, "auto")
     prototok.fast_fit(one, [[1, 2, 3]], recipe=EIGEN, progress=False)
-    assert torch.equal(eigenbasis(one), eigenbasis(other))
+    assert torch.equal(eigenbasis(one, "auto"), eigenbasis(other, "auto"))
 
 
 def test_update_is_adamw_in_turned_coordinates(small_lm: FrozenLM) -> None:
@@ -45,7 +45,7 @@ def test_update_is_adamw_in_turned_coordinates(small_lm: FrozenLM) -> None:
     prototok.fast_fit(
         small_lm, [ids], recipe=recipe, callback=lambda event: seen.append(event.loss.item())
     )
-    basis = eigenbasis(small_lm)
+    basis = eigenbasis(small_lm, "auto")
     start = initial_vectors(make_units([ids], [0], None, None)[0], 1, small_lm.hidden_size, 1.0)
     # By hand: the turned vectors are the parameters, decay included.
     z = torch.stack([start[0][0, 0] @ basis[0], start[1][0] @ basis[1]])

@@ -68,6 +68,16 @@ def count_collapsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
+def in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan every first layer at every position."""
+    plan = FrozenLM.plan
+
+    def planned(self: FrozenLM, rows: int, length: int, backend: str = "auto", pair: bool = False):  # type: ignore[no-untyped-def]
+        return plan(self, rows, length, backend, False)
+
+    monkeypatch.setattr(FrozenLM, "plan", planned)
+
+
 @pytest.mark.parametrize("share", [None, "m", "e"])
 @pytest.mark.parametrize("arrangement", ["e m*", "e m*+1"])
 @pytest.mark.parametrize("name", MODELS)
@@ -83,7 +93,7 @@ def test_losses_are_those_of_the_general_layer(
     lengths = count_collapsed(monkeypatch)
     collapsed = losses_of(lm, **options)
     assert max(lengths) == Arrangement.parse(arrangement).input_length(8)
-    monkeypatch.setattr(DecoderBody, "collapses", lambda self, length: False)
+    in_full(monkeypatch)
     lengths.clear()
     general = losses_of(lm, **options)
     assert not lengths
@@ -109,7 +119,7 @@ def test_a_window_shorter_than_the_input_runs_the_first_layer_in_full(
     lengths = count_collapsed(monkeypatch)
     losses = losses_of(lm, batch_size=1)
     assert set(lengths) == {5, 6, 7}
-    monkeypatch.setattr(DecoderBody, "collapses", lambda self, length: False)
+    in_full(monkeypatch)
     general = losses_of(lm, batch_size=1)
     for row, expected in general.items():
         assert losses[row] == pytest.approx(expected, rel=2e-5)
@@ -126,7 +136,7 @@ def test_hidden_of_a_pair_is_hidden_of_its_layout() -> None:
     )
     group = torch.tensor([0, 1, 1, 0, 1])
     full = lm.hidden(torch.cat([e[:, None], m[group][:, None].expand(-1, 8, -1)], dim=1))
-    pair = lm.body.hidden_of_pair(e, m, group, 9)
+    pair = lm.body.hidden_of_pair(e, m, group, 9, lm.plan(5, 9, pair=True))
     torch.testing.assert_close(pair, full, rtol=1e-5, atol=1e-5)
     probe = torch.randn(full.shape, generator=generator, dtype=torch.float64)
     grads = [torch.autograd.grad((h * probe).sum(), (e, m)) for h in (pair, full)]

@@ -1,0 +1,292 @@
+"""Choose what runs, once: one implementation for each part of a forward or of a step.
+
+`plan_of` is the only function that names implementations. Everything below is told what to run and
+never asks again. A plan says of each part what was taken, why, and why nothing else was; print it
+with `str(plan)`.
+
+Letters: B rows, N positions, d hidden size, H heads, S = H + 2 spanning vectors per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from prototok_kernels.backend import KERNEL_DTYPES, Machine, this_machine
+from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
+from prototok_kernels.packed import PACKED, why_unpacked
+
+BACKENDS = ("auto", "torch", "triton", "cpu")
+
+# N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
+SMALL_TEXT = 1 << 24
+# Positions (B · N) up to which the C++ decoder is faster than torch's products (docs/log.md).
+FEW_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one part, why, and why each other candidate does not."""
+
+    taken: str
+    reason: str
+    others: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        refused = "".join(f"; not {name}: {why}" for name, why in self.others)
+        return f"{self.taken} ({self.reason}{refused})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs for B rows of N positions.
+
+    passes        norms and activations: "torch", "triton" or "cpu" (C++)
+    attention     "torch"; "triton" (rotary in place, then torch's attention); "cpu"; "flash"
+    first_layer   "in full" (at every position), or its closed form: "cpu" (one C++ op), or torch's
+                  products around a scan by "triton" or "torch"
+    first_mlp     of a sequential block in closed form: "span" (products of S vectors), "positions"
+    second_layer  its first products from the "span" of the first layer's output, or "in full"
+    blocks        "cpu" (all blocks as one C++ op), or "one by one"
+    decoder       of a forward without gradient: "cpu" (the C++ decoder), or "blocks"
+    head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
+                  "torch", "triton" or "cpu"
+    update        AdamW: "torch", "triton" or "cpu"
+    """
+
+    backend: str  # as asked for
+    device: str
+    dtype: str
+    rows: int
+    length: int
+    instruction_set: str  # of the C++ kernels; "none" where they do not run
+    passes: Choice
+    attention: Choice
+    first_layer: Choice
+    first_mlp: Choice
+    second_layer: Choice
+    blocks: Choice
+    decoder: Choice
+    head: Choice
+    update: Choice
+
+    def choices(self) -> dict[str, Choice]:
+        """Return the choice of each part, by its name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Choice)}
+
+    def summary(self) -> str:
+        """Return one line that names what was taken, for records."""
+        taken = ", ".join(f"{name} {choice.taken}" for name, choice in self.choices().items())
+        return f"{self.rows} x {self.length} {self.dtype} on {self.device}: {taken}"
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.rows} rows x {self.length} positions, {self.dtype} on {self.device}, "
+            f"backend {self.backend!r}, C++ instructions: {self.instruction_set}"
+        )
+        width = max(map(len, self.choices()))
+        return "\n".join([head, *(f"{n:<{width}}  {c}" for n, c in self.choices().items())])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan must know of a model: of its blocks and of its head.
+
+    blocks        0 where transformers runs the model
+    unpacked      why packed products do not take the blocks' weights; None when they do
+    head_unpacked the same of the head's weight
+    """
+
+    blocks: int = 0
+    hidden_size: int = 0
+    heads: int = 0
+    head_size: int = 0
+    window: int | None = None  # of the first block
+    flash: bool = False
+    normed_heads: bool = False  # norms on q and k, in any block
+    parallel: tuple[bool, ...] = ()  # of the first two blocks
+    unpacked: str | None = None
+    head_unpacked: str | None = "the model ends in logits"
+
+    @classmethod
+    def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
+        """Return the shape of frozen blocks and of the head behind them (None: none)."""
+        first = layers[0]
+        weights = [w for layer in layers for w in _matrices(layer)]
+        return cls(
+            blocks=len(layers),
+            hidden_size=first.hidden_size,
+            heads=first.heads,
+            head_size=first.head_size,
+            window=first.window,
+            flash=any(layer.flash for layer in layers),
+            normed_heads=any(layer.q_norm is not None for layer in layers),
+            parallel=tuple(is_parallel(layer) for layer in layers[:2]),
+            unpacked=why_unpacked(weights),
+            head_unpacked="there is no head" if head is None else why_unpacked([head]),
+        )
+
+
+def _matrices(layer: DecoderLayer) -> tuple[Tensor, ...]:
+    return layer.qkv, layer.o, inner_projection(layer)[0], layer.down
+
+
+def plan_of(
+    shape: Shape,
+    *,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str,
+    pair: bool,
+    machine: Machine | None = None,
+) -> Plan:
+    """Choose what runs for B = `rows` rows of N = `length` input positions.
+
+    Args:
+        shape: of the model.
+        rows, length: of the forward.
+        dtype, device: of the weights.
+        backend: "torch", "triton" or "cpu" to have that, "auto" for the fastest there is.
+        pair: the input is [e, m, m, …, m], so that the first layers may collapse.
+        machine: what there is to choose from; None is this machine.
+
+    Raises:
+        ValueError: a backend that is unknown, or that cannot be had for this device and dtype.
+    """
+    kind = torch.device(device).type
+    return _plan_of(
+        shape, rows, length, dtype, kind, backend, pair, machine or this_machine()
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _plan_of(
+    shape: Shape, rows: int, length: int, dtype: torch.dtype, kind: str, backend: str, pair: bool,
+    machine: Machine,
+) -> Plan:  # fmt: skip
+    passes = _passes(backend, kind, dtype, machine)
+    by = passes.taken
+
+    # What may stand against a candidate, None where it does not.
+    run_elsewhere = None if shape.blocks else "transformers runs the model"
+    no_cpp = None if by == "cpu" else "the C++ kernels do not run"
+    no_triton = None if by == "triton" else "Triton's kernels do not run"
+    no_products = None if PACKED in machine.instruction_sets else f"the processor has no {PACKED}"
+    long_texts = rows < machine.threads and length * shape.hidden_size**2 >= SMALL_TEXT
+    few_texts = "threads do better to share so few long texts" if long_texts else None
+    normed_heads = "q and k have norms" if shape.normed_heads else None
+    is_flash = "flash-attn attends" if shape.flash else None
+    two_vectors = None if shape.parallel[:1] == (False,) else "a parallel block needs e and m alone"
+    spanned = (shape.heads + 2) * (shape.hidden_size + length) < length * shape.hidden_size
+    few_positions = None if spanned else "the S spanning vectors cost more than N positions"
+    no_pair = _against_closed_form(shape, length, pair)
+
+    if run_elsewhere:
+        attention = Choice("transformers", run_elsewhere)
+    else:
+        attention = Choice("flash", "asked of load") if shape.flash else passes
+    return Plan(
+        backend=backend,
+        device=kind,
+        dtype=_name(dtype),
+        rows=rows,
+        length=length,
+        instruction_set=machine.instruction_sets[0] if by == "cpu" else "none",
+        passes=passes,
+        attention=attention,
+        first_layer=_choose(
+            (
+                "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
+                few_positions, "the head size is odd" if shape.head_size % 2 else None,
+            ),
+            ("triton", no_pair, no_triton),
+            ("torch", no_pair),
+            ("in full",),
+        ),
+        first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
+        second_layer=_choose(
+            (
+                "span", no_pair,
+                None if shape.parallel == (True, True) else "it needs two parallel blocks",
+                # Up to 3 S positions it is no faster (docs/log.md).
+                None if length > 3 * (shape.heads + 2) else "it pays beyond 3 S positions",
+            ),
+            ("in full",),
+        ),
+        blocks=_choose(
+            (
+                "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, few_texts, normed_heads,
+                is_flash, None if rows * length else "there is nothing to do",
+            ),
+            ("one by one",),
+        ),
+        decoder=_choose(
+            (
+                "cpu", run_elsewhere, no_cpp,
+                None if rows * length <= FEW_POSITIONS else f"more than {FEW_POSITIONS} positions",
+            ),
+            ("blocks",),
+        ),
+        head=_choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,)),
+        # e and m are fp32, whatever the model is.
+        update=_passes(backend, kind, torch.float32, machine),
+    )  # fmt: skip
+
+
+def _choose(*candidates: tuple[str | None, ...]) -> Choice:
+    """Take the first candidate, each (name, what may stand against it …), that nothing refuses."""
+    reasons = {str(name): next((r for r in against if r), None) for name, *against in candidates}
+    taken = next(name for name, reason in reasons.items() if reason is None)
+    others = tuple((name, reason or "slower") for name, reason in reasons.items() if name != taken)
+    only = all(reason for name, reason in reasons.items() if name != taken)
+    return Choice(taken, "nothing else can" if only and others else "the fastest", others)
+
+
+def _against_closed_form(shape: Shape, length: int, pair: bool) -> str | None:
+    """Return why the first block has no closed form, or None where it has."""
+    if not shape.blocks:
+        return "transformers runs the model"
+    if not pair:
+        return "the input is not [e, m, …, m]"
+    if shape.window is not None and shape.window < length:
+        return f"positions beyond the window of {shape.window} do not see e"
+    return None
+
+
+def _passes(backend: str, kind: str, dtype: torch.dtype, machine: Machine) -> Choice:
+    """Choose between torch, Triton and the C++; raise ValueError for what cannot be had."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+
+    def against(name: str) -> str | None:
+        missing = machine.lacks(name, kind)
+        if missing is None and dtype not in KERNEL_DTYPES[name]:
+            return f"backend: {name!r} does not take tensors of {dtype}"
+        return missing
+
+    if backend == "torch":
+        return Choice("torch", "asked for")
+    if backend != "auto":
+        missing = against(backend)
+        if missing is not None:
+            raise ValueError(missing)
+        return Choice(backend, "asked for")
+    preferred = {"cuda": "triton", "cpu": "cpu"}.get(kind)
+    if preferred is None:
+        return Choice("torch", f"there are no kernels for {kind!r}")
+    missing = against(preferred)
+    if missing is None:
+        return Choice(preferred, f"the kernels for {kind!r}")
+    why = missing.removeprefix("backend: ")
+    return Choice("torch", "what is left", ((preferred, why),))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,139 @@
+"""What is taken on machines of every kind, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from prototok_kernels.backend import Machine, require
+from prototok_kernels.plan import FEW_POSITIONS, SMALL_TEXT, Plan, Shape, plan_of
+
+CPU = Machine(
+    cpp=True, instruction_sets=("avx512bf16", "avx512", "avx2", "baseline"), triton=False,
+    interpreted=False, threads=2,
+)  # fmt: skip
+OLD_CPU = dataclasses.replace(CPU, instruction_sets=("avx2", "baseline"))
+BARE = Machine(cpp=False, instruction_sets=(), triton=False, interpreted=False, threads=2)
+GPU = dataclasses.replace(BARE, triton=True)
+
+LLAMA = Shape(
+    blocks=4, hidden_size=64, heads=4, head_size=16, parallel=(False, False), head_unpacked=None
+)
+NEOX = dataclasses.replace(LLAMA, parallel=(True, True))
+
+
+def planned(shape: Shape = LLAMA, machine: Machine = CPU, **changes: object) -> Plan:
+    settings = {
+        "rows": 8, "length": 64, "dtype": torch.bfloat16, "device": "cpu", "backend": "auto",
+        "pair": True,
+    } | changes  # fmt: skip
+    return plan_of(shape, machine=machine, **settings)  # type: ignore[arg-type]
+
+
+def taken(plan: Plan) -> dict[str, str]:
+    return {name: choice.taken for name, choice in plan.choices().items()}
+
+
+def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
+    assert taken(planned()) == {
+        "passes": "cpu", "attention": "cpu", "first_layer": "cpu", "first_mlp": "span",
+        "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "head": "packed",
+        "update": "cpu",
+    }  # fmt: skip
+
+
+def test_a_processor_without_them_takes_torchs_products() -> None:
+    found = taken(planned(machine=OLD_CPU))
+    assert found["first_layer"] == "torch" and found["blocks"] == "one by one"
+    assert found["head"] == found["passes"] == found["update"] == "cpu"
+
+
+def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
+    for plan in (planned(machine=BARE), planned(backend="torch")):
+        found = taken(plan)
+        assert set(found.values()) == {"torch", "span", "in full", "one by one", "blocks"}
+        assert plan.instruction_set == "none"
+    assert taken(planned(device="mps"))["passes"] == "torch"
+
+
+def test_cuda_takes_triton() -> None:
+    found = taken(planned(NEOX, GPU, device="cuda", rows=256, length=128))
+    assert {found[part] for part in ("passes", "first_layer", "head", "update")} == {"triton"}
+    assert found["second_layer"] == "span" and found["blocks"] == "one by one"
+    flash = dataclasses.replace(NEOX, flash=True)
+    assert taken(planned(flash, GPU, device="cuda"))["attention"] == "flash"
+
+
+def test_an_explicit_request_is_met_or_refused() -> None:
+    assert taken(planned(backend="cpu"))["passes"] == "cpu"
+    for changes, machine, message in (
+        ({"backend": "cuda"}, CPU, "^backend: 'cuda' is not one of auto, torch, triton, cpu"),
+        ({"backend": "cpu", "device": "cuda"}, CPU, "^backend: 'cpu' needs tensors on the CPU"),
+        ({"backend": "cpu"}, BARE, "^backend: 'cpu' needs the C.. kernels; this installation"),
+        ({"backend": "triton"}, GPU, "^backend: 'triton' needs tensors on a CUDA device"),
+        ({"backend": "triton", "device": "cuda"}, BARE, "^backend: 'triton' needs the triton"),
+        ({"backend": "cpu", "dtype": torch.float64}, CPU, "does not take tensors of torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planned(machine=machine, **changes)
+
+
+def test_auto_leaves_dtypes_that_no_kernel_takes_to_torch() -> None:
+    plan = planned(dtype=torch.float64)
+    assert taken(plan)["passes"] == "torch"
+    assert "torch.float64" in str(plan)
+    assert taken(plan)["update"] == "cpu"  # e and m are fp32 whatever the model is
+
+
+def test_the_closed_form_is_for_pairs_within_the_window() -> None:
+    assert taken(planned(pair=False))["first_layer"] == "in full"
+    windowed = dataclasses.replace(LLAMA, window=63)
+    assert taken(planned(windowed))["first_layer"] == "in full"
+    assert taken(planned(windowed, length=63))["first_layer"] == "cpu"
+    assert taken(planned(Shape()))["first_layer"] == "in full"
+
+
+def test_long_texts_on_few_rows_share_their_products() -> None:
+    wide = dataclasses.replace(LLAMA, hidden_size=768)
+    length = -(-SMALL_TEXT // 768**2)
+    assert taken(planned(wide, rows=1, length=length))["blocks"] == "one by one"
+    assert taken(planned(wide, rows=1, length=length - 1))["blocks"] == "cpu"
+    assert taken(planned(wide, rows=2, length=length))["blocks"] == "cpu"
+
+
+def test_what_the_packed_products_cannot_take_is_said() -> None:
+    odd = dataclasses.replace(LLAMA, unpacked="a weight of (3, 64) has an odd size")
+    plan = planned(odd)
+    assert taken(plan)["blocks"] == "one by one" and taken(plan)["first_layer"] == "torch"
+    assert ("cpu", "a weight of (3, 64) has an odd size") in plan.blocks.others
+    normed = dataclasses.replace(LLAMA, normed_heads=True)
+    assert taken(planned(normed))["blocks"] == "one by one"
+    assert taken(planned(normed))["first_layer"] == "cpu"
+
+
+def test_few_positions_go_through_the_decoder() -> None:
+    assert taken(planned(rows=1, length=FEW_POSITIONS))["decoder"] == "cpu"
+    assert taken(planned(rows=1, length=FEW_POSITIONS + 1))["decoder"] == "blocks"
+    assert taken(planned(rows=1, length=1, backend="torch"))["decoder"] == "blocks"
+
+
+def test_a_plan_prints_a_line_and_a_reason_for_every_part() -> None:
+    for plan in (planned(), planned(Shape()), planned(NEOX, GPU, device="cuda")):
+        lines = str(plan).splitlines()
+        assert len(lines) == 1 + len(plan.choices()) == 10
+        for line, (name, choice) in zip(lines[1:], plan.choices().items(), strict=True):
+            assert line.startswith(name) and choice.reason
+            assert all(why for _, why in choice.others)
+            assert choice.taken not in dict(choice.others)
+        assert plan.summary().count(",") == 8
+
+
+def test_an_op_takes_a_decision_and_no_request() -> None:
+    x = torch.zeros(2)
+    require("torch", x)
+    with pytest.raises(ValueError, match="^backend: 'auto' is not one of torch, triton, cpu"):
+        require("auto", x)
+    with pytest.raises(ValueError, match="does not take tensors of torch.float16"):
+        require("cpu", x.half())
