@@ -39,7 +39,6 @@ def decoder_model(
     Any number of threads may read it. A weight that is not contiguous is read from a copy.
     Raises ValueError for weights that are not of one dtype and the shapes of one model, on the CPU.
     """
-    require("cpu", norm[0])
     first = layers[0]
 
     def block(layer: DecoderLayer) -> tuple[dict[str, View], int]:

@@ -191,7 +191,6 @@ def residual_norm(
     """
     require(backend, x)
     _check(x, delta, weight, bias)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if backend == "torch":
         return residual_norm_ref(x, delta, weight, bias, eps)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

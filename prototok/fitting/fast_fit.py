@@ -144,14 +144,17 @@ def tokens_of(
     groups = None
     if share is not None:
         place: dict[int, int] = {}  # of a group among those that are here
-        groups = torch.tensor([place.setdefault(one.group, len(place)) for one in first_rows])
+        of_text = [place.setdefault(one.group, len(place)) for one in first_rows]
+        groups = torch.tensor(of_text, dtype=torch.int64, device="cpu")
         texts = [groups.tolist().index(g) for g in place.values()]
         stored[share] = stored[share][texts, 0]  # the same in all rows of a group
     kept: dict[str, Tensor] = {name: part.contiguous() for name, part in stored.items()}
     return ProtoTokens(
         e=kept["e"],
         m=kept.get("m"),
-        lengths=torch.tensor([len(one.row.targets) for one in first_rows], dtype=torch.int64),
+        lengths=torch.tensor(
+            [len(one.row.targets) for one in first_rows], dtype=torch.int64, device="cpu"
+        ),
         arrangement=arrangement.name,
         model=setup.lm.identity,
         seeds=seeds,

@@ -26,7 +26,7 @@ class Lagging(StepRunner):
 
 def as_on_cuda(patch: pytest.MonkeyPatch) -> None:
     def window(slots: Slots) -> Window:
-        room = slots.capacity
+        room = slots.room
         return Window(
             _halved(room.rows, slots.rows), _halved(room.units, len(slots.units)), room.length
         )
