@@ -188,8 +188,8 @@ def profile(
     if trace is None and lm.device.type != "cuda":
         trace = Path("profile.json")
     work = Work(what, length, batch, backend, eager)
-    say(str(work.plan(lm)))
     seconds, table = run_profile(lm, work, which, trace)
+    say(str(work.plan(lm)))
     if table:
         print(table)
     say(f"{1e3 * seconds:.3f} ms a step" + (f"; trace in {trace}" if trace else ""))

@@ -17,7 +17,7 @@ import torch
 
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -150,11 +150,11 @@ def profile(
 def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator, device="cpu")
-    units = make_units(list(ids), [0], None, None)
+    groups = make_groups(list(ids), [0], None, None)
     endless = Recipe(margin=1e9, max_steps=10**9)
     setup = Setup(lm, OneForward(arrangement), endless, work.backend, work.batch)
     slots = Slots(setup, Room(work.batch, work.batch, work.length))
-    slots.admit(units)
+    slots.admit(groups)
     make = StepRunner if work.eager else step_runner
     return make(lm, slots, work.batch).advance
 

@@ -1,4 +1,4 @@
-"""One driver for every fit: units through the engine, each row verified alone, results collected.
+"""One driver for every fit: groups through the engine, each row verified alone, results collected.
 
 Fits of [e, m, …, m] and of [mem] differ in the inputs of their `Setup`, in how a row is verified,
 and in what is collected. Letters: N targets of a row, d hidden size.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.progress import Progress
-from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
 from prototok.results.fit_result import FitInterrupted, FitResult
@@ -62,32 +62,32 @@ class EndedRow(Generic[C]):
     failed: bool
 
 
-def fit_units(
-    setup: Setup, units: list[Unit], verify: Verify[C], observe: Callable[[FitEvent], None]
-) -> Iterator[tuple[Unit, list[EndedRow[C]]]]:
-    """Fit units and yield each with its rows as it ends, every row verified alone."""
+def fit_groups(
+    setup: Setup, groups: list[Group], verify: Verify[C], observe: Callable[[FitEvent], None]
+) -> Iterator[tuple[Group, list[EndedRow[C]]]]:
+    """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
     def confirm(finished: Finished) -> bool:
-        rows = zip(finished.unit.rows, _vectors_by_row(finished), strict=True)
+        rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
         checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
-        verified[finished.unit.group] = checks
+        verified[finished.group.index] = checks
         return all(check.accuracy >= setup.recipe.accuracy for check in checks)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
-    for finished in run(setup, units, confirm, observe):
+    for finished in run(setup, groups, confirm, observe):
         if finished.failed:
             confirm(finished)
-        checks = verified.pop(finished.unit.group)
-        yield finished.unit, list(_ended(finished, checks))
+        checks = verified.pop(finished.group.index)
+        yield finished.group, list(_ended(finished, checks))
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
     vectors = _vectors_by_row(finished)
-    for r, row in enumerate(finished.unit.rows):
+    for r, row in enumerate(finished.group.rows):
         yield EndedRow(
             row=row,
-            group=finished.unit.group,
+            group=finished.group.index,
             vectors=vectors[r],
             check=checks[r].as_failed() if finished.failed else checks[r],
             accuracy_in_batch=0.0 if finished.failed else finished.correct[r] / len(row.targets),
@@ -98,8 +98,8 @@ def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
 
 
 def _vectors_by_row(finished: Finished) -> list[Tensor]:
-    """(slots, d) for each row of a unit."""
-    rows = len(finished.unit.rows)
+    """(slots, d) for each row of a group."""
+    rows = len(finished.group.rows)
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
     return list(torch.cat(parts, dim=1))
 
@@ -115,17 +115,17 @@ class Watching:
 
 def fit_all(
     setup: Setup,
-    units: list[Unit],
+    groups: list[Group],
     verify: Verify[C],
     collect: Callable[[list[EndedRow[C]]], R],
     watching: Watching,
 ) -> R:
-    """Fit all units and collect their rows, text by text.
+    """Fit all groups and collect their rows, text by text.
 
     Raises:
         FitInterrupted: Ctrl-C; carries what was collected of the texts whose rows had all ended.
     """
-    asked = Counter(row.text for unit in units for row in unit.rows)
+    asked = Counter(row.text for group in groups for row in group.rows)
     bar = Progress(asked.total(), watching.what, watching.progress)
     ended: list[EndedRow[C]] = []
     exact = failed = 0
@@ -142,7 +142,7 @@ def fit_all(
 
     try:
         with bar:
-            for _, rows in fit_units(setup, units, verify, observe):
+            for _, rows in fit_groups(setup, groups, verify, observe):
                 ended += rows
                 exact += sum(one.check.exact for one in rows)
                 failed += sum(one.failed for one in rows)

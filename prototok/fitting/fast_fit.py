@@ -15,7 +15,7 @@ from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.prior import Prior, shipped_prior
@@ -105,8 +105,8 @@ def fast_fit(
         return _result(tokens, rows)
 
     setup = one_forward(lm, layout, settings, init, backend, rows_at_once)
-    units = make_units(targets, chosen, share, group_size)
-    return fit_all(setup, units, verify, collect, Watching("fit", progress, callback))
+    groups = make_groups(targets, chosen, share, group_size)
+    return fit_all(setup, groups, verify, collect, Watching("fit", progress, callback))
 
 
 def one_forward(

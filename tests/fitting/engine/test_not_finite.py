@@ -10,10 +10,10 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM, Recipe
-from prototok.fitting.driver import fit_units
+from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine import step as step_module
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.verify import verify
 from prototok.results.arrangement import Arrangement
@@ -24,14 +24,14 @@ TARGETS = [torch.tensor(ids) for ids in ([5, 9], [3, 1], [7, 7])]
 
 def fitted(lm: FrozenLM, bad: Tensor | None, share: str | None = None) -> dict[int, object]:
     """Row → how it ended; row 1 starts at the vectors `bad` (slots, d)."""
-    units = make_units(TARGETS, [0], share, 1 if share else None)
+    groups = make_groups(TARGETS, [0], share, 1 if share else None)
     if bad is not None:
-        (row,) = units[1].rows
-        units[1] = replace(units[1], rows=(replace(row, start=bad),))
+        (row,) = groups[1].rows
+        groups[1] = replace(groups[1], rows=(replace(row, start=bad),))
     setup = Setup(lm, OneForward(Arrangement.parse("e m*")), RECIPE, "auto", None)
     return {
         one.row.index: one
-        for _, rows in fit_units(setup, units, verify, lambda event: None)
+        for _, rows in fit_groups(setup, groups, verify, lambda event: None)
         for one in rows
     }
 
@@ -63,7 +63,7 @@ def test_a_gradient_that_is_not_finite_fails_where_the_loss_is(
     def poisoned(*args: object) -> tuple[Tensor, ...]:
         grads = real(*args)
         slots = args[1]
-        for r, row in enumerate(row for unit in slots.units for row in unit.rows):
+        for r, row in enumerate(row for group in slots.groups for row in group.rows):
             if row.index == 1 and int(slots.step[r]) == 3:
                 grads[0][r, 0, 0] = float("nan")
         return grads
