@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.unit import Unit
 
@@ -223,15 +223,16 @@ class RunFolder:
             save: writes the unit's tensors to the path it is given.
         """
         tensors = self._temporary(key + ".safetensors")
+        tensors.unlink(missing_ok=True)  # left by a dead process of our number, before a reboot
         save(tensors)
-        _flush(tensors)
+        flush(tensors)
         sha256 = sha256_of(tensors)
         filled = [
             row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
         ]
         shard = self._temporary(key + ".parquet")
         _writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
-        _flush(shard)
+        flush(shard)
         # Alone, because the shard's hash must be that of the tensors beside it.
         with self._locked():
             if self.is_done(key):
@@ -239,9 +240,9 @@ class RunFolder:
                 shard.unlink()
                 return False
             os.replace(tensors, self.tensors_path(key))
-            _flush(self.path / "tensors")
+            flush(self.path / "tensors")
             os.replace(shard, self.path / "fits" / f"{key}.parquet")
-            _flush(self.path / "fits")
+            flush(self.path / "fits")
         (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
         return True
 
@@ -275,13 +276,7 @@ class RunFolder:
 
     def sweep_up(self) -> int:
         """Remove what processes of this host that no longer live left in tmp/; how many files."""
-        host, removed = _host(), 0
-        for path in (self.path / "tmp").glob("*~*"):
-            name, _, pid = path.name.partition("~")[2].rpartition(".")
-            if name == host and pid.isdigit() and not _alive(int(pid)):
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+        return remove_orphans(self.path / "tmp")
 
     def compact(self) -> dict[str, int]:
         """Merge shards into one file an experiment; rows by experiment.
@@ -316,7 +311,7 @@ class RunFolder:
                         raise RuntimeError(f"run: {path} lacks units that were just written to it")
                     for shard in shards.values():
                         shard.unlink()
-                    _flush(self.path / "fits")
+                    flush(self.path / "fits")
                 merged[experiment] = len(table)
         return merged
 
@@ -338,16 +333,14 @@ class RunFolder:
 
     def _temporary(self, name: str) -> Path:
         """A path in tmp/ that no other process uses."""
-        return self.path / "tmp" / f"{name}~{_host()}.{os.getpid()}"
+        return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file of this folder so that it is there whole or not at all."""
         target = self.path / name
         temporary = self._temporary(target.name)
         write(temporary)
-        _flush(temporary)
-        os.replace(temporary, target)
-        _flush(target.parent)
+        put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
         try:
@@ -405,27 +398,3 @@ def _writer(table: pa.Table) -> Callable[[Path], None]:
 
 def _dump(value: object, path: Path) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _host() -> str:
-    """A short name of this host that does not give it away."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

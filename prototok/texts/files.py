@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prototok.model.frozen_lm import FrozenLM
+if TYPE_CHECKING:
+    from prototok.model.frozen_lm import FrozenLM
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; ValueError where it is missing, not UTF-8 or empty."""
+    """Return the text of a UTF-8 file, its line ends as they are.
+
+    Raises:
+        ValueError: it is missing, a folder, cannot be read, is not UTF-8, or is empty.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"text: {path} is a folder, not a file")
     if not path.is_file():
         raise ValueError(f"text: there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"text: {path} could not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"text: {path} is not UTF-8 ({error.reason} at {error.start})") from None
     if not text.strip():
