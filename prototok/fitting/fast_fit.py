@@ -6,7 +6,9 @@ Letters: T texts, S seeds, N targets of a text, K leading vectors, d hidden size
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -46,6 +48,7 @@ def fast_fit(
     batch_size: int | str = "auto",
     progress: bool | None = None,
     callback: Callable[[FitEvent], None] | None = None,
+    on_text: Callable[[int, FitResult], None] | None = None,
 ) -> FitResult:
     """Fit proto-tokens: vectors that make the frozen model emit each text in one forward pass.
 
@@ -69,6 +72,8 @@ def fast_fit(
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
         progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
         callback: called with a `FitEvent` after every look at the device (every step on the CPU).
+        on_text: called with the place of a text and its result as soon as all of its seeds have
+            ended, to keep it; not for texts that share a vector, which end together.
 
     Rows do not influence each other: a text's result is that of fitting it alone, up to the
     rounding of the kernels at another batch size.
@@ -80,10 +85,7 @@ def fast_fit(
     layout = Arrangement.parse(arrangement)
     settings = recipe_of(recipe)
     require_frozen(lm)
-    if share not in (None, "m", "e"):
-        raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
-    if share == "m" and not layout.has_m:
-        raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement!r} has none")
+    require_share(share, layout)
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     if init is not None:
@@ -104,6 +106,7 @@ def fast_fit(
     total = sum(len(unit.rows) for unit in units)
     verified: dict[int, list[Verified]] = {}  # by unit
     done: list[Finished] = []
+    ended: dict[int, list[Finished]] = {}  # by text, its seeds that have ended
     rows = exact = 0
 
     def observe(event: FitEvent) -> None:
@@ -121,10 +124,23 @@ def fast_fit(
                 verified[finished.unit.group] = checks
                 rows += len(checks)
                 exact += sum(c.exact for c in checks)
+                if on_text is not None and share is None:
+                    text = finished.unit.rows[0].text
+                    ended[text] = [*ended.get(text, []), finished]
+                    if len(ended[text]) == len(chosen):
+                        on_text(text, collected.result([text], ended.pop(text), verified))
     except KeyboardInterrupt:
         result, whole = collected.partial(done, verified)
         raise FitInterrupted(result, whole) from None
     return collected.result(list(range(len(targets))), done, verified)
+
+
+def require_share(share: str | None, arrangement: Arrangement) -> None:
+    """ValueError unless `share` is None, or a vector that the arrangement has."""
+    if share not in (None, "m", "e"):
+        raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
+    if share == "m" and not arrangement.has_m:
+        raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement.name!r} has none")
 
 
 def fit_units(
@@ -210,8 +226,8 @@ class _Collector:
         self, done: list[Finished], verified: dict[int, list[Verified]]
     ) -> tuple[FitResult | None, list[int]]:
         """The texts all of whose seeds have ended."""
-        ended = [row.text for finished in done for row in finished.unit.rows]
-        whole = sorted({t for t in ended if ended.count(t) == len(self.seeds)})
+        ended = Counter(row.text for finished in done for row in finished.unit.rows)
+        whole = sorted(t for t, seeds in ended.items() if seeds == len(self.seeds))
         return (self.result(whole, done, verified) if whole else None), whole
 
     def result(
@@ -261,7 +277,7 @@ class _Collector:
             seeds=seeds,
             share=self.share,
             groups=groups if self.share else None,
-            provenance=self._provenance(),
+            provenance=dict(self._provenance),
         )
         return FitResult(
             tokens=tokens,
@@ -273,6 +289,7 @@ class _Collector:
             **measured,
         )
 
+    @functools.cached_property
     def _provenance(self) -> dict[str, str]:
         positions = self.arrangement.input_length(max(len(ids) for ids in self.targets))
         rows = len(self.targets) * len(self.seeds)
