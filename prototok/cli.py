@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prototok.results.arrangement import Arrangement
     from prototok.results.fit_folder import FitFolder
     from prototok.results.fit_result import FitResult
+    from prototok.results.proto_tokens import ProtoTokens
 
 app = typer.Typer(
     help="One-step text reconstruction from proto-tokens.",
@@ -37,7 +39,9 @@ app.add_typer(sweep_app, name="sweep")
 
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 
+_TEXT = "text differs"  # provenance: where the book differs from its tokens; empty: nowhere
 _CAPACITY_COLUMNS = "text,exact,at_099,ended,steps,seconds"
+_DECODED = "A new file for the text, in UTF-8 and exact; nothing is added and nothing is printed."
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 _RESUME = "Go on where an interrupted fit of the same book and settings stopped."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
@@ -108,7 +112,7 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     from prototok.fitting.fast_fit import fast_fit
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
-    from prototok.texts.files import chunks
+    from prototok.texts.files import chunks, text_difference
 
     pieces = chunks(lm, text, asked.length, asked.limit)
     own = "its own forward" if lm.body.family != "general" else "the general way, transformers"
@@ -120,6 +124,15 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     left = sorted(set(range(len(pieces))) - set(done))
     if done:
         say(f"{len(done)} of {len(pieces)} chunks are done already")
+    differs = text_difference(lm, text, pieces)
+
+    def labelled(result: FitResult) -> FitResult:
+        """Have the vectors say whether exact tokens give the exact text."""
+        origin = result.tokens.provenance | {_TEXT: differs or ""}
+        return dataclasses.replace(
+            result, tokens=dataclasses.replace(result.tokens, provenance=origin)
+        )
+
     whole = None
     try:
         if left:
@@ -127,9 +140,9 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
                 lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
                 arrangement=asked.arrangement.name, recipe=asked.recipe,
                 batch_size=asked.batch_size, progress=True,
-                on_text=lambda i, result: folder.commit(left[i], result),
+                on_text=lambda i, result: folder.commit(left[i], labelled(result)),
             )  # fmt: skip
-            whole = None if asked.share is None else result
+            whole = None if asked.share is None else labelled(result)
     except FitInterrupted:
         kept = folder.interrupt()
         if not kept:
@@ -158,12 +171,26 @@ def _summarise(result: FitResult, folder: FitFolder) -> None:
         f"{float(best.accuracy.mean()):.3f}, {float(result.seconds.sum()):.1f} s; written to "
         f"{folder.path}"
     )
+    say(_exactness(exact, texts, best.tokens))
+
+
+def _exactness(exact: int, texts: int, tokens: ProtoTokens) -> str:
+    """Tell exact tokens from exact text: a tokenizer may not give back what it read."""
+    differs = tokens.provenance.get(_TEXT)
+    if differs is None:
+        text = "not known"  # fitted from Python, or by an earlier version
+    elif differs:
+        text = f"no, {differs}"
+    else:
+        text = "yes" if exact == texts else "no, tokens are wrong"
+    return f"tokens exact: {exact} of {texts} chunks; text exact: {text}"
 
 
 @app.command()
 def decode(
     folder: Annotated[Path, typer.Argument(help="A folder that `prototok fit` wrote.")],
     model: Annotated[str | None, typer.Option(help="Default: the model in the folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=_DECODED)] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
@@ -175,12 +202,18 @@ def decode(
     from prototok.results.fit_result import FitResult
 
     best = FitResult.load(folder).best()
+    if out is not None:
+        try_file(out, "out", lambda head: not head)
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
     rows = decode_tokens(lm, best.tokens)
     found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
     # All ids at once: a chunk may end in the middle of a character.
-    print(lm.decode_ids(torch.cat(found)))
+    text = lm.decode_ids(torch.cat(found))
+    if out is None:
+        _print_text(text)
+    else:
+        write_text(out, text)
     exact = 0
     for i, (ids, target) in enumerate(zip(found, best.targets, strict=True)):
         right = int((ids == target).sum())
@@ -188,6 +221,16 @@ def decode(
         verdict = "exact" if right == len(target) else f"{right} of {len(target)} tokens right"
         say(f"chunk {i}: {verdict}")
     say(f"{exact} of {len(found)} chunks are exact")
+    say(_exactness(exact, len(found), best.tokens))
+
+
+def _print_text(text: str) -> None:
+    """Print a text, and say on stderr what the terminal cannot show of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = text.encode(encoding, errors="replace").decode(encoding)
+    print(shown)
+    if shown != text:
+        say(f"{encoding} has not all of these characters; --out writes them as they are")
 
 
 @app.command()

@@ -123,7 +123,7 @@ def try_file(path: Path, name: str, ours: Callable[[bytes], bool]) -> None:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
         if not ours(head):
-            raise ValueError(f"{name}: {path} was not written by prototok and is left as it is")
+            raise ValueError(f"{name}: {path} is there and no file that prototok may replace")
     with contextlib.suppress(_Enough), try_folder(path.parent, name):
         raise _Enough
 

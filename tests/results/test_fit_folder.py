@@ -290,3 +290,24 @@ def test_temporary_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -
         (tmp_path / name).write_text("")
     assert files.remove_orphans(tmp_path) == 2
     assert sorted(os.listdir(tmp_path)) == sorted(stay)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--recipe", "fsat", "recipe: 'fsat' is not"),
+        ("--share", "both", "share: 'both' is not None, 'm' or 'e'"),
+        ("--arrangement", "m e*", "arrangement: 'm e*' is not known"),
+        ("--seeds", "0", "seeds: 0 is not a positive integer"),
+        ("--length", "-3", "length: -3 is not a positive integer"),
+        ("--limit", "0", "limit: 0 is not a positive integer"),
+        ("--batch-size", "0", "batch_size: 0 is not a positive integer"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_loads(
+    option: str, value: str, says: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("prototok.model.load.load", None)
+    assert cli("fit", "book.txt", "-o", "F", option, value) == 2
+    assert says in capsys.readouterr().err
+    assert os.listdir() == ["book.txt"]
