@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from prototok.common.files import whole
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
@@ -35,6 +36,12 @@ def step_range(text: str) -> tuple[int, int]:
     if not first < end:
         raise ValueError(f"profile: {text!r} is not a range a:b of steps with a < b")
     return first, end
+
+
+def require_work(what: str) -> None:
+    """ValueError unless that is something to profile."""
+    if what not in ("fit", "decode"):
+        raise ValueError(f"what: {what!r} is not 'fit' or 'decode'")
 
 
 class Capture:
@@ -73,7 +80,8 @@ class Capture:
             self.profiler.stop()
             if self.trace is not None:
                 self.trace.parent.mkdir(parents=True, exist_ok=True)
-                self.profiler.export_chrome_trace(str(self.trace))
+                with whole(self.trace) as temporary:
+                    self.profiler.export_chrome_trace(str(temporary))
 
     def report(self, rows: int = 25) -> str:
         """The table of the most expensive operations; empty where Nsight has the figures."""
@@ -133,8 +141,7 @@ def profile(
     Raises:
         ValueError: an unknown kind of work, or a length the model has no room for.
     """
-    if work.what not in ("fit", "decode"):
-        raise ValueError(f"what: {work.what!r} is not 'fit' or 'decode'")
+    require_work(work.what)
     arrangement = Arrangement.parse("e m*")
     require_length(work.length, lm, arrangement)
     advance = _fit(lm, work, arrangement) if work.what == "fit" else _decode(lm, work, arrangement)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,11 +106,15 @@ def _vectors_by_row(finished: Finished) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Watching:
-    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callback."""
+    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callbacks.
+
+    `on_text` gets the place of a text and what is collected of it as soon as its rows have ended.
+    """
 
     what: str
     progress: bool | None
     callback: Callable[[FitEvent], None] | None
+    on_text: Callable[[int, Any], None] | None = None
 
 
 def fit_all(
@@ -142,8 +146,13 @@ def fit_all(
 
     try:
         with bar:
-            for _, rows in fit_groups(setup, groups, verify, observe):
+            for group, rows in fit_groups(setup, groups, verify, observe):
                 ended += rows
+                if watching.on_text is not None and group.share is None:
+                    text = rows[0].row.text
+                    mine = [one for one in ended if one.row.text == text]
+                    if len(mine) == asked[text]:
+                        watching.on_text(text, collect(in_order(mine)))
                 exact += sum(one.check.exact for one in rows)
                 failed += sum(one.failed for one in rows)
     except KeyboardInterrupt:
