@@ -44,7 +44,7 @@ class FitResult:
     exact     bool: the text comes back whole from both of these decodings
     margin    fp32, smallest (target logit − best other logit) over positions and both decodings
     correct   int64, C_tokens behind `accuracy`
-    loss      fp32, cross-entropy of the decoding in float32, nats per token
+    loss      fp32, cross-entropy of the decoding, nats per token; the higher of both
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
@@ -60,6 +60,14 @@ class FitResult:
     steps: Tensor
     seconds: Tensor
     accuracy_in_batch: Tensor
+
+    @property
+    def failed(self) -> Tensor:
+        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+
+        Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
+        """
+        return torch.isneginf(self.margin)
 
     def best(self) -> FitResult:
         """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""

@@ -65,6 +65,14 @@ class MemFit:
     seconds: Tensor
     provenance: dict[str, str]
 
+    @property
+    def failed(self) -> Tensor:
+        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+
+        Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
+        """
+        return torch.isneginf(self.margin)
+
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
         require_model("mem", self.model, lm)
