@@ -88,7 +88,6 @@ def require_room(lm: FrozenLM, leading: int, length: object) -> None:
     """Raise ValueError unless the context has room for `length` tokens behind K vectors."""
     if not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
-    assert isinstance(length, int)
     positions = leading + length - 1
     if lm.context is not None and positions > lm.context:
         raise ValueError(

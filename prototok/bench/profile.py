@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from prototok.common.files import whole
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
@@ -35,6 +36,12 @@ def step_range(text: str) -> tuple[int, int]:
     if not first < end:
         raise ValueError(f"profile: {text!r} is not a range a:b of steps with a < b")
     return first, end
+
+
+def require_work(what: str) -> None:
+    """Raise ValueError unless that is something to profile."""
+    if what not in ("fit", "decode"):
+        raise ValueError(f"what: {what!r} is not 'fit' or 'decode'")
 
 
 class Capture:
@@ -73,7 +80,8 @@ class Capture:
             self.profiler.stop()
             if self.trace is not None:
                 self.trace.parent.mkdir(parents=True, exist_ok=True)
-                self.profiler.export_chrome_trace(str(self.trace))
+                with whole(self.trace) as temporary:
+                    self.profiler.export_chrome_trace(str(temporary))
 
     def report(self, rows: int = 25) -> str:
         """Return the table of the most expensive operations; empty where Nsight has the figures."""
@@ -120,10 +128,6 @@ class Work:
     backend: str = "auto"
     eager: bool = False  # on CUDA, steps without a graph: only those show their spans
 
-    def __post_init__(self) -> None:
-        if self.what not in ("fit", "decode"):
-            raise ValueError(f"what: {self.what!r} is not 'fit' or 'decode'")
-
     def plan(self, lm: FrozenLM) -> Plan:
         """Return which kernels it runs on."""
         return lm.plan(self.batch, self.length, self.backend, pair=self.what == "fit")
@@ -135,8 +139,9 @@ def profile(
     """Return seconds a step of steps a … b−1, and the table of torch.profiler where it was used.
 
     Raises:
-        ValueError: a length the model has no room for.
+        ValueError: an unknown kind of work, or a length the model has no room for.
     """
+    require_work(work.what)
     arrangement = Arrangement.parse("e m*")
     require_length(work.length, lm, arrangement)
     advance = _fit(lm, work, arrangement) if work.what == "fit" else _decode(lm, work, arrangement)

@@ -26,7 +26,7 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
     body = lm.body
     assert isinstance(body, DecoderBody) and body.head is not None
     model = _model(lm, body)
-    found = _decoders.of.get(lm)
+    found: Decoder | None = _decoders.of.get(lm)
     if (
         found is None
         or found.model is not model
@@ -42,7 +42,7 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
 
 
 def _model(lm: FrozenLM, body: DecoderBody) -> Any:
-    """The weights as C++ reads them; in place, so that only what was copied can be out of date."""
+    """Return the weights as C++ reads them, in place: only what was copied can be out of date."""
     assert body.head is not None
     ends, norm = (body.head, lm.embedding), (body.norm, body.norm_bias)
     weights = [weight for layer in body.layers for weight in layer.tensors]

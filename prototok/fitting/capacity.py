@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import batch_size_of, is_count
+from prototok.common.arguments import batch_size_of, is_count, listed_items
 from prototok.common.progress import Progress
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
@@ -84,9 +84,10 @@ def capacity(
     """
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
-    grid = tuple(lengths)
+    grid = tuple(listed_items(lengths) or ())
     if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
+    grid = tuple(int(n) for n in grid)
     if not is_count(restarts) and restarts != 0:
         raise ValueError(f"restarts: {restarts!r} is not an integer of at least 0")
     if init is not None:

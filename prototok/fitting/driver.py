@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Check(Protocol):
     @property
     def exact(self) -> bool: ...
 
+    def as_failed(self) -> Self: ...
+
 
 C = TypeVar("C", bound=Check)
 R = TypeVar("R", FitResult, MemFit)
@@ -47,6 +49,7 @@ class EndedRow(Generic[C]):
     accuracy_in_batch  token accuracy in the batch that they were fitted in
     steps              updates made
     seconds            the row's share of the wall time of its batches
+    failed             its loss or gradient was not finite: it ended there, and that is all it is
     """
 
     row: Row
@@ -56,6 +59,7 @@ class EndedRow(Generic[C]):
     accuracy_in_batch: float
     steps: int
     seconds: float
+    failed: bool
 
 
 def fit_groups(
@@ -72,6 +76,8 @@ def fit_groups(
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):
+        if finished.failed:
+            confirm(finished)
         checks = verified.pop(finished.group.index)
         yield finished.group, list(_ended(finished, checks))
 
@@ -83,10 +89,11 @@ def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
             row=row,
             group=finished.group.index,
             vectors=vectors[r],
-            check=checks[r],
-            accuracy_in_batch=finished.correct[r] / len(row.targets),
+            check=checks[r].as_failed() if finished.failed else checks[r],
+            accuracy_in_batch=0.0 if finished.failed else finished.correct[r] / len(row.targets),
             steps=finished.steps,
             seconds=finished.seconds,
+            failed=finished.failed,
         )
 
 
@@ -99,11 +106,15 @@ def _vectors_by_row(finished: Finished) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Watching:
-    """Watchers of a fit: the bar's name, if it is shown (see `Progress`), the user's callback."""
+    """Watchers of a fit: the bar's name, if it is shown (see `Progress`), the user's callbacks.
+
+    `on_text` gets the place of a text and what is collected of it as soon as its rows have ended.
+    """
 
     what: str
     progress: bool | None
     callback: Callable[[FitEvent], None] | None
+    on_text: Callable[[int, Any], None] | None = None
 
 
 def fit_all(
@@ -121,11 +132,12 @@ def fit_all(
     asked = Counter(row.text for group in groups for row in group.rows)
     bar = Progress(asked.total(), watching.what, watching.progress)
     ended: list[EndedRow[C]] = []
-    exact = 0
+    exact = failed = 0
 
     def observe(event: FitEvent) -> None:
         steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
-        bar.update(len(ended), f"{exact} exact, {steps}")
+        lost = f"{failed} failed, not finite; " if failed else ""
+        bar.update(len(ended), f"{lost}{exact} exact, {steps}")
         if watching.callback is not None:
             watching.callback(event)
 
@@ -134,9 +146,15 @@ def fit_all(
 
     try:
         with bar:
-            for _, rows in fit_groups(setup, groups, verify, observe):
+            for group, rows in fit_groups(setup, groups, verify, observe):
                 ended += rows
+                if watching.on_text is not None and group.share is None:
+                    text = rows[0].row.text
+                    mine = [one for one in ended if one.row.text == text]
+                    if len(mine) == asked[text]:
+                        watching.on_text(text, collect(in_order(mine)))
                 exact += sum(one.check.exact for one in rows)
+                failed += sum(one.failed for one in rows)
     except KeyboardInterrupt:
         there = Counter(one.row.text for one in ended)
         texts = sorted(text for text, rows in there.items() if rows == asked[text])

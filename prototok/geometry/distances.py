@@ -15,7 +15,7 @@ CLASSES = ("same text", "same context", "different context")
 
 
 def cosine_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """(R, R') fp64 in [0, 2]: 1 − cos of every row of `a` (R, d) with every row of `b`, or of `a`.
+    """Return (R, R') fp64 in [0, 2]: 1 − cos of rows of `a` (R, d) with rows of `b`, or of `a`.
 
     A row of zeros has no direction; it is at distance 1 from everything.
     """

@@ -70,7 +70,7 @@ class Semantic:
 def semantic_embeddings(
     texts: Sequence[str], model: str | Path = MINILM, batch_size: int = 32, device: str = "cpu"
 ) -> Semantic:
-    """Mean over tokens of the last hidden states, scaled to length 1 (the model's own recipe).
+    """Average the last hidden states over tokens, scaled to length 1 (the model's own recipe).
 
     Args:
         texts: strings.

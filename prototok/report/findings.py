@@ -224,7 +224,7 @@ def _same_context(results: Results) -> Verdict:
 
 
 def _gap(pairs: Pairs, fits: Sequence[Fit], texts: np.ndarray | None) -> tuple[float, float]:
-    """How much further pairs of different contexts are, and the chance of as much by shuffling.
+    """Return how much further pairs of different contexts are, and the chance by shuffling.
 
     `texts` are distances of the texts whose linear influence is taken out first. Pairs share
     solutions, so they are no independent sample; the contexts of the texts are shuffled instead.

@@ -61,7 +61,7 @@ class Section:
 
     @property
     def state(self) -> str:
-        """ "complete", "partial", "failed" or "none", for the table of contents."""
+        """Return "complete", "partial", "failed" or "none", for the table of contents."""
         if self.status.startswith("not "):
             return "none"
         if "failed" in self.status:

@@ -98,7 +98,7 @@ def number(value: float | None, digits: int = 0, note: str = "") -> Cell:
 
 
 def to_csv(table: Table) -> str:
-    """Write what is shown as RFC 4180; a cell without a measurement gives its state in brackets."""
+    """Write what is shown as RFC 4180; a cell without a measurement gives its state."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.header)

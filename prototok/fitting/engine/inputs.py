@@ -43,7 +43,7 @@ class Inputs(Protocol):
 
     @property
     def prior(self) -> Prior | None:
-        """Return where vectors start and how their coordinates are turned; None: see the recipe."""
+        """Return where vectors start and how their coordinates turn; None: see the recipe."""
         ...
 
     def starting(self, prior: Prior | None) -> Inputs:
@@ -59,7 +59,7 @@ class Inputs(Protocol):
         ...
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:
-        """Vectors (R, slots, d) and their rows of the layout to inputs_embeds (R, L, d)."""
+        """Map vectors (R, slots, d) and their rows of the layout to inputs_embeds (R, L, d)."""
         ...
 
 
@@ -94,7 +94,7 @@ class OneForward:
         return self.arrangement.input_length(length)
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """One-hot (R, L, slots): which vector stands where."""
+        """Return (R, L, slots), one-hot: the vector at each position."""
         slots, total = self.arrangement.slots, self.input_length(targets.shape[1])
         layout = torch.zeros(len(lengths), total, slots, dtype=dtype, device="cpu")
         layouts = {n: self.arrangement.layout(n) for n in set(lengths)}
@@ -138,7 +138,7 @@ class TeacherForced:
         return self.leading + length - 1
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """(R, N − 1, d), the embedded text that follows the vectors."""
+        """Return (R, N − 1, d), the embedded text that follows the vectors."""
         return self.embedding[targets[:, :-1]].to(dtype)
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:

@@ -64,5 +64,5 @@ def _layer(
 
 
 def _by_kind(stack: Tensor, heads: int) -> Tensor:
-    """GPT-NeoX stacks q, k, v of head 1, then of head 2, …; here: all of q, then k, then v."""
+    """Sort q, k, v of head 1, then of head 2, …, into all of q, then all of k, then all of v."""
     return stack.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

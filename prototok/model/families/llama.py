@@ -67,7 +67,7 @@ def _layer(
 
 
 def _window(config: PreTrainedConfig, layer: int) -> int | None:
-    """The layer's sliding window; Qwen names the layers that have one, Mistral has it in all."""
+    """Return the layer's window; Qwen names the layers that have one, Mistral has it in all."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if window is None or (types is not None and types[layer] != "sliding_attention"):
