@@ -5,6 +5,7 @@
 #include "engines/first_layer.h"
 #include "engines/packed_head.h"
 #include "ops/ops.h"
+#include "targets/dispatch.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
