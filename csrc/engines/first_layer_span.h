@@ -80,8 +80,7 @@ inline void prepared_head_backward(const FirstLayerPass& p, const float* from, c
   const std::int64_t c = p.model.head_size;
   if (turned) rotate_head(grad, grad, c, p.text.table(), 0, -1.0f, 1.0f);
   if (norm != nullptr)
-    return residual_norm_backward_row(grad_from, grad, from, norm, grad_from, c, {0.0f, inverse},
-                                      false);
+    return add_norm_gradient(grad, from, norm, grad_from, c, {0.0f, inverse}, false);
   for (std::int64_t t = 0; t < c; t += kLanes)
     store_some(grad_from + t, c - t, load_some(grad_from + t, c - t) + load_some(grad + t, c - t));
 }
@@ -265,9 +264,9 @@ inline void span_of_pair_backward(const FirstLayerPass& p, const float* grad_spa
   for (int vector = 0; vector < 2; ++vector) {
     // The norm read the vector as it was rounded.
     copy_scaled(p.vector(vector), narrow, d, 1.0f);
-    residual_norm_backward_row(grad_span + vector * D, grad_normed + vector * D, narrow,
-                               model.input_norm, p.grad_vector(vector), d,
-                               p.saved.statistics[vector], model.centred);
+    copy_scaled(grad_span + vector * D, p.grad_vector(vector), d, 1.0f);
+    add_norm_gradient(grad_normed + vector * D, narrow, model.input_norm, p.grad_vector(vector), d,
+                      p.saved.statistics[vector], model.centred);
   }
 }
 

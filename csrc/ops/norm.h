@@ -63,28 +63,57 @@ inline NormStatistics residual_norm_row(const T* x, const T* delta, T* sum, T* n
   return statistics;
 }
 
-// d loss / d sum = what arrives along the residual + what arrives through the norm.
-template <class G, class X, class W, class Out>
-inline void residual_norm_backward_row(const Out* grad_sum, const G* grad_normed, const X* sum,
-                                       const W* weight, Out* grad, std::int64_t count,
-                                       NormStatistics statistics, bool centred) {
+// The gradient of a norm's input x is (g - shift - (x - mean) pull) inverse, where g is that of the
+// normed x times the weight.
+struct NormGradient {
+  float mean, inverse, pull, shift;
+
+  Floats at(Floats g, Floats x) const { return (g - shift - (x - mean) * pull) * inverse; }
+};
+
+template <class G, class X, class W>
+[[gnu::always_inline]] inline NormGradient norm_gradient(const G* grad_normed, const X* x,
+                                                         const W* weight, std::int64_t count,
+                                                         NormStatistics statistics, bool centred) {
   const float mean = statistics.mean, inverse = statistics.inverse;
   Floats along = {}, total = {};
   for (std::int64_t i = 0; i < count; i += kLanes) {
     const std::int64_t left = count - i;
     const Floats g = load_some(grad_normed + i, left) * load_some(weight + i, left);
-    along += g * (load_some(sum + i, left) - mean);
+    along += g * (load_some(x + i, left) - mean);
     total += g;
   }
   const float share = 1.0f / float(count);
-  const float pull = lane_sum<kLanes>(along) * share * inverse * inverse;
-  const float shift = centred ? lane_sum<kLanes>(total) * share : 0.0f;
+  return {mean, inverse, lane_sum<kLanes>(along) * share * inverse * inverse,
+          centred ? lane_sum<kLanes>(total) * share : 0.0f};
+}
+
+// d loss / d sum = what arrives along the residual, where there is any, + what arrives through the
+// norm.
+template <class T>
+inline void residual_norm_backward_row(const T* grad_sum, const T* grad_normed, const T* sum,
+                                       const T* weight, T* grad, std::int64_t count,
+                                       NormStatistics statistics, bool centred) {
+  const NormGradient gradient =
+      norm_gradient(grad_normed, sum, weight, count, statistics, centred);
   for (std::int64_t i = 0; i < count; i += kLanes) {
     const std::int64_t left = count - i;
     const Floats g = load_some(grad_normed + i, left) * load_some(weight + i, left);
-    Floats value = (g - shift - (load_some(sum + i, left) - mean) * pull) * inverse;
+    Floats value = gradient.at(g, load_some(sum + i, left));
     if (grad_sum != nullptr) value += load_some(grad_sum + i, left);
     store_some(grad + i, left, value);
+  }
+}
+
+// to += the gradient of x.
+template <class X>
+inline void add_norm_gradient(const float* grad_normed, const X* x, const bf16* weight, float* to,
+                              std::int64_t count, NormStatistics statistics, bool centred) {
+  const NormGradient gradient = norm_gradient(grad_normed, x, weight, count, statistics, centred);
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const std::int64_t left = count - i;
+    const Floats g = load_some(grad_normed + i, left) * load_some(weight + i, left);
+    store_some(to + i, left, gradient.at(g, load_some(x + i, left)) + load_some(to + i, left));
   }
 }
 
