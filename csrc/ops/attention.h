@@ -156,8 +156,9 @@ inline void attention_backward_heads(const AttentionShape& shape, const T* qkv, 
   clear(queries, kQueryBlock * C);
   clear(grads, kQueryBlock * C);
   rotate_rows(qkv + n.keys, n.width, keys, C, N, c, shape.table(), 0, 1.0f, 1.0f);
+  // One after the other: the cache lines that both write at a time may be more than a cache holds.
+  for (std::int64_t j = 0; j < N; ++j) store_column(keys + j * C, keys_t + j, P, c);
   for (std::int64_t j = 0; j < N; ++j) {
-    store_column(keys + j * C, keys_t + j, P, c);
     copy_scaled(qkv + j * n.width + n.values, queries, c, 1.0f);
     store_column(queries, values_t + j, P, c);
   }

@@ -21,7 +21,8 @@ typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Not value + 0, which the compiler must compute: it is another number for -0.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats load(const float* from) {
   Floats value;
