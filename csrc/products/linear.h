@@ -67,7 +67,8 @@ inline void linear_tile(const T* weight, const T* bias, const T* inputs, float* 
   using Factors = Dots<T, kPrefetch ? kOutputs : 0>;
   const std::int64_t count = shape.inputs, whole = count / Factors::kStep * Factors::kStep;
   const T* w = weight + o * count;
-  Floats sum[kOutputs][kTokens] = {};
+  Floats sum[kOutputs][kTokens];
+  clear(sum);
   accumulate(Factors{w, count, inputs, count}, whole, sum);
   for (int m = 0; m < kTokens; ++m) {
     const T* x = inputs + m * count;

@@ -28,7 +28,8 @@ struct PackedTile {
 
   template <int kRows>
   void run() const {
-    Floats sum[kRows][kPanelVectors] = {};
+    Floats sum[kRows][kPanelVectors];
+    clear(sum);
     accumulate(panel_factors(p.inputs + row * p.depth, p.depth, p.weight + panel * p.depth),
                p.depth / 2, sum);
     if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {

@@ -41,6 +41,13 @@ inline Floats multiply_add(Floats sum, PairVector a, PairVector b) {
 }
 #endif
 
+// Not `= {}`, which GCC makes a call of memset or slower.
+template <int kRows, int kColumns>
+[[gnu::always_inline]] inline void clear(Floats (&sum)[kRows][kColumns]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kColumns; ++c) sum[r][c] = Floats{};
+}
+
 // sum[r][c] += left(r, k) right(c, k) over k < depth.
 template <int kRows, int kColumns, class Factors>
 [[gnu::always_inline]] inline void accumulate(const Factors& factors, std::int64_t depth,
@@ -191,7 +198,8 @@ inline void all_products(std::int64_t rows, std::int64_t columns, Elements<E> a,
 template <int kRows, int kColumns>
 inline void dots_tile(const Dots<float>& rows, float* c, std::int64_t c_row, std::int64_t length,
                       bool add) {
-  Floats sum[kRows][kColumns] = {};
+  Floats sum[kRows][kColumns];
+  clear(sum);
   accumulate(rows, length, sum);
   for (int r = 0; r < kRows; ++r)
     for (int k = 0; k < kColumns; ++k) {
