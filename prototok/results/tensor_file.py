@@ -29,7 +29,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header
 
 def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
     """ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
-    if stored.fingerprint != lm.identity.fingerprint:
+    lm.require_unchanged()
+    if not lm.has_fingerprint(stored.fingerprint):
         raise ValueError(
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "
             f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
