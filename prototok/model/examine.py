@@ -79,14 +79,19 @@ def _table(model: PreTrainedModel) -> Tensor:
 
 
 def _run(model: PreTrainedModel, length: int, name: str) -> tuple[Tensor, Tensor]:
-    """Embeddings (2, N, d) of random ids, the two rows alike in their first half, and logits."""
+    """Vectors (2, N, d), the two rows alike in their first half, and their logits.
+
+    They are near the embeddings of random ids, and are none: fitted vectors will be none either.
+    """
     generator = torch.Generator().manual_seed(0)
     try:
         table = _table(model)
         ids = torch.randint(len(table), (2, length), generator=generator).to(table.device)
-        ids[1, : (length + 1) // 2] = ids[0, : (length + 1) // 2]
         module: Any = model.get_input_embeddings()
-        inputs = module(ids)
+        rows = module(ids)
+        noise = torch.randn(rows.shape, generator=generator).to(rows.device, rows.dtype)
+        inputs = rows + 0.1 * rows.std() * noise
+        inputs[1, : (length + 1) // 2] = inputs[0, : (length + 1) // 2]
         made: Any = model(inputs_embeds=inputs.clone(), use_cache=False)
         logits = made.logits
     except torch.OutOfMemoryError:

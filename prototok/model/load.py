@@ -70,7 +70,7 @@ def load(
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
         given = _unwrapped(model)
         name, resolved = given.config.name_or_path or type(given).__name__, None
-        _require_causal_class(given.config, name, type(given).__name__)
+        _require_causal_class(given.config, name, *(c.__name__ for c in type(given).__mro__))
         require_plain_weights(given, name)
         source = _twin(given, name)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
@@ -189,6 +189,11 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
     local = Path(path).is_dir()
     if local:
         if not (Path(path) / "config.json").exists():
+            if (Path(path) / "adapter_config.json").exists():
+                raise ValueError(
+                    f"model: folder {path} holds an adapter without its model; load the model with "
+                    "it and pass that"
+                )
             raise ValueError(f"model: folder {path} has no config.json")
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for the local folder {path}")
@@ -205,21 +210,46 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
         with _no_progress_bar():
+            # The base alone, by looking for an adapter where there is none: with one, transformers
+            # reports what is missing of the adapter and not what is missing of the base.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
+                adapter_kwargs={"subfolder": "no-adapter"},
             )  # fmt: skip
+            source, report = loaded
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
+            if _has_adapter(path, revision):
+                _add_adapter(source, path, revision)
     except SafetensorError as error:
         raise ValueError(f"model: weights of {path} are damaged ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(error).startswith("model: "):
             raise
         raise ValueError(_reason(path, local, error)) from error
-    source, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
     return source, revision
+
+
+def _has_adapter(path: str, revision: str | None) -> bool:
+    return (
+        cached_file(
+            path, "adapter_config.json", revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        is not None
+    )  # fmt: skip
+
+
+def _add_adapter(source: PreTrainedModel, path: str, revision: str | None) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"model: {path} holds an adapter, which needs the peft package")
+    added: Any = source.load_adapter(path, adapter_kwargs={"revision": revision})
+    missing = sorted(getattr(added, "missing_keys", ()))
+    if missing:
+        raise ValueError(f"model: the adapter of {path} lacks {missing[0]}")
 
 
 @contextmanager
@@ -252,6 +282,8 @@ def _reason(path: str, local: bool, error: BaseException) -> str:
         return f"model: {path} needs code of its own to run (trust_remote_code), which stays off"
     if "safetensors" in text and ".bin" in text:
         return f"model: {path} has only pickled weights; safetensors is what is read"
+    if "ignore_mismatched_sizes" in text:
+        return f"model: weights of {path} do not fit its config"
     if local:
         return f"model: folder {path} could not be loaded ({first})"
     return f"model: {path!r} is no folder here and could not be had from the hub ({first})"

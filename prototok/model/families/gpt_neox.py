@@ -28,9 +28,7 @@ def refusal(model: PreTrainedModel) -> str | None:
     return why_not_static(inner.rotary_emb)
 
 
-def layers(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype
-) -> Iterator[NeoXLayer]:
+def layers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Iterator[NeoXLayer]:
     """Yield the model's blocks as plain tensors, one at a time."""
     inner: Any = model.gpt_neox
     for module in inner.layers:

@@ -40,7 +40,7 @@ def layers(
     """Yield the model's blocks as plain tensors, one at a time."""
     inner: Any = model.model
     for i, module in enumerate(inner.layers):
-        yield _layer(module, _window(inner.config, i), device, dtype)
+        yield _layer(module, _window(inner, i), device, dtype)
 
 
 def ends(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Ends:
@@ -56,9 +56,7 @@ def ends(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> En
     )
 
 
-def _layer(
-    module: Any, window: int | None, device: torch.device, dtype: torch.dtype
-) -> LlamaLayer:
+def _layer(module: Any, window: int | None, device: torch.device, dtype: torch.dtype) -> LlamaLayer:
     attention, mlp = module.self_attn, module.mlp
     qkv, qkv_bias = stacked_linear(
         [attention.q_proj, attention.k_proj, attention.v_proj], device, dtype
@@ -84,14 +82,15 @@ def _layer(
     )  # fmt: skip
 
 
-def _window(config: Any, layer: int) -> int | None:
+def _window(inner: Any, layer: int) -> int | None:
     """Return the sliding window that the model masks a layer with.
 
     Llama never has one, whatever its config says; Mistral has it in all layers; Qwen names the
     layers that have it.
     """
-    window = None if config.model_type == "llama" else config.sliding_window
-    types = getattr(config, "layer_types", None)
-    if window is None or (types is not None and types[layer] != "sliding_attention"):
+    if type(inner).__name__ == "LlamaModel" or inner.config.sliding_window is None:
         return None
-    return int(window)
+    types = getattr(inner.config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    return int(inner.config.sliding_window)

@@ -20,8 +20,8 @@ from prototok_kernels.activation import ACTIVATIONS
 # Attributes that a forward in eval mode does not read, or that only remember something.
 _SILENT = {"training", "gradient_checkpointing", "padding_idx", "p", "attention_dropout"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# How transformers records hidden states; these hooks change nothing.
-_RECORDER = "transformers.utils.output_capturing"
+# Where transformers' own hooks are from, to record hidden states and to let gradients through.
+_HARMLESS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Rope variants whose frequencies do not depend on the length of the input.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -56,7 +56,7 @@ def _why_module(module: nn.Module, stock: nn.Module) -> str | None:
         return "has a forward of its own"
     for kind in _HOOKS:
         for hook in getattr(module, kind).values():
-            if getattr(hook, "__module__", None) != _RECORDER:
+            if getattr(hook, "__module__", None) not in _HARMLESS:
                 return "has a hook"
     for kind in ("_parameters", "_buffers"):
         found, expected = (
