@@ -173,7 +173,7 @@ def _feeds(model: PreTrainedModel, forward: Callable[[], object]) -> dict[str, T
 
 
 def _as_stored(model: PreTrainedModel, scale: float) -> float:
-    """The number among the modules' attributes that is `scale` up to rounding, or `scale` itself."""
+    """The attribute of a module that is `scale` up to rounding, or `scale` itself."""
     stored = [v for m in model.modules() for v in vars(m).values() if isinstance(v, float)]
     nearest = min(stored, key=lambda value: abs(value - scale), default=scale)
     return nearest if abs(nearest - scale) <= 1e-3 * abs(scale) else scale
