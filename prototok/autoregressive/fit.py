@@ -121,6 +121,7 @@ def fit(
             accuracy_teacher_forced=column([v.teacher_forced for _, v in rows]),
             steps=column([f.steps for f, _ in rows]),
             seconds=column([f.seconds for f, _ in rows]),
+            seed=column(chosen * len(texts)),
             provenance={
                 "recipe": json.dumps(dataclasses.asdict(settings)),
                 "seeds": json.dumps(chosen),

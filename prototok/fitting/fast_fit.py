@@ -270,6 +270,7 @@ class _Collector:
             steps=steps,
             seconds=seconds,
             accuracy_in_batch=in_batch,
+            seed=torch.tensor(self.seeds, dtype=torch.int64).expand(shape).clone(),
             **measured,
         )
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from prototok.results.mem_fit import MemFit
 
 _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
+# In the metadata of a table whose column `seed` holds seeds, and not their places in the list.
+_SEEDS = b"prototok.seeds"
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
 )  # fmt: skip
@@ -44,6 +46,8 @@ class FitResult:
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
+    seed      int64, the seed that the row started from; −1 where a file from before seeds were kept
+              holds the best of several
     """
 
     tokens: ProtoTokens
@@ -56,6 +60,7 @@ class FitResult:
     steps: Tensor
     seconds: Tensor
     accuracy_in_batch: Tensor
+    seed: Tensor
 
     def best(self) -> FitResult:
         """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""
@@ -65,7 +70,7 @@ class FitResult:
         return replace(
             self,
             tokens=self.tokens.select(at.tolist(), chosen.tolist()),
-            **{name: getattr(self, name)[at, chosen][:, None] for name in _MEASURED},
+            **{name: getattr(self, name)[at, chosen][:, None] for name in (*_MEASURED, "seed")},
         )
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -100,7 +105,7 @@ class FitResult:
         tokens = ProtoTokens.load(folder / _TOKENS)
         try:
             table = pq.read_table(folder / _FITS)
-            columns = {name: table[name].to_pylist() for name in (*_MEASURED, "targets")}
+            columns = {name: table[name].to_pylist() for name in (*_MEASURED, "seed", "targets")}
         except (pa.ArrowException, KeyError, OSError) as error:
             raise ValueError(f"folder: {folder / _FITS} could not be read ({error})") from error
         if table.num_rows != len(tokens):
@@ -110,18 +115,21 @@ class FitResult:
             name: torch.tensor(columns[name], dtype=_DTYPES[name]).view(shape) for name in _MEASURED
         }
         targets = [torch.tensor(ids) for ids in columns["targets"][:: tokens.seeds]]
-        return cls(tokens=tokens, targets=targets, **measured)
+        seed = torch.tensor(columns["seed"], dtype=torch.int64).view(shape)
+        if _SEEDS not in (table.schema.metadata or {}):
+            seed = _seeds_of_places(tokens).expand(shape).clone()
+        return cls(tokens=tokens, targets=targets, seed=seed, **measured)
 
     def _table(self) -> pa.Table:
         texts, seeds = self.accuracy.shape
         columns: dict[str, list] = {
             "text": [t for t in range(texts) for _ in range(seeds)],
-            "seed": list(range(seeds)) * texts,
+            "seed": self.seed.flatten().tolist(),
             "length": self.tokens.lengths.repeat_interleave(seeds).tolist(),
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
-        metadata = {"prototok": json.dumps(self.tokens.provenance)}
+        metadata = {"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
         return pa.table(columns).replace_schema_metadata(metadata)
 
 
@@ -130,6 +138,13 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "correct": torch.int64,
     "steps": torch.int64,
 }
+
+
+def _seeds_of_places(tokens: ProtoTokens) -> Tensor:
+    """(S,) the seeds of a file whose table has only their places; −1 where it no longer says."""
+    given = json.loads(tokens.provenance.get("seeds", "[]"))
+    known = len(given) == tokens.seeds
+    return torch.tensor(given if known else [-1] * tokens.seeds, dtype=torch.int64)
 
 
 def require_writable(folder: Path) -> None:

@@ -46,6 +46,7 @@ class MemFit:
               count; it can be near 1 where the accuracy is not
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
+    seed      int64, the seed that the row started from
     """
 
     mem: Tensor
@@ -58,6 +59,7 @@ class MemFit:
     accuracy_teacher_forced: Tensor
     steps: Tensor
     seconds: Tensor
+    seed: Tensor
     provenance: dict[str, str]
 
     def require_model(self, lm: FrozenLM) -> None:
@@ -66,7 +68,7 @@ class MemFit:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
+        tensors = {name: getattr(self, name) for name in ("mem", "seed", *_MEASURED)}
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor([len(ids) for ids in self.targets])
         header = {
@@ -102,12 +104,18 @@ class MemFit:
             model, first = ModelIdentity(**header["model"]), header["first"]
             measured = {name: tensors[name].to(dtype) for name, dtype in _MEASURED.items()}
             targets = list(tensors["targets"].split(lengths))
+            seed = tensors.get("seed")
+            if seed is None:  # a file from before they were kept: all seeds, in their order
+                given = json.loads(header["provenance"]["seeds"])
+                seed = torch.tensor(given, dtype=torch.int64).expand(mem.shape[:2]).clone()
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"path: {path} is inconsistent ({error})") from None
         texts = mem.shape[:2] if mem.ndim == 4 else ()
-        if len(lengths) != len(mem) or any(column.shape != texts for column in measured.values()):
+        if len(lengths) != len(mem) or any(
+            column.shape != texts for column in (seed, *measured.values())
+        ):
             raise ValueError(f"path: {path} is inconsistent, its tensors are of different fits")
         return cls(
             mem=mem, targets=targets, first=first, model=model,
-            provenance=header.get("provenance", {}), **measured,
+            seed=seed, provenance=header.get("provenance", {}), **measured,
         )  # fmt: skip

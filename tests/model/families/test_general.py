@@ -28,7 +28,7 @@ PER_LAYER = {
     "num_kv_shared_layers": 0, "head_dim": 8, "activation_sparsity_pattern": [0.0, 0.0],
 }  # fmt: skip
 
-# Module, class stem, config class, settings; those that scale what they embed, and some that do not.
+# Module, class stem, config class, settings: models that scale what they embed, and two others.
 EMBED = {
     "gemma": ("gemma", "Gemma", "GemmaConfig", SIZES | {"head_dim": 8}),
     "gemma2": ("gemma2", "Gemma2", "Gemma2Config", SIZES | {"head_dim": 8}),
