@@ -67,8 +67,7 @@ def fit(
     text = read_text(book)
     lm = load(model, device, dtype, revision)
     pieces = chunks(lm, text, length, limit)
-    family = "its own forward" if lm.body.family != "general" else "the general way, transformers"
-    say(f"{model}: {lm.body.family} ({family}), {str(lm.dtype)[6:]} on {lm.device}")
+    say(f"{model}: {lm.body.family} ({lm.body.reason}), {str(lm.dtype)[6:]} on {lm.device}")
     try:
         result = fast_fit(
             lm, pieces, share=share, seeds=seeds, arrangement=arrangement, recipe=recipe,
@@ -111,6 +110,7 @@ def decode(
     best = FitResult.load(folder).best()
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
+    best.tokens.require_tokenizer(lm)
     rows = decode_tokens(lm, best.tokens)
     found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
     # All ids at once: a chunk may end in the middle of a character.

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from prototok.results.mem_fit import MemFit
 
 _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
-# In the metadata of a table whose column `seed` holds seeds, and not their places in the list.
-_SEEDS = b"prototok.seeds"
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
+    "seed",
 )  # fmt: skip
+# In the metadata of a table whose column `seed` holds seeds, and not their places in the list.
+_SEEDS = b"prototok.seeds"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ class FitResult:
         return replace(
             self,
             tokens=self.tokens.select(at.tolist(), chosen.tolist()),
-            **{name: getattr(self, name)[at, chosen][:, None] for name in (*_MEASURED, "seed")},
+            **{name: getattr(self, name)[at, chosen][:, None] for name in _MEASURED},
         )
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -105,7 +106,7 @@ class FitResult:
         tokens = ProtoTokens.load(folder / _TOKENS)
         try:
             table = pq.read_table(folder / _FITS)
-            columns = {name: table[name].to_pylist() for name in (*_MEASURED, "seed", "targets")}
+            columns = {name: table[name].to_pylist() for name in (*_MEASURED, "targets")}
         except (pa.ArrowException, KeyError, OSError) as error:
             raise ValueError(f"folder: {folder / _FITS} could not be read ({error})") from error
         if table.num_rows != len(tokens):
@@ -115,10 +116,9 @@ class FitResult:
             name: torch.tensor(columns[name], dtype=_DTYPES[name]).view(shape) for name in _MEASURED
         }
         targets = [torch.tensor(ids) for ids in columns["targets"][:: tokens.seeds]]
-        seed = torch.tensor(columns["seed"], dtype=torch.int64).view(shape)
         if _SEEDS not in (table.schema.metadata or {}):
-            seed = _seeds_of_places(tokens).expand(shape).clone()
-        return cls(tokens=tokens, targets=targets, seed=seed, **measured)
+            measured["seed"] = _seeds_of_places(tokens).expand(shape).clone()
+        return cls(tokens=tokens, targets=targets, **measured)
 
     def _table(self) -> pa.Table:
         texts, seeds = self.accuracy.shape
@@ -129,7 +129,7 @@ class FitResult:
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
-        metadata = {"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
+        metadata = {b"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
         return pa.table(columns).replace_schema_metadata(metadata)
 
 
@@ -137,6 +137,7 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "exact": torch.bool,
     "correct": torch.int64,
     "steps": torch.int64,
+    "seed": torch.int64,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.results.arrangement import Arrangement
-from prototok.results.tensor_file import require_model, write_tensors
+from prototok.results.tensor_file import require_model, require_tokenizer, write_tensors
 
 _FORMAT = "prototok.proto_tokens"
 _VERSION = 1
@@ -88,6 +88,10 @@ class ProtoTokens:
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
         require_model("tokens", self.model, lm)
+
+    def require_tokenizer(self, lm: FrozenLM) -> None:
+        """ValueError unless the ids that these decode to mean to `lm` the text that was fitted."""
+        require_tokenizer("tokens", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""

@@ -35,3 +35,13 @@ def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "
             f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
         )
+
+
+def require_tokenizer(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
+    """ValueError unless `lm` has the tokenizer that was there; `what` names the argument."""
+    then, now = stored.tokenizer_hash, lm.identity.tokenizer_hash
+    if then != now:
+        raise ValueError(
+            f"{what}: fitted with another tokenizer ({then or 'none'}) than that of "
+            f"{lm.identity.name} ({now or 'none'})"
+        )

@@ -52,7 +52,9 @@ def test_folders_of_before_hold_places(
     table = pq.read_table(tmp_path / "fit" / "fits.parquet")
     places = [s for _ in range(3) for s in range(len(seeds[0]))]
     metadata = {"prototok": json.dumps(fit.tokens.provenance)}
-    old = table.set_column(1, "seed", [places]).replace_schema_metadata(metadata)
+    old = table.set_column(
+        table.schema.names.index("seed"), "seed", [places]
+    ).replace_schema_metadata(metadata)
     pq.write_table(old, tmp_path / "fit" / "fits.parquet")
     assert FitResult.load(tmp_path / "fit").seed.tolist() == seeds
 
