@@ -27,6 +27,8 @@ _SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bf
 
 def require_plain_weights(model: PreTrainedModel, name: str) -> None:
     """ValueError unless every weight is there, finite, and in a dtype that computes."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"model: {name} is quantised; load the unquantised weights")
     for key, module in model.named_modules():
         if ".quantized." in type(module).__module__:
             raise ValueError(f"model: {name} is quantised, in {key}; load the unquantised weights")

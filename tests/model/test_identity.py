@@ -149,6 +149,18 @@ def test_changes_behind_torchs_back_are_seen_before_weights_are_read_again() -> 
         lm.cast(torch.bfloat16)
 
 
+def test_what_leaves_the_weights_alone_is_no_change() -> None:
+    model = small_llama()
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    x = torch.randn(1, 5, 32)
+    before = lm.logits(x)
+    model.train().requires_grad_(False).zero_grad()
+    model.compile(backend="eager")
+    model.bfloat16()
+    assert torch.equal(lm.logits(x), before) and lm.cast(torch.float64) is not lm
+    prototok.load(model, device="cpu")
+
+
 def test_modules_changed_since_change_nothing() -> None:
     model = small_llama()
     lm = prototok.load(model, device="cpu", dtype="float32")

@@ -273,6 +273,12 @@ def in_int8() -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(small_llama(), {nn.Linear}, torch.qint8)
 
 
+def by_a_quantiser() -> PreTrainedModel:
+    model = small_llama()
+    model.is_quantized = True  # what transformers' quantisers leave, whatever they do to weights
+    return model
+
+
 def bert(is_decoder: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -310,6 +316,7 @@ def gemma4() -> PreTrainedModel:
         (on_meta, "has no weights yet, model.embed_tokens.weight is on the meta device"),
         (in_float8, "is quantised, model.layers.0.mlp.up_proj.weight is float8_e4m3fn"),
         (in_int8, "is quantised, in model.layers.0.self_attn.q_proj"),
+        (by_a_quantiser, "is quantised; load the unquantised weights"),
         (lambda: bert(False), "is not causal, what stands at later positions"),
         (xlnet, "(is not causal, what|does not run on vectors)"),  # it has no bf16 forward
         (bidirectional, "is not causal, what stands at later positions"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ def outside_scale(body: GeneralBody) -> float:
     rows = module(few)
     of_ids = _feeds(model, lambda: body.hidden_of_ids(few))
     of_rows, of_zeros = (
-        _feeds(model, lambda x=x: model(inputs_embeds=x, use_cache=False))
+        _feeds(model, partial(model, inputs_embeds=x, use_cache=False))
         for x in (rows.clone(), torch.zeros_like(rows))
     )
     name = next((n for n in of_ids if n in of_rows and n in of_zeros), None)
