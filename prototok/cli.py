@@ -115,8 +115,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     from prototok.texts.files import chunks, text_difference
 
     pieces = chunks(lm, text, asked.length, asked.limit)
-    own = "its own forward" if lm.body.family != "general" else "the general way, transformers"
-    say(f"{lm.identity.name}: {lm.body.family} ({own}), {str(lm.dtype)[6:]} on {lm.device}")
+    where = f"{str(lm.dtype)[6:]} on {lm.device}"
+    say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
     plan = plan_of(lm, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
     floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
@@ -206,6 +206,7 @@ def decode(
         try_file(out, "out", lambda head: not head)
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
+    best.tokens.require_tokenizer(lm)
     rows = decode_tokens(lm, best.tokens)
     found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
     # All ids at once: a chunk may end in the middle of a character.

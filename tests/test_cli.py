@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,21 @@ def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> N
     wrong = prototok_cli("decode", "tokens", "--model", "tiny-neox", cwd=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("prototok: tokens: fitted on tiny-llama")
+
+
+def test_decoding_with_another_tokenizer_is_refused(book: Path, tmp_path: Path) -> None:
+    """The same weights; its ids would be printed as other words, and called exact."""
+    prototok_cli("fit", str(book), "--length", "2", "--limit", "1", "-o", "tokens", cwd=tmp_path)
+    shutil.copytree(HELD_OUT.parent, tmp_path / "other")
+    rules = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words = sorted(rules["model"]["vocab"], key=rules["model"]["vocab"].get)
+    turned = words[:300] + words[:299:-1]
+    rules["model"]["vocab"] = {word: i for i, word in enumerate(turned)}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(rules))
+    wrong = prototok_cli("decode", "tokens", "--model", "other", cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("prototok: tokens: fitted with another tokenizer")
+    assert wrong.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def mem_fit_of(
         accuracy_teacher_forced=column(lambda one: one.check.teacher_forced),
         steps=column(lambda one: one.steps, torch.int64),
         seconds=column(lambda one: one.seconds),
+        seed=column(lambda one: one.row.seed, torch.int64),
         provenance=provenance,
     )
 

@@ -137,11 +137,8 @@ def decode(
         require_length(length, lm, arrangement)
     if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
-    if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
-        raise ValueError(
-            f"tokens: fitted with another tokenizer ({tokens.model.tokenizer_hash}) than that of "
-            f"{lm.identity.name} ({lm.identity.tokenizer_hash})"
-        )
+    if text:
+        tokens.require_tokenizer(lm)
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
         lengths = [length] * len(lengths)

@@ -85,7 +85,7 @@ def information(
             raise ValueError(f"texts: {len(context)} tokens do not fit a context of {lm.context}")
         total = 0.0
         if len(context) > 1:
-            hidden = lm.hidden(lm.embed(context[None, :-1]), backend)[0]
+            hidden = lm.hidden_of_ids(context[None, :-1], backend)[0]
             plan = lm.plan(1, len(context) - 1, backend)
             head = linear_cross_entropy(
                 hidden,

@@ -21,7 +21,7 @@ from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import verify
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
 
@@ -82,8 +82,7 @@ def capacity(
     Raises:
         ValueError: an argument that cannot be met, named.
     """
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
     grid = tuple(listed_items(lengths) or ())
     if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")

@@ -190,4 +190,5 @@ def _result(tokens: ProtoTokens, rows: list[EndedRow[Verified]]) -> FitResult:
         steps=column(lambda one: one.steps, torch.int64),
         seconds=column(lambda one: one.seconds, torch.float32),
         accuracy_in_batch=column(lambda one: one.accuracy_in_batch, torch.float32),
+        seed=column(lambda one: one.row.seed, torch.int64),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file, logging
 
 from prototok.common.world import own_world
-from prototok.model.families import DecoderBody
-from prototok.model.frozen_lm import FrozenLM, embedding_of, freeze
+from prototok.model.examine import require_forward, require_plain_weights
+from prototok.model.families import DecoderBody, body_of, choose
+from prototok.model.families.general import twin_of_model
+from prototok.model.families.stock import first_line
+from prototok.model.frozen_lm import FrozenLM, context_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
 from prototok.model.names import require_known
 
@@ -37,7 +39,7 @@ _MODELS = Path(__file__).parents[1] / "models"
 
 @own_world
 def load(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | torch.nn.Module,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
@@ -47,46 +49,55 @@ def load(
 
     Args:
         model: a hub id, a folder in Hub layout, "tiny-llama" or "tiny-neox" (built in), or a
-            `PreTrainedModel` of your own, which is read and never changed.
+            `PreTrainedModel` of your own, which is read and never changed; also one that peft,
+            `torch.compile` or `DataParallel` has wrapped. Weights that need no cast are shared with
+            it, so it must not be trained on while it is used here: that is noticed and refused.
         device: "auto" takes CUDA where there is one.
         dtype: "auto" is bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32.
         revision: branch, tag or commit of a hub id; what it resolved to is in `identity.revision`.
         attention: "auto" and "sdpa" leave it to torch, which on CUDA takes cuDNN's or its own Flash
             kernel and on the CPU our C++; "flash" is the flash-attn package, CUDA and 16 bit alone.
 
-    Only safetensors weights are read and no code of the repository is run.
+    Only safetensors weights are read and no code of the repository is run. A few positions are run
+    to see that the model is causal, and that its own forward, where it has one here, gives what
+    transformers gives.
 
     Raises:
-        ValueError: missing, gated, not causal, quantised, pickle-only, or weights not finite.
+        ValueError: missing, gated, not causal, quantised, pickle-only, weights not finite, or a
+            forward that differs from that of transformers.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if isinstance(model, PreTrainedModel):
+    _require_attention(attention, device, dtype)
+    if isinstance(model, torch.nn.Module):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
-        name, source = model.config.name_or_path or type(model).__name__, _normal(model)
-        resolved = None
-        _require_causal(model.config, name, type(model).__name__)
+        given = _unwrapped(model)
+        name, resolved = given.config.name_or_path or type(given).__name__, None
+        _require_causal_class(given.config, name, *(c.__name__ for c in type(given).__mro__))
+        require_plain_weights(given, name)
+        source = _twin(given, name)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
         name = str(model)
         path = path_of(name)
         source, resolved = _read(path, revision)
+        require_plain_weights(source, name)
         tokenizer = _tokenizer_of(path, resolved)
-    config = source.config
-    _require_finite(source, name)
-    embedding = embedding_of(source)
+    chosen = choose(source)
+    body = body_of(source, device, dtype, chosen)
+    context = context_of(source.config)
+    hidden_size, vocab_size = require_forward(source, body, chosen.family, name, context)
     identity = ModelIdentity(
         name=name,
         revision=resolved,
-        family=config.model_type,
-        hidden_size=embedding.shape[1],
-        vocab_size=config.vocab_size,
-        fingerprint=fingerprint_of(source),
+        family=source.config.model_type,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        fingerprint=fingerprint_of(source, chosen.reason if chosen.changed else ""),
         tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
-    _require_attention(attention, device, dtype)
-    lm = freeze(source, identity, tokenizer, device, dtype)
+    lm = freeze(source, identity, tokenizer, device, dtype, body)
     if attention != "flash":
         return lm
     if not isinstance(lm.body, DecoderBody):
@@ -94,15 +105,36 @@ def load(
     return replace(lm, body=lm.body.flash(), attention="flash")
 
 
-def _normal(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model, or a copy of one made in inference mode, which autograd refuses."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if not any(tensor.is_inference() for tensor in tensors):
-        return model
-    memo: dict[int, object] = {id(tensor): tensor.clone() for tensor in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
-    return copy.deepcopy(model, memo)
+def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside what `torch.compile`, `DataParallel` or peft made of it."""
+    found: Any = model
+    while not isinstance(found, PreTrainedModel):
+        adapters = getattr(found, "peft_config", None)
+        if isinstance(adapters, dict):
+            if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
+                raise ValueError(
+                    f"model: the adapter of this {type(model).__name__} is a learned prompt, which "
+                    "stands outside the model; load the model without it"
+                )
+            found = found.get_base_model()
+            continue
+        inner = getattr(found, "_orig_mod", None) or getattr(found, "module", None)
+        if inner is None:
+            raise ValueError(
+                f"model: {type(model).__name__} is not a transformers model; pass a "
+                "PreTrainedModel, a folder or a hub id"
+            )
+        found = inner
+    return found
+
+
+def _twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    try:
+        return twin_of_model(model)
+    except Exception as error:  # whatever a user's own attributes and hooks raise when copied
+        raise ValueError(
+            f"model: {name} holds something that cannot be copied ({first_line(error)})"
+        ) from error
 
 
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -164,6 +196,11 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
     local = Path(path).is_dir()
     if local:
         if not (Path(path) / "config.json").exists():
+            if (Path(path) / "adapter_config.json").exists():
+                raise ValueError(
+                    f"model: folder {path} holds an adapter without its model; load the model with "
+                    "it and pass that"
+                )
             raise ValueError(f"model: folder {path} has no config.json")
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for the local folder {path}")
@@ -178,26 +215,51 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
             found = Path(hf_hub_download(path, "config.json", revision=revision))
             revision = found.parent.name
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        _require_causal(config, path, *(config.architectures or []))
+        _require_causal_class(config, path, *(config.architectures or []))
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
         # Whatever the caller's default device is: weights are read on the CPU first.
         with torch.device("cpu"), _no_progress_bar():
+            # The base alone, by looking for an adapter where there is none: with one, transformers
+            # reports what is missing of the adapter and not what is missing of the base.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
+                adapter_kwargs={"subfolder": "no-adapter"},
             )  # fmt: skip
+            source, report = loaded
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
+            if _has_adapter(path, revision):
+                _add_adapter(source, path, revision)
     except SafetensorError as error:
         raise ValueError(f"model: weights of {path} are damaged ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(error).startswith("model: "):
             raise
         raise ValueError(_reason(path, local, error)) from error
-    source, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
     return source, revision
+
+
+def _has_adapter(path: str, revision: str | None) -> bool:
+    return (
+        cached_file(
+            path, "adapter_config.json", revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        is not None
+    )  # fmt: skip
+
+
+def _add_adapter(source: PreTrainedModel, path: str, revision: str | None) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"model: {path} holds an adapter, which needs the peft package")
+    added: Any = source.load_adapter(path, adapter_kwargs={"revision": revision})
+    missing = sorted(getattr(added, "missing_keys", ()))
+    if missing:
+        raise ValueError(f"model: the adapter of {path} lacks {missing[0]}")
 
 
 @contextmanager
@@ -230,23 +292,19 @@ def _reason(path: str, local: bool, error: BaseException) -> str:
         return f"model: {path} needs code of its own to run (trust_remote_code), which stays off"
     if "safetensors" in text and ".bin" in text:
         return f"model: {path} has only pickled weights; safetensors is what is read"
+    if "ignore_mismatched_sizes" in text:
+        return f"model: weights of {path} do not fit its config"
     if local:
         return f"model: folder {path} could not be loaded ({first})"
     return f"model: {path!r} is no folder here and could not be had from the hub ({first})"
 
 
-def _require_causal(config: PreTrainedConfig, name: str, *architectures: str) -> None:
+def _require_causal_class(config: PreTrainedConfig, name: str, *architectures: str) -> None:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
     if config.model_type not in causal or (architectures and not named):
         what = architectures[0] if architectures else config.model_type
         raise ValueError(f"model: {name} is not a causal language model ({what})")
-
-
-def _require_finite(source: PreTrainedModel, name: str) -> None:
-    for key, parameter in source.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
-            raise ValueError(f"model: {name} has weights that are not finite, in {key}")
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prototok.common.files import flush, whole
 from prototok.results.proto_tokens import ProtoTokens
+from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import is_tensor_file, parse_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
 _SHA256 = b"prototok.tensors_sha256"  # of the vectors' file, so that the two go together
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
+    "seed",
 )  # fmt: skip
+# In the metadata of a table whose column `seed` holds seeds, and not their places in the list.
+_SEEDS = b"prototok.seeds"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,8 @@ class FitResult:
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
+    seed      int64, the seed that the row started from; −1 where a file from before seeds were kept
+              holds the best of several
     """
 
     tokens: ProtoTokens
@@ -60,6 +66,7 @@ class FitResult:
     steps: Tensor
     seconds: Tensor
     accuracy_in_batch: Tensor
+    seed: Tensor
 
     @property
     def failed(self) -> Tensor:
@@ -154,18 +161,20 @@ class FitResult:
         for ids, length in zip(targets, tokens.lengths.tolist(), strict=True):
             if len(ids) != length or not _are_tokens(ids, tokens.model.vocab_size):
                 raise ValueError(f"folder: {folder} has targets that are not those of its vectors")
+        if _SEEDS not in (table.schema.metadata or {}):
+            measured["seed"] = seeds_of(tokens.provenance, tokens.seeds).expand(shape).clone()
         return cls(tokens=tokens, targets=targets, **measured)
 
     def _table(self, sha256: str | None = None) -> pa.Table:
         texts, seeds = self.accuracy.shape
         columns: dict[str, list] = {
             "text": [t for t in range(texts) for _ in range(seeds)],
-            "seed": list(range(seeds)) * texts,
+            "seed": self.seed.flatten().tolist(),
             "length": self.tokens.lengths.repeat_interleave(seeds).tolist(),
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
-        metadata = {b"prototok": json.dumps(self.tokens.provenance)}
+        metadata = {b"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
         if sha256 is not None:
             metadata[_SHA256] = json.dumps(sha256)
         return pa.table(columns).replace_schema_metadata(metadata)
@@ -175,6 +184,7 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "exact": torch.bool,
     "correct": torch.int64,
     "steps": torch.int64,
+    "seed": torch.int64,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
@@ -51,6 +52,7 @@ class MemFit:
               count; it can be near 1 where the accuracy is not
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
+    seed      int64, the seed that the row started from
     """
 
     mem: Tensor
@@ -63,6 +65,7 @@ class MemFit:
     accuracy_teacher_forced: Tensor
     steps: Tensor
     seconds: Tensor
+    seed: Tensor
     provenance: dict[str, str]
 
     @property
@@ -79,7 +82,7 @@ class MemFit:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
+        tensors = {name: getattr(self, name) for name in ("mem", "seed", *_MEASURED)}
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor(
             [len(ids) for ids in self.targets], dtype=torch.int64, device="cpu"
@@ -106,9 +109,13 @@ class MemFit:
         ids = tensors["targets"]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
             raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
+        provenance, shape = provenance_of(header), tensors["mem"].shape[:2]
+        seed = tensors.get("seed")
+        if seed is None:  # a file from before they were kept
+            seed = seeds_of(provenance, shape[1]).expand(shape).clone()
         return cls(
             mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
-            model=model, provenance=provenance_of(header),
+            model=model, provenance=provenance, seed=seed,
             **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
 
@@ -122,13 +129,13 @@ def _require_consistent(header: dict, shapes: Shapes) -> None:
     provenance_of(header)
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
-    if set(shapes) != {"mem", "targets", "lengths", *_MEASURED}:
+    if set(shapes) - {"seed"} != {"mem", "targets", "lengths", *_MEASURED}:
         raise ValueError(f"it holds {sorted(shapes)}")
     dtype, shape = shapes["mem"]
     if dtype != "F32" or len(shape) != 4 or shape[3] != width:
         raise ValueError(f"mem is {dtype} {shape} where F32 (texts, seeds, K, {width}) is expected")
-    for name, kind in _MEASURED.items():
-        if shapes[name] != (_NAMES[kind], shape[:2]):
+    for name, kind in {**_MEASURED, "seed": torch.int64}.items():
+        if name in shapes and shapes[name] != (_NAMES[kind], shape[:2]):
             raise ValueError(f"{name} is {shapes[name]} where one value a fit is expected")
     if shapes["lengths"] != ("I64", shape[:1]):
         raise ValueError(f"lengths is {shapes['lengths']} where one int64 a text is expected")

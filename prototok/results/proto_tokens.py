@@ -21,6 +21,7 @@ from prototok.results.tensor_file import (
     provenance_of,
     read_tensors,
     require_model,
+    require_tokenizer,
     write_tensors,
 )
 
@@ -99,6 +100,10 @@ class ProtoTokens:
     def require_model(self, lm: FrozenLM) -> None:
         """Raise ValueError unless these were fitted on the model that `lm` holds."""
         require_model("tokens", self.model, lm)
+
+    def require_tokenizer(self, lm: FrozenLM) -> None:
+        """ValueError unless the ids that these decode to mean to `lm` the text that was fitted."""
+        require_tokenizer("tokens", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""

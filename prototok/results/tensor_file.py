@@ -113,10 +113,21 @@ def provenance_of(header: dict) -> dict[str, str]:
 
 def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
     """Raise ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
-    if stored.fingerprint != lm.identity.fingerprint:
+    lm.require_unchanged()
+    if not lm.has_fingerprint(stored.fingerprint):
         raise ValueError(
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "
             f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
+        )
+
+
+def require_tokenizer(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
+    """Raise ValueError unless `lm` has the tokenizer that was there; `what` names the argument."""
+    then, now = stored.tokenizer_hash, lm.identity.tokenizer_hash
+    if then != now:
+        raise ValueError(
+            f"{what}: fitted with another tokenizer ({then or 'none'}) than that of "
+            f"{lm.identity.name} ({now or 'none'})"
         )
 
 

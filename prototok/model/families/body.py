@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,16 +20,33 @@ from prototok_kernels.pair.second_layer import second_layer_products
 from prototok_kernels.plan import Plan, Shape
 
 
+class Ends(NamedTuple):
+    """What stands in front of a model's blocks and behind them."""
+
+    embedding: Tensor  # (V, d)
+    rotary: RotaryTables
+    norm: Tensor  # (d,)
+    norm_bias: Tensor | None  # (d,)
+    head: Tensor | None  # (V, d)
+
+
 @dataclass(frozen=True)
 class DecoderBody:
     """A model of the Llama or GPT-NeoX family as plain tensors."""
 
     family: str
     layers: list[DecoderLayer]
+    embedding: Tensor  # (V, d)
     norm: Tensor  # (d,)
     norm_bias: Tensor | None  # (d,)
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
+
+    reason = "its own forward"
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix, (…, d)."""
+        return self.embedding[ids]
 
     def flash(self) -> DecoderBody:
         """Return the same body, attending by the flash-attn package."""

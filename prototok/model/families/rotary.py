@@ -6,16 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-
-# Rope variants whose frequencies do not depend on the length of the input.
-_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-
-
-def has_static_rope(config: PreTrainedConfig) -> bool:
-    """Return True if one table of angles serves inputs of every length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type", "default") in _STATIC_ROPE
 
 
 class RotaryTables:
