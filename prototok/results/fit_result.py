@@ -277,6 +277,7 @@ def _is_ids(kind: pa.DataType) -> bool:
 _COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     **dict.fromkeys(_MEASURED, pa.types.is_floating),
     "exact": pa.types.is_boolean, "correct": pa.types.is_integer, "steps": pa.types.is_integer,
+    "seed": pa.types.is_integer,
     "targets": _is_ids,
 }  # fmt: skip
 

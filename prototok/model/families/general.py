@@ -78,14 +78,20 @@ def twin_of_model(model: PreTrainedModel) -> PreTrainedModel:
     It costs no second copy of the weights, and what happens to the model's modules (hooks,
     adapters, its config) no longer happens to the twin.
     """
-    own = model.config.model_type == "rwkv"  # which scales its weights in place when it first runs
+    scaled = model.config.model_type == "rwkv"  # in place, when it first runs
+
+    def own(tensor: Tensor) -> Tensor:
+        """Return the tensor, or a copy of one made in inference mode, which autograd refuses."""
+        tensor = tensor.detach()
+        return tensor.clone() if scaled or tensor.is_inference() else tensor
+
     memo: dict[int, object] = {
-        id(p): nn.Parameter(p.detach().clone() if own else p.detach(), requires_grad=False)
-        for p in model.parameters()
+        id(p): nn.Parameter(own(p), requires_grad=False) for p in model.parameters()
     }
+    memo |= {id(b): b.clone() for b in model.buffers() if b.is_inference()}
     # A weight that is computed, by pruning say, is an attribute, and a new one at the next forward.
     computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor))
-    memo |= {id(t): t.detach() for t in computed}
+    memo |= {id(t): own(t) for t in computed}
     return copy.deepcopy(model, memo).eval()
 
 
