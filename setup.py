@@ -15,7 +15,9 @@ from setuptools.errors import BaseError, CCompilerError, CompileError
 FLAGS = ["-fno-math-errno", "-ffp-contract=fast"]
 # The environment's flags come first on the command line; where they choose, as for a build with
 # sanitizers, this must not choose again.
-if not any(flag.startswith("-O") for flag in shlex.split(os.environ.get("CFLAGS", ""))):
+# Which of the two variables reaches the compiler differs between versions of setuptools.
+CHOSEN = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
+if not any(flag.startswith("-O") for flag in CHOSEN):
     FLAGS.insert(0, "-O3")
 
 MISSING = """
