@@ -16,7 +16,7 @@ from prototok.model.identity import ModelIdentity
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
@@ -108,7 +108,7 @@ class MemFit:
             raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
         return cls(
             mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
-            model=model, provenance=provenance_of(header),
+            model=model, provenance=provenance_in(header),
             **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ _NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are those of one fit."""
     width = identity_of(header).hidden_size
-    provenance_of(header)
+    provenance_in(header)
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
     if set(shapes) != {"mem", "targets", "lengths", *_MEASURED}:
