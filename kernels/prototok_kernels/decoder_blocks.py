@@ -3,8 +3,9 @@
 In bfloat16 on a CPU with AVX-512 BF16 that is one C++ call each way, in which a thread takes a text
 through all blocks before the next one. Everywhere else it is the loop of `layers.decoder_block`.
 
-The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of making
-them: those of GPT-NeoX's second block are cheaper from the first one's span (second_layer.py).
+The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of
+making them: those of GPT-NeoX's second block are cheaper from the first one's span
+(second_layer.py).
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP, r rotary
 size.
