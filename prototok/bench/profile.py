@@ -126,7 +126,7 @@ class Work:
     length: int = 32  # N
     batch: int = 16  # rows
     backend: str = "auto"
-    eager: bool = False  # on CUDA, steps without a graph: only those show their spans
+    eager: bool = False  # on CUDA, steps without a graph: only those show named ranges
 
     def plan(self, lm: FrozenLM) -> Plan:
         """Return which kernels it runs on."""

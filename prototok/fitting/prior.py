@@ -16,7 +16,7 @@ from prototok.model.load import BUILT_IN, path_of
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
@@ -68,14 +68,14 @@ class Prior:
         header, tensors = read_tensors(path, "a prior", (_FORMAT, _VERSION), _require_consistent)
         return cls(
             tensors["mean"], tensors["std"], tensors.get("basis"), identity_of(header),
-            provenance_of(header),
+            provenance_in(header),
         )  # fmt: skip
 
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are those of a prior of its model."""
     d = identity_of(header).hidden_size
-    provenance_of(header)
+    provenance_in(header)
     expected = {"mean": (2, d), "std": (2, d), "basis": (2, d, d)}
     if not {"mean", "std"} <= set(shapes) <= set(expected):
         raise ValueError(f"it holds {sorted(shapes)}")

@@ -196,7 +196,7 @@ class _Ends:
         return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
 
     def head(self, vectors: Tensor, path: Tensor, need_grad: bool) -> tuple[Tensor, HeadOutput]:
-        """Compute hidden states (B · N, d) of `vectors` (B, slots, d) on the paths `path` (B,)."""
+        """Compute hidden states (B · N, d) of rows (B, slots, d) of the paths `path` (B,)."""
         rows = [self.targets[i] for i in path.tolist()]
         lengths = [len(ids) for ids in rows]
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)

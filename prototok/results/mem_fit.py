@@ -17,7 +17,7 @@ from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
@@ -109,7 +109,7 @@ class MemFit:
         ids = tensors["targets"]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
             raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
-        provenance, shape = provenance_of(header), tensors["mem"].shape[:2]
+        provenance, shape = provenance_in(header), tensors["mem"].shape[:2]
         seed = tensors.get("seed")
         if seed is None:  # a file from before they were kept
             seed = seeds_of(provenance, shape[1]).expand(shape).clone()
@@ -126,7 +126,7 @@ _NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are those of one fit."""
     width = identity_of(header).hidden_size
-    provenance_of(header)
+    provenance_in(header)
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
     if set(shapes) - {"seed"} != {"mem", "targets", "lengths", *_MEASURED}:

@@ -18,7 +18,7 @@ from prototok.results.arrangement import Arrangement
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     require_tokenizer,
@@ -153,7 +153,7 @@ def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are the ones its header implies."""
     arrangement = Arrangement.parse(header["arrangement"])
     identity = identity_of(header)
-    provenance_of(header)
+    provenance_in(header)
     seeds, share = header["seeds"], header["share"]
     if not is_count(seeds):
         raise ValueError(f"it has {seeds!r} seeds")

@@ -103,7 +103,7 @@ def identity_of(header: dict) -> ModelIdentity:
     return identity
 
 
-def provenance_of(header: dict) -> dict[str, str]:
+def provenance_in(header: dict) -> dict[str, str]:
     """Return where the vectors come from; ValueError where it is not names with texts."""
     found = header["provenance"]
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):

@@ -16,7 +16,7 @@ from prototok.model.families.rotary import RotaryTables
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
-from prototok_kernels.pair.second_layer import second_layer_products
+from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
 
 
@@ -67,7 +67,7 @@ class DecoderBody:
     ) -> Tensor:  # (B, N, d)
         """Compute `hidden` of [e, m, …, m] (N positions), its first block in closed form.
 
-        And, where the plan says so, the first products of the second block. Its first layer must
+        And, where the plan says so, the first projections of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
         """
         rotary = self.rotary(length)
@@ -75,8 +75,8 @@ class DecoderBody:
         if plan.second_layer.taken != "span":
             return self._blocks(first_layer(*pair), *rotary, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
-        products = second_layer_products(x, coef, span, self.layers[1])
-        return self._blocks(x, *rotary, plan, start=1, products=products)
+        projected = second_layer_projections(x, coef, span, self.layers[1])
+        return self._blocks(x, *rotary, plan, start=1, projected=projected)
 
     @cached_property
     def shape(self) -> Shape:
