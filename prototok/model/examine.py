@@ -85,14 +85,14 @@ def _run(model: PreTrainedModel, length: int, name: str) -> tuple[Tensor, Tensor
 
     They are near the embeddings of random ids, and are none: fitted vectors will be none either.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
         table = _table(model)
-        ids = torch.randint(len(table), (2, length), generator=generator).to(table.device)
+        ids = torch.randint(len(table), (2, length), generator=generator, device="cpu")
         module: Any = model.get_input_embeddings()
-        rows = module(ids)
-        noise = torch.randn(rows.shape, generator=generator).to(rows.device, rows.dtype)
-        inputs = rows + 0.1 * rows.std() * noise
+        rows = module(ids.to(table.device))
+        noise = torch.randn(rows.shape, generator=generator, device="cpu")
+        inputs = rows + 0.1 * rows.std() * noise.to(rows)
         inputs[1, : (length + 1) // 2] = inputs[0, : (length + 1) // 2]
         made: Any = model(inputs_embeds=inputs.clone(), use_cache=False)
         logits = made.logits

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -218,20 +219,20 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
         _require_causal_class(config, path, *(config.architectures or []))
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
+        adapted = _has_adapter(path, revision)
         # Whatever the caller's default device is: weights are read on the CPU first.
-        with torch.device("cpu"), _no_progress_bar():
-            # The base alone, by looking for an adapter where there is none: with one, transformers
-            # reports what is missing of the adapter and not what is missing of the base.
+        with (
+            torch.device("cpu"), _no_progress_bar(), _base_alone(path, revision, adapted) as base
+        ):  # fmt: skip
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, revision=revision, dtype="auto", use_safetensors=True,
+                base, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
-                adapter_kwargs={"subfolder": "no-adapter"},
             )  # fmt: skip
             source, report = loaded
             missing = sorted(report["missing_keys"])
             if missing:
                 raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
-            if _has_adapter(path, revision):
+            if adapted:
                 _add_adapter(source, path, revision)
     except SafetensorError as error:
         raise ValueError(f"model: weights of {path} are damaged ({error})") from error
@@ -253,9 +254,29 @@ def _has_adapter(path: str, revision: str | None) -> bool:
     )  # fmt: skip
 
 
+@contextmanager
+def _base_alone(path: str, revision: str | None, adapted: bool) -> Iterator[str]:
+    """Where transformers finds the model without its adapter.
+
+    Given both, it reports what the adapter lacks, and of the base not even what is missing.
+    """
+    if not adapted:
+        yield path
+        return
+    kinds = ["*.json", "*.safetensors"]
+    local = Path(path).is_dir()
+    folder = path if local else snapshot_download(path, revision=revision, allow_patterns=kinds)
+    with TemporaryDirectory() as base:
+        for file in Path(folder).iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(base) / file.name).symlink_to(file.resolve())
+        yield base
+
+
 def _add_adapter(source: PreTrainedModel, path: str, revision: str | None) -> None:
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"model: {path} holds an adapter, which needs the peft package")
+    source.config.name_or_path = source.name_or_path = path
     added: Any = source.load_adapter(path, adapter_kwargs={"revision": revision})
     missing = sorted(getattr(added, "missing_keys", ()))
     if missing:
