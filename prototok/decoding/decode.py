@@ -131,8 +131,6 @@ def decode(
     """
     tokens.require_model(lm)
     arrangement = Arrangement.parse(tokens.arrangement)
-    if length is not None:
-        require_length(length, lm, arrangement)
     if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
     if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
@@ -143,6 +141,8 @@ def decode(
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
         lengths = [length] * len(lengths)
+    for size in set(lengths):  # a file may claim any
+        require_length(size, lm, arrangement)
     ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64)
     for size in sorted(set(lengths)):
         rows = [r for r, n in enumerate(lengths) if n == size]

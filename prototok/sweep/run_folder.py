@@ -11,9 +11,8 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import hashlib
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
+from prototok.sweep.files import (
+    dump_json,
+    keys_of,
+    read_json,
+    read_table,
+    require_inside,
+    sha256_of,
+    table_writer,
+)
 from prototok.sweep.unit import Unit
 
 if TYPE_CHECKING:
@@ -32,7 +39,10 @@ if TYPE_CHECKING:
     from prototok.results.proto_tokens import ProtoTokens
 
 _FORMAT = "prototok.sweep"
+_NAME, _KEY = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{24}")
+_ANY = re.compile(r".*")
 _FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+_ENTRIES = (*_FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
 
 
 @dataclass(frozen=True)
@@ -61,11 +71,8 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise ValueError(f"run: {path} is not a run folder (it has no run.json)")
         run = cls(path)
-        found = run._json()
-        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
-            raise ValueError(
-                f"run: {path / 'run.json'} is not of a sweep of format version {schema.VERSION}"
-            )
+        run._json()
+        require_inside(path, _ENTRIES)
         for name in _FOLDERS:  # version control and some copies leave empty folders out
             (path / name).mkdir(exist_ok=True)
         return run
@@ -79,7 +86,13 @@ class RunFolder:
 
     def plan(self) -> pa.Table:
         """`schema.PLAN`: one row an (experiment, unit)."""
-        return self._table("plan.parquet", schema.PLAN)
+        plan = self._table("plan.parquet", schema.PLAN)
+        # The first two become names of files.
+        for name, pattern in (("key", _KEY), ("experiment", _NAME), ("spec", _ANY)):
+            fits = pc.match_substring_regex(plan[name], f"^(?:{pattern.pattern})$")
+            if plan[name].null_count or not pc.all(fits, min_count=0).as_py():
+                raise ValueError(f"run: {self.path / 'plan.parquet'} has a {name} that is none")
+        return plan
 
     def texts(self) -> pa.Table:
         """`schema.TEXTS`."""
@@ -89,7 +102,10 @@ class RunFolder:
         """Every planned unit once, by key, in the order they were planned."""
         plan = self.plan()
         pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
-        return {key: Unit.parse(spec) for key, spec in pairs}
+        try:
+            return {key: Unit.parse(spec) for key, spec in pairs}
+        except ValueError as error:
+            raise ValueError(f"run: {self.path / 'plan.parquet'} is damaged ({error})") from None
 
     def add(
         self, experiment: str, settings: dict[str, Any], units: Iterable[Unit], texts: pa.Table
@@ -120,8 +136,8 @@ class RunFolder:
             first = {text: i for i, text in reversed(list(enumerate(both["text_id"].to_pylist())))}
             # Texts before the plan that names them, the list of experiments last.
             kept = pa.array(sorted(first.values()), pa.int64())
-            self._replace("texts.parquet", _writer(both.take(kept)))
-            self._replace("plan.parquet", _writer(plan))
+            self._replace("texts.parquet", table_writer(both.take(kept)))
+            self._replace("plan.parquet", table_writer(plan))
             found = self._json()
             found["experiments"][experiment] = settings
             self._write_json(found)
@@ -151,10 +167,10 @@ class RunFolder:
         # Shards first: what compaction takes from here meanwhile is found there.
         for key in wanted:
             with contextlib.suppress(FileNotFoundError):
-                tables.append(_read(self.path / "fits" / f"{key}.parquet"))
+                tables.append(read_table(self.path / "fits" / f"{key}.parquet", schema=schema.FITS))
                 seen.add(key)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = _read(path)
+            table = read_table(path, schema=schema.FITS)
             keys = table["key"].to_pylist()
             own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
             tables.append(table.take(pa.array(own, pa.int64())))
@@ -173,9 +189,9 @@ class RunFolder:
         for path in sorted((self.path / "fits").glob("*.parquet")):
             if path.stem in planned:
                 seen.add(path.stem)
-                yield path.stem, functools.partial(_read, path)
+                yield path.stem, functools.partial(read_table, path, schema=schema.FITS)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = _read(path)
+            table = read_table(path, schema=schema.FITS)
             places: dict[str, list[int]] = {}
             for i, key in enumerate(table["key"].to_pylist()):
                 places.setdefault(key, []).append(i)
@@ -223,7 +239,6 @@ class RunFolder:
             save: writes the unit's tensors to the path it is given.
         """
         tensors = self._temporary(key + ".safetensors")
-        tensors.unlink(missing_ok=True)  # left by a dead process of our number, before a reboot
         save(tensors)
         flush(tensors)
         sha256 = sha256_of(tensors)
@@ -231,7 +246,7 @@ class RunFolder:
             row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
         ]
         shard = self._temporary(key + ".parquet")
-        _writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
+        table_writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
         flush(shard)
         # Alone, because the shard's hash must be that of the tensors beside it.
         with self._locked():
@@ -254,7 +269,7 @@ class RunFolder:
             "key": key, "reason": reason, "attempts": attempts, "traceback": traceback,
             "time": now().isoformat(),
         }  # fmt: skip
-        self._replace(f"failed/{key}.json", lambda path: _dump(record, path))
+        self._replace(f"failed/{key}.json", lambda path: dump_json(record, path))
 
     def failures(self) -> pa.Table:
         """`schema.FAILED`: planned units that failed and were not done since."""
@@ -262,9 +277,12 @@ class RunFolder:
         records = []
         for path in sorted((self.path / "failed").glob("*.json")):
             if path.stem in planned - done:
-                record = json.loads(path.read_text())
-                record["time"] = datetime.datetime.fromisoformat(record["time"])
-                records.append(record)
+                record = read_json(path)
+                try:
+                    record["time"] = datetime.datetime.fromisoformat(record["time"])
+                    records += pa.Table.from_pylist([record], schema=schema.FAILED).to_pylist()
+                except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+                    raise ValueError(f"run: {path} is damaged ({error})") from None
         return pa.Table.from_pylist(records, schema=schema.FAILED)
 
     def forget_failures(self, keys: Iterable[str]) -> None:
@@ -292,7 +310,7 @@ class RunFolder:
         with self._locked():
             for experiment in dict.fromkeys(first.values()):
                 path = self.path / "compacted" / f"{experiment}.parquet"
-                tables = [_read(path)] if path.exists() else []
+                tables = [read_table(path, schema=schema.FITS)] if path.exists() else []
                 known = set(tables[0]["key"].to_pylist()) if tables else set()
                 shards = {
                     key: self.path / "fits" / f"{key}.parquet"
@@ -300,13 +318,14 @@ class RunFolder:
                     if name == experiment
                 }
                 shards = {key: shard for key, shard in shards.items() if shard.exists()}
-                tables += [_read(shard) for key, shard in shards.items() if key not in known]
+                new = [shard for key, shard in shards.items() if key not in known]
+                tables += [read_table(shard, schema=schema.FITS) for shard in new]
                 if not tables:
                     continue
                 table = pa.concat_tables(tables)
                 if shards:
-                    self._replace(f"compacted/{experiment}.parquet", _writer(table))
-                    back = pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist()
+                    self._replace(f"compacted/{experiment}.parquet", table_writer(table))
+                    back = read_table(path, ["key"])["key"].to_pylist()
                     if not set(shards) <= set(back):
                         raise RuntimeError(f"run: {path} lacks units that were just written to it")
                     for shard in shards.values():
@@ -320,20 +339,27 @@ class RunFolder:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One process at a time; the lock goes with the process that holds it."""
-        with open(self.path / "tmp" / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # Neither emptied nor followed: what stands there may be a link to a user's file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.path / "tmp" / "lock", flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
     def _compacted_keys(self) -> set[str]:
         keys: set[str] = set()
         for path in (self.path / "compacted").glob("*.parquet"):
             stat = path.stat()
-            keys |= _keys_of(path, stat.st_ino, stat.st_mtime_ns)
+            keys |= keys_of(path, stat.st_ino, stat.st_mtime_ns)
         return keys
 
     def _temporary(self, name: str) -> Path:
-        """A path in tmp/ that no other process uses."""
-        return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        """A path in tmp/ that no other process uses, and where nothing is."""
+        path = self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        path.unlink(missing_ok=True)  # of a dead process that had our number
+        return path
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file of this folder so that it is there whole or not at all."""
@@ -343,18 +369,24 @@ class RunFolder:
         put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / "run.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"run: {self.path / 'run.json'} is damaged ({error})") from None
-        return found if isinstance(found, dict) else {}
+        found = read_json(self.path / "run.json")
+        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
+            raise ValueError(
+                f"run: {self.path / 'run.json'} is not of a sweep of format version "
+                f"{schema.VERSION}"
+            )
+        planned: Any = found.get("experiments")
+        is_dict = isinstance(planned, dict) and all(isinstance(v, dict) for v in planned.values())
+        if not is_dict or not all(map(_NAME.fullmatch, planned)):
+            raise ValueError(f"run: {self.path / 'run.json'} is damaged (its experiments)")
+        return found
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        self._replace("run.json", lambda path: _dump(value, path))
+        self._replace("run.json", lambda path: dump_json(value, path))
 
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
-        return _read(path) if path.exists() else empty.empty_table()
+        return read_table(path, schema=empty) if path.exists() else empty.empty_table()
 
 
 def require_place(path: Path) -> None:
@@ -366,35 +398,3 @@ def require_place(path: Path) -> None:
 
 def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_cache: dict[tuple[Path, int, int], set[str]] = {}
-
-
-def _keys_of(path: Path, inode: int, modified: int) -> set[str]:
-    """Keys in a compacted file, read once for each time it was written."""
-    at = (path, inode, modified)
-    if at not in _cache:
-        _cache[at] = set(pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist())
-    return _cache[at]
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except pa.ArrowException as error:
-        raise ValueError(f"run: {path} is not a whole Parquet file ({error})") from None
-
-
-def _writer(table: pa.Table) -> Callable[[Path], None]:
-    return lambda path: pq.write_table(table, path, compression="zstd")
-
-
-def _dump(value: object, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
