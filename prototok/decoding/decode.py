@@ -14,7 +14,7 @@ from torch import Tensor
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
 from prototok.decoding.cpu_decoder import cpu_decoder
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
@@ -129,8 +129,11 @@ def decode(
     Raises:
         ValueError: vectors of another model or tokenizer, or a length that cannot be.
     """
+    require_frozen(lm)
     tokens.require_model(lm)
     arrangement = Arrangement.parse(tokens.arrangement)
+    if length is not None:
+        require_length(length, lm, arrangement)
     if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
     if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count, listed_items
+from prototok.common.arguments import is_count, listed_items, require_batch_size
 from prototok.common.progress import Progress
 from prototok.decoding.decode import require_length
 from prototok.fitting.engine.rows import Row, Unit
 from prototok.fitting.fast_fit import fit_units, vectors_by_row
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
 
@@ -78,8 +78,8 @@ def capacity(
     Raises:
         ValueError: an argument that cannot be met, named.
     """
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
+    require_batch_size(batch_size)
     grid = tuple(listed_items(lengths) or ())
     if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
