@@ -15,7 +15,7 @@ from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
@@ -131,6 +131,7 @@ def decode(
     Raises:
         ValueError: vectors of another model or tokenizer, or a length that cannot be.
     """
+    require_frozen(lm)
     tokens.require_model(lm)
     arrangement = Arrangement.parse(tokens.arrangement)
     if length is not None:
@@ -142,6 +143,8 @@ def decode(
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
         lengths = [length] * len(lengths)
+    for size in set(lengths):  # a file may claim any
+        require_length(size, lm, arrangement)
     ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64, device="cpu")
     for size in sorted(set(lengths)):
         rows = [r for r, n in enumerate(lengths) if n == size]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.world import own_world
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.texts.targets import Texts, targets_of
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -69,6 +69,7 @@ def information(
 
     The forward runs in the model's dtype, one text at a time; log-probabilities are summed in fp64.
     """
+    require_frozen(lm)
     if bos not in ("drop", "keep"):
         raise ValueError(f"bos: {bos!r} is neither 'drop' nor 'keep'")
     if bos == "keep" and lm.bos_id is None:

@@ -14,10 +14,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, is_integer
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
@@ -102,6 +102,7 @@ def interpolate(
     Raises:
         ValueError: another model, pairs that are none, or fewer than two points.
     """
+    _require_rows(batch_size)
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     still = torch.zeros(len(ends.pairs), dtype=torch.int64, device="cpu")
@@ -126,6 +127,7 @@ def connect(
     half-way (the paper's quadratic Bezier curves, Figure 6). Arguments as in `interpolate`.
     """
     settings = settings or BezierSettings()
+    _require_rows(batch_size)
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     at_once = max(1, batch_size // settings.samples)
@@ -163,14 +165,19 @@ class _Ends:
     def of(
         cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None, backend: str
     ) -> _Ends:  # fmt: skip
+        require_frozen(lm)
         tokens = fit.tokens
         tokens.require_model(lm)
         seeds = tokens.seeds
-        chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
+        try:
+            chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
+        except TypeError:
+            raise ValueError(f"pairs: {pairs!r} is not a list of pairs of rows") from None
         if not chosen:
             raise ValueError("pairs: there are no two exact solutions of one text to connect")
         for pair in chosen:
-            inside = len(pair) == 2 and all(0 <= row < len(tokens) for row in pair)
+            whole = len(pair) == 2 and all(map(is_integer, pair))
+            inside = whole and all(0 <= row < len(tokens) for row in pair)
             texts = [fit.targets[row // seeds] for row in pair] if inside else []
             if not texts or pair[0] == pair[1] or not torch.equal(*texts):
                 raise ValueError(f"pairs: {pair!r} is not two solutions of one text")
@@ -287,6 +294,11 @@ def _exact_pairs(fit: FitResult) -> list[tuple[int, int]]:
         rows = [text * seeds + s for s in exact.nonzero()[:, 0].tolist()]
         found += list(combinations(rows, 2))
     return found
+
+
+def _require_rows(batch_size: object) -> None:
+    if not is_count(batch_size):
+        raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
 
 
 def _grid(points: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.geometry.distances import cosine_distances
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class Nearest:
 
 def nearest_tokens(lm: FrozenLM, vectors: Tensor, k: int = 5, seed: int = 0) -> Nearest:
     """Find the vocabulary's embeddings of least cosine distance to each of `vectors` (R, d)."""
+    require_frozen(lm)
     _require_width(lm, vectors)
     if not is_count(k) or k > lm.vocab_size:
         raise ValueError(f"k: {k!r} is not an integer in 1 … {lm.vocab_size}")

@@ -174,7 +174,7 @@ def device_of(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device: {device!r} is not a torch device") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.files import remove_orphans, try_folder, write_text
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.fit_result import FitResult, join, require_writable
-from prototok.results.tensor_file import parse_json
 
 _FORMAT, _VERSION = "prototok.unfinished_fit", 1
 _TEXT = re.compile(r"\d{8}")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from prototok.common.files import flush, whole
+from prototok.common.json import parse_json
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import seeds_of
-from prototok.results.tensor_file import is_tensor_file, parse_json
+from prototok.results.tensor_file import is_tensor_file
 
 if TYPE_CHECKING:
     import pandas
@@ -120,7 +121,7 @@ class FitResult:
         try:
             with whole(folder / _FITS) as fits, whole(folder / _TOKENS) as tokens:
                 self.tokens.save(tokens)
-                pq.write_table(self._table(_sha256_of(tokens)), fits)
+                pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
                 flush(fits)
         except BaseException:
             if is_new:
@@ -145,7 +146,10 @@ class FitResult:
             raise ValueError(f"folder: {folder} holds no fit ({why})")
         tokens = ProtoTokens.load(folder / _TOKENS)
         table = _read_table(folder / _FITS, tokens)
-        recorded = parse_json((table.schema.metadata or {}).get(_SHA256, b"null"))
+        try:
+            recorded = parse_json((table.schema.metadata or {}).get(_SHA256, b"null"))
+        except ValueError as error:
+            raise ValueError(f"folder: {folder / _FITS} could not be read ({error})") from None
         if recorded is not None and recorded != _sha256_of(folder / _TOKENS):
             raise ValueError(
                 f"folder: {folder} holds the vectors of one fit and the measurements of another; "
@@ -237,7 +241,7 @@ def _is_ours(path: Path) -> bool:
 def _read_table(path: Path, tokens: ProtoTokens) -> pa.Table:
     """Read the rows of the fits, their number and sizes checked against the vectors."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             rows = file.metadata.num_rows
             if rows != len(tokens):
                 raise ValueError(f"folder: {path.parent} has {rows} fits, {len(tokens)} vectors")

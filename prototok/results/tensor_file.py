@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prototok.common.files import whole
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 
@@ -132,14 +132,6 @@ def require_tokenizer(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
 
 
 _KINDS: dict[str, type] = {"str": str, "int": int, "None": type(None)}
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says; ValueError for whatever is none, nested without end included."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _header(path: Path, what: str, form: tuple[str, int], metadata: dict[str, str] | None) -> dict:

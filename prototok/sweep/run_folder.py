@@ -11,8 +11,8 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.files import (
     dump_json,
     keys_of,
+    read_json,
     read_table,
+    require_inside,
     sha256_of,
     table_writer,
 )
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from prototok.results.proto_tokens import ProtoTokens
 
 _FORMAT = "prototok.sweep"
+_NAME, _KEY = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{24}")
+_ANY = re.compile(r".*")
 _FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+_ENTRIES = (*_FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,8 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise ValueError(f"run: {path} is not a run folder (it has no run.json)")
         run = cls(path)
-        found = run._json()
-        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
-            raise ValueError(
-                f"run: {path / 'run.json'} is not of a sweep of format version {schema.VERSION}"
-            )
+        run._json()
+        require_inside(path, _ENTRIES)
         for name in _FOLDERS:  # version control and some copies leave empty folders out
             (path / name).mkdir(exist_ok=True)
         return run
@@ -85,7 +86,13 @@ class RunFolder:
 
     def plan(self) -> pa.Table:
         """Read `schema.PLAN`: one row an (experiment, unit)."""
-        return self._table("plan.parquet", schema.PLAN)
+        plan = self._table("plan.parquet", schema.PLAN)
+        # The first two become names of files.
+        for name, pattern in (("key", _KEY), ("experiment", _NAME), ("spec", _ANY)):
+            fits = pc.match_substring_regex(plan[name], f"^(?:{pattern.pattern})$")
+            if plan[name].null_count or not pc.all(fits, min_count=0).as_py():
+                raise ValueError(f"run: {self.path / 'plan.parquet'} has a {name} that is none")
+        return plan
 
     def texts(self) -> pa.Table:
         """Read `schema.TEXTS`."""
@@ -95,7 +102,10 @@ class RunFolder:
         """Return every planned unit once, by key, in the order they were planned."""
         plan = self.plan()
         pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
-        return {key: Unit.parse(spec) for key, spec in pairs}
+        try:
+            return {key: Unit.parse(spec) for key, spec in pairs}
+        except ValueError as error:
+            raise ValueError(f"run: {self.path / 'plan.parquet'} is damaged ({error})") from None
 
     def add(
         self, experiment: str, settings: dict[str, Any], units: Iterable[Unit], texts: pa.Table
@@ -157,10 +167,10 @@ class RunFolder:
         # Shards first: what compaction takes from here meanwhile is found there.
         for key in wanted:
             with contextlib.suppress(FileNotFoundError):
-                tables.append(read_table(self.path / "fits" / f"{key}.parquet"))
+                tables.append(read_table(self.path / "fits" / f"{key}.parquet", schema=schema.FITS))
                 seen.add(key)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = read_table(path)
+            table = read_table(path, schema=schema.FITS)
             keys = table["key"].to_pylist()
             own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
             tables.append(table.take(pa.array(own, pa.int64())))
@@ -179,9 +189,9 @@ class RunFolder:
         for path in sorted((self.path / "fits").glob("*.parquet")):
             if path.stem in planned:
                 seen.add(path.stem)
-                yield path.stem, functools.partial(read_table, path)
+                yield path.stem, functools.partial(read_table, path, schema=schema.FITS)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = read_table(path)
+            table = read_table(path, schema=schema.FITS)
             places: dict[str, list[int]] = {}
             for i, key in enumerate(table["key"].to_pylist()):
                 places.setdefault(key, []).append(i)
@@ -229,7 +239,6 @@ class RunFolder:
             save: writes the unit's tensors to the path it is given.
         """
         tensors = self._temporary(key + ".safetensors")
-        tensors.unlink(missing_ok=True)  # left by a dead process of our number, before a reboot
         save(tensors)
         flush(tensors)
         sha256 = sha256_of(tensors)
@@ -268,9 +277,12 @@ class RunFolder:
         records = []
         for path in sorted((self.path / "failed").glob("*.json")):
             if path.stem in planned - done:
-                record = json.loads(path.read_text())
-                record["time"] = datetime.datetime.fromisoformat(record["time"])
-                records.append(record)
+                record = read_json(path)
+                try:
+                    record["time"] = datetime.datetime.fromisoformat(record["time"])
+                    records += pa.Table.from_pylist([record], schema=schema.FAILED).to_pylist()
+                except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+                    raise ValueError(f"run: {path} is damaged ({error})") from None
         return pa.Table.from_pylist(records, schema=schema.FAILED)
 
     def forget_failures(self, keys: Iterable[str]) -> None:
@@ -298,7 +310,7 @@ class RunFolder:
         with self._locked():
             for experiment in dict.fromkeys(first.values()):
                 path = self.path / "compacted" / f"{experiment}.parquet"
-                tables = [read_table(path)] if path.exists() else []
+                tables = [read_table(path, schema=schema.FITS)] if path.exists() else []
                 known = set(tables[0]["key"].to_pylist()) if tables else set()
                 shards = {
                     key: self.path / "fits" / f"{key}.parquet"
@@ -306,13 +318,14 @@ class RunFolder:
                     if name == experiment
                 }
                 shards = {key: shard for key, shard in shards.items() if shard.exists()}
-                tables += [read_table(shard) for key, shard in shards.items() if key not in known]
+                new = [shard for key, shard in shards.items() if key not in known]
+                tables += [read_table(shard, schema=schema.FITS) for shard in new]
                 if not tables:
                     continue
                 table = pa.concat_tables(tables)
                 if shards:
                     self._replace(f"compacted/{experiment}.parquet", table_writer(table))
-                    back = pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist()
+                    back = read_table(path, ["key"])["key"].to_pylist()
                     if not set(shards) <= set(back):
                         raise RuntimeError(f"run: {path} lacks units that were just written to it")
                     for shard in shards.values():
@@ -326,9 +339,14 @@ class RunFolder:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Let one process in at a time; the lock goes with the process that holds it."""
-        with open(self.path / "tmp" / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # Neither emptied nor followed: what stands there may be a link to a user's file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.path / "tmp" / "lock", flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
     def _compacted_keys(self) -> set[str]:
         keys: set[str] = set()
@@ -338,8 +356,10 @@ class RunFolder:
         return keys
 
     def _temporary(self, name: str) -> Path:
-        """Return a path in tmp/ that no other process uses."""
-        return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        """Return a path in tmp/ that no other process uses, and where nothing is."""
+        path = self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        path.unlink(missing_ok=True)  # of a dead process that had our number
+        return path
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file of this folder so that it is there whole or not at all."""
@@ -349,18 +369,24 @@ class RunFolder:
         put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / "run.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"run: {self.path / 'run.json'} is damaged ({error})") from None
-        return found if isinstance(found, dict) else {}
+        found = read_json(self.path / "run.json")
+        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
+            raise ValueError(
+                f"run: {self.path / 'run.json'} is not of a sweep of format version "
+                f"{schema.VERSION}"
+            )
+        planned: Any = found.get("experiments")
+        is_dict = isinstance(planned, dict) and all(isinstance(v, dict) for v in planned.values())
+        if not is_dict or not all(map(_NAME.fullmatch, planned)):
+            raise ValueError(f"run: {self.path / 'run.json'} is damaged (its experiments)")
+        return found
 
     def _write_json(self, value: dict[str, Any]) -> None:
         self._replace("run.json", lambda path: dump_json(value, path))
 
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
-        return read_table(path) if path.exists() else empty.empty_table()
+        return read_table(path, schema=empty) if path.exists() else empty.empty_table()
 
 
 def require_place(path: Path) -> None:

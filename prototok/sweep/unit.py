@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from prototok.common.arguments import is_count, is_integer
+from prototok.common.json import parse_json
 
 MODES = ("one-forward", "autoregressive")
 
@@ -63,9 +67,21 @@ class Unit:
 
     @classmethod
     def parse(cls, spec: str) -> Unit:
-        """Read the unit that `spec` gave."""
-        found = json.loads(spec)
-        return cls(**found | {"texts": tuple(found["texts"]), "seeds": tuple(found["seeds"])})
+        """Read the unit that `spec` gave; ValueError where it can be none."""
+        found = parse_json(spec)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(found, dict) or not set(found) <= known:
+            raise ValueError("a unit is not made of the fields of one")
+        try:
+            unit = cls(**found | {name: tuple(found[name]) for name in ("texts", "seeds")})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a unit lacks something ({error})") from None
+        for name, fits in _FIELDS.items():
+            if not fits(getattr(unit, name)):
+                raise ValueError(f"a unit has {reprlib.repr(getattr(unit, name))} as its {name}")
+        if len(unit.texts) != len(unit.seeds):
+            raise ValueError("a unit has texts and seeds of different number")
+        return unit
 
     def group(self) -> tuple:
         """Return what units that can be fitted in one batch have in common; N may differ."""
@@ -78,6 +94,25 @@ class Unit:
     def positions(self) -> int:
         """Return rows × N: what one step of this unit computes."""
         return len(self.texts) * self.length
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "mode": MODES.__contains__, "model": _is_text, "source": _is_text,
+    "texts": lambda v: len(v) > 0 and all(map(_is_text, v)),
+    "seeds": lambda v: all(map(is_integer, v)),
+    "length": is_count, "share": (None, "m", "e").__contains__,
+    "group_size": lambda v: v is None or is_count(v), "arrangement": _is_text, "vectors": is_count,
+    "recipe": _is_text, "changes": lambda v: isinstance(v, dict), "dtype": _is_text,
+    "alone": _is_truth, "timed": _is_truth,
+}  # fmt: skip
 
 
 def text_id(ids: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections import deque
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from prototok.common.arguments import is_count
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sample import sample
@@ -69,6 +70,12 @@ class Source:
         if self.kind == "generated" and (self.of is None or self.of.kind == "generated"):
             raise ValueError(
                 "source: generated needs the source it continues: generated:folder:PATH"
+            )
+        if not isinstance(self.column, str):
+            raise ValueError(f"source: column {self.column!r} is not a name")
+        if not is_count(self.context_tokens):
+            raise ValueError(
+                f"source: context_tokens {self.context_tokens!r} is not a positive integer"
             )
         if self.words is not None and not 2 <= self.words[0] <= self.words[1]:
             raise ValueError(f"source: words {list(self.words)} are not a fewest and a most")
@@ -274,21 +281,29 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"source: {path} has no column {column!r} (it has {names})")
+            kind = file.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise ValueError(f"source: column {column!r} of {path} holds {kind}, not text")
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 yield from (text for text in batch[column].to_pylist() if text)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"source: {path} is not Parquet ({error})") from error
 
 
 def _lines(path: Path, column: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = json.loads(line)[column]
+                text = parse_json(line)[column]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"source: line {number} of {path} is no JSON with {column!r} ({error!r})"
                 ) from None
+            if text is not None and not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(
+                    f"source: {column!r} in line {number} of {path} is {kind}, not text"
+                )
             if text:
                 yield text
 
