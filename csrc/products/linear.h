@@ -70,10 +70,12 @@ inline void linear_tile(const T* weight, const T* bias, const T* inputs, float* 
   Floats sum[kOutputs][kTokens];
   clear(sum);
   accumulate(Factors{w, count, inputs, count}, whole, sum);
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
     const T* x = inputs + m * count;
     float* to = out + m * shape.outputs + o;
     if constexpr (kOutputs % 4 == 0) {
+#pragma GCC unroll 8
       for (int t = 0; t < kOutputs; t += 4) {
         const Floats four[4] = {sum[t][m], sum[t + 1][m], sum[t + 2][m], sum[t + 3][m]};
         Four value = four_lane_sums(four);
@@ -85,6 +87,7 @@ inline void linear_tile(const T* weight, const T* bias, const T* inputs, float* 
         __builtin_memcpy(to + t, &value, sizeof value);
       }
     } else {
+#pragma GCC unroll 8
       for (int t = 0; t < kOutputs; ++t) {
         float value = lane_sum<kLanes>(sum[t][m]);
         for (std::int64_t i = whole; i < count; ++i)

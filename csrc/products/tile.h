@@ -41,10 +41,15 @@ inline Floats multiply_add(Floats sum, PairVector a, PairVector b) {
 }
 #endif
 
-// Not `= {}`, which GCC makes a call of memset or slower.
+// The loops over a tile's sums are unrolled by pragma: GCC's own unrolling comes too late for it to
+// see that the sums can stay in registers all along.
+
+// Not `= {}`, which GCC does in memory.
 template <int kRows, int kColumns>
 [[gnu::always_inline]] inline void clear(Floats (&sum)[kRows][kColumns]) {
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) sum[r][c] = Floats{};
 }
 
@@ -55,9 +60,12 @@ template <int kRows, int kColumns, class Factors>
   using Vector = typename Factors::Vector;
   for (std::int64_t k = 0; k < depth; k += Factors::kStep) {
     Vector right[kColumns];
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) right[c] = factors.right(c, k);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vector left = factors.left(r, k);
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) sum[r][c] = multiply_add(sum[r][c], left, right[c]);
     }
   }
@@ -151,11 +159,15 @@ struct ProductTile {
   template <int kRows>
   void run() const {
     Floats sum[kRows][kVectors];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         sum[r][v] = add ? load(c + r * c_row + v * kLanes) : Floats{};
     accumulate(factors, depth, sum);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * kLanes, sum[r][v]);
   }
 };
@@ -201,7 +213,9 @@ inline void dots_tile(const Dots<float>& rows, float* c, std::int64_t c_row, std
   Floats sum[kRows][kColumns];
   clear(sum);
   accumulate(rows, length, sum);
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int k = 0; k < kColumns; ++k) {
       float& to = c[r * c_row + k];
       to = (add ? to : 0.0f) + lane_sum<kLanes>(sum[r][k]);
