@@ -1,6 +1,7 @@
 """The command line: `prototok …` and `python -m prototok …`.
 
-Exit codes: 0 ok, 2 usage, 3 finished with units that failed, 130 interrupted with work saved.
+Exit codes: 0 ok, 2 usage, 3 ended with units that failed or before a full disk, with the others
+saved, 130 interrupted (by Ctrl-C or SIGTERM) with work saved.
 """
 
 from __future__ import annotations

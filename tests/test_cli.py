@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 import prototok
 from prototok import FitResult
+from prototok.cli import main
 from support import small_llama
 
 HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-llama" / "held_out.txt"
@@ -97,19 +97,21 @@ def test_decoding_with_another_tokenizer_is_refused(book: Path, tmp_path: Path) 
     ],
 )
 def test_bad_usage_is_exit_code_2_and_writes_nothing(
-    arguments: list[str], says: str, tmp_path: Path
-) -> None:
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 2500)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    found = prototok_cli(*arguments, cwd=tmp_path, env=offline, timeout=300)
-    assert found.returncode == 2
-    assert says in found.stderr
-    assert "Traceback" not in found.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
