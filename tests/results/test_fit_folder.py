@@ -261,6 +261,23 @@ def test_a_save_that_stops_at_any_call_is_seen(
     assert sorted(os.listdir(tmp_path / "F")) == ["fits.parquet", "proto_tokens.safetensors"]
 
 
+def test_an_interrupt_behind_the_last_rename_leaves_a_whole_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(target).name == "fits.parquet":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made_result().save(tmp_path / "F")
+    assert FitResult.load(tmp_path / "F").tokens.texts == 3
+
+
 def test_vectors_of_one_fit_do_not_go_with_measurements_of_another(tmp_path: Path) -> None:
     result = made_result()
     result.save(tmp_path / "F")
