@@ -68,7 +68,8 @@ def fit(
     lm = load(model, device, dtype, revision)
     pieces = chunks(lm, text, length, limit)
     family = "its own forward" if lm.body.family != "general" else "the general way, transformers"
-    say(f"{model}: {lm.body.family} ({family}), {str(lm.dtype)[6:]} on {lm.device}")
+    stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
+    say(f"{model}: {lm.body.family} ({family}), {str(lm.dtype)[6:]} on {lm.device}{stored}")
     try:
         result = fast_fit(
             lm, pieces, share=share, seeds=seeds, arrangement=arrangement, recipe=recipe,

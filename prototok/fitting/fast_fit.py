@@ -287,6 +287,7 @@ class _Collector:
             "backend": plan.passes.taken,
             "plan": plan.summary(),
             "attention": self.lm.attention,
+            **({"dequantised from": self.lm.dequantised} if self.lm.dequantised else {}),
             "family": self.lm.body.family,
             "prototok": prototok.__version__,
             "torch": torch.__version__,

@@ -35,6 +35,7 @@ class FrozenLM:
         context: positions the model was built for; None where it has no limit.
         dtype, device: of the weights and of the arithmetic between them.
         attention: "sdpa", "flash" (the flash-attn package), or "transformers" for the general body.
+        dequantised: how the matrices of a GGUF file are stored, such as "Q4_1"; None elsewhere.
     """
 
     identity: ModelIdentity
@@ -47,6 +48,7 @@ class FrozenLM:
     source: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     attention: str = "sdpa"
+    dequantised: str | None = None
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
 
     @property

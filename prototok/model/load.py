@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file, logging
 
 from prototok.common.world import own_world
+from prototok.model import gguf
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, embedding_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
@@ -44,15 +45,16 @@ def load(
     """Load and freeze a causal language model.
 
     Args:
-        model: a hub id, a folder in Hub layout, "tiny-llama" or "tiny-neox" (built in), or a
-            `PreTrainedModel` of your own, which is read and never changed.
+        model: a hub id, a folder in Hub layout, a GGUF file, "tiny-llama" or "tiny-neox" (built
+            in), or a `PreTrainedModel` of your own, which is read and never changed. A GGUF file is
+            dequantised; `lm.dequantised` says from what.
         device: "auto" takes CUDA where there is one.
         dtype: "auto" is bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32.
         revision: branch, tag or commit of a hub id; what it resolved to is in `identity.revision`.
         attention: "auto" and "sdpa" leave it to torch, which on CUDA takes cuDNN's or its own Flash
             kernel and on the CPU our C++; "flash" is the flash-attn package, CUDA and 16 bit alone.
 
-    Only safetensors weights are read and no code of the repository is run.
+    Only safetensors and GGUF weights are read and no code of the repository is run.
 
     Raises:
         ValueError: missing, gated, not causal, quantised, pickle-only, or weights not finite.
@@ -63,13 +65,16 @@ def load(
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
         name, source = model.config.name_or_path or type(model).__name__, _normal(model)
-        resolved = None
+        resolved = dequantised = None
         _require_causal(model.config, name, type(model).__name__)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
         name = str(model)
         path = path_of(name)
-        source, resolved = _read(path, revision)
+        dequantised = gguf.stored_as(path) if gguf.is_gguf(path) else None
+        source, resolved = (
+            _read(path, revision) if dequantised is None else _read_gguf(path, revision)
+        )
         tokenizer = _tokenizer_of(path, resolved)
     config = source.config
     _require_finite(source, name)
@@ -84,7 +89,7 @@ def load(
         tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
     _require_attention(attention, device, dtype)
-    lm = freeze(source, identity, tokenizer, device, dtype)
+    lm = replace(freeze(source, identity, tokenizer, device, dtype), dequantised=dequantised)
     if attention != "flash":
         return lm
     if not isinstance(lm.body, DecoderBody):
@@ -192,6 +197,15 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
     return source, revision
 
 
+def _read_gguf(path: str, revision: str | None) -> tuple[PreTrainedModel, None]:
+    if revision is not None:
+        raise ValueError(f"revision: {revision!r} means nothing for the local file {path}")
+    config = gguf.read_config(path)
+    _require_causal(config, path, *(config.architectures or []))
+    with _no_progress_bar():
+        return gguf.read_model(path, config), None
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Reading weights from disk is quick; downloads keep the hub's own bar."""
@@ -242,7 +256,9 @@ def _require_finite(source: PreTrainedModel, name: str) -> None:
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None where the folder or repository has none."""
+    """The model's tokenizer; None where the folder, file or repository has none."""
+    if gguf.is_gguf(path):
+        return gguf.read_tokenizer(path)
     try:
         cached_file(path, "tokenizer_config.json", revision=revision)
     except OSError:
