@@ -34,12 +34,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prototok
 from prototok import FrozenLM, Recipe
-from prototok.bench.machine import matmul_rate, once
+from prototok.bench.machine import matmul_rate
 from prototok.common.allocator import keep_freed_memory
+from prototok.common.clock import once
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import StepRunner, step_runner
-from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.model.shapes import SHAPES, random_model
 from prototok.results.arrangement import Arrangement
 
@@ -55,10 +57,14 @@ class Size:
     length: int
 
 
-CPU = {"stories3m": Size(16, 64), "pythia-160m": Size(8, 128), "smoke": Size(2, 8)}
+CPU = {
+    "stories3m": Size(16, 64), "pythia-160m": Size(8, 128), "smollm2-135m": Size(8, 64),
+    "smoke": Size(2, 8),
+}  # fmt: skip
 CUDA = {
     "stories3m": Size(512, 64), "pythia-160m": Size(256, 128), "pythia-410m": Size(128, 128),
-    "pythia-1.4b": Size(128, 128), "llama-3.2-1b": Size(64, 256), "llama-3.2-3b": Size(32, 256),
+    "pythia-1.4b": Size(128, 128), "smollm2-135m": Size(256, 64), "llama-3.2-1b": Size(64, 256),
+    "llama-3.2-3b": Size(32, 256),
     "llama-3.1-8b": Size(16, 256), "smoke": Size(2, 8),
 }  # fmt: skip
 
@@ -115,7 +121,7 @@ def engine(lm: FrozenLM, targets: Tensor) -> StepRunner:
     rows, length = targets.shape
     recipe = Recipe(margin=1e9, max_steps=10**9, lr=0.01)
     inputs = OneForward(Arrangement.parse("e m*"))
-    slots = Slots(lm, inputs, recipe, "auto", Capacity(rows, rows, length))
+    slots = Slots(Setup(lm, inputs, recipe, "auto", rows), Room(rows, rows, length))
     runner = step_runner(lm, slots, rows)
     with runner.changing():
         slots.admit(units)

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from record import RESULTS, provenance, write
 
-from prototok.sweep.run_folder import RunFolder, sha256_of
+from prototok.sweep.files import sha256_of
+from prototok.sweep.run_folder import RunFolder
 
 CONFIG = """\
 models: tiny-llama

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from prototok.bench.measure import table
+from prototok.bench.table import table
 from prototok.bench.timing import Peak, ceiling
 
 ROOT = Path(__file__).resolve().parents[1]

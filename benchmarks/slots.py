@@ -30,12 +30,15 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM
+from prototok.fitting.driver import fit_units
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import StepRunner, burst_of, step_runner
-from prototok.fitting.engine.slots import Capacity, Slots
-from prototok.fitting.fast_fit import FitEvent, Verified, fit_units
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
+from prototok.fitting.fast_fit import FitEvent, one_forward
 from prototok.fitting.recipe import FAST, Recipe
+from prototok.fitting.verify import verify
 from prototok.model.load import BUILT_IN
 from prototok.results.arrangement import Arrangement
 from prototok.texts.files import read_text
@@ -62,7 +65,8 @@ def full_batch(lm: FrozenLM, texts: list[Tensor], recipe: Recipe, rows: int) -> 
     endless = dataclasses.replace(recipe, margin=1e9, max_steps=10**9)
     units = make_units(texts[:rows], [0], None, None)
     inputs = OneForward(Arrangement.parse("e m*"))
-    slots = Slots(lm, inputs, endless, "auto", Capacity(rows, rows, len(texts[0])))
+    setup = Setup(lm, inputs, endless, "auto", rows)
+    slots = Slots(setup, Room(rows, rows, len(texts[0])))
     slots.admit(units)
     return step_runner(lm, slots, rows)
 
@@ -200,11 +204,11 @@ def main() -> None:
         }  # fmt: skip
 
     units = make_units(texts, [0], None, None)
-    fits = fit_units(lm, units, Arrangement.parse("e m*"), recipe, slots, "auto", observe)
+    setup = one_forward(lm, Arrangement.parse("e m*"), recipe, None, "auto", slots)
+    fits = fit_units(setup, units, verify, observe)
     written = time.perf_counter()
-    for finished, (check,) in fits:
-        assert isinstance(check, Verified)
-        found[finished.unit.rows[0].index] = {"exact": check.exact, "steps": finished.steps}
+    for _, (one,) in fits:
+        found[one.row.index] = {"exact": one.check.exact, "steps": one.steps}
         if time.perf_counter() - written > 60:
             written = time.perf_counter()
             write(record(), a.out)

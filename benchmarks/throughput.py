@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from record import RESULTS, provenance, write
 
-from prototok.bench.measure import BenchSettings, run_bench, table
+from prototok.bench.measure import BenchSettings, run_bench
+from prototok.bench.table import table
 from prototok.model.load import BUILT_IN
 
 

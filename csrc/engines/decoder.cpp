@@ -37,20 +37,20 @@ std::int64_t even_grain(std::int64_t rows, std::int64_t work_a_row, int threads,
 
 }  // namespace
 
-Decoder::Decoder(DecoderModel model, std::int64_t rows, std::int64_t positions,
-                 std::int64_t longest_pass, const std::string& instruction_set)
-    : model_(std::move(model)),
+Decoder::Decoder(std::shared_ptr<const DecoderModel> model, const DecoderRoom& room,
+                 const std::string& instruction_set)
+    : shared_model_(std::move(model)),
+      model_(*shared_model_),
       kernels_(model_.is_bf16 ? kernel_sets(instruction_set).bf16
                               : kernel_sets(instruction_set).f32),
-      rows_(rows),
-      positions_(positions),
-      longest_(longest_pass),
+      room_(room),
       element_(model_.is_bf16 ? 2 : 4) {
+  const std::int64_t rows = room.rows, positions = room.positions;
   if (positions <= 0 || positions % kPositions != 0)
     throw std::invalid_argument("positions: " + std::to_string(positions) +
                                 " is not a multiple of " + std::to_string(kPositions));
   const DecoderModel& m = model_;
-  const std::int64_t tokens = rows * longest_pass, mixed = m.heads * m.head_size;
+  const std::int64_t tokens = rows * room.longest_pass, mixed = m.heads * m.head_size;
   const std::int64_t qkv = mixed + 2 * m.kv_heads * m.head_size;
   const std::int64_t up = m.gated ? 2 * m.inner : m.inner;
   const std::int64_t cache = std::int64_t(m.blocks.size()) * rows * m.kv_heads * m.head_size;
@@ -64,7 +64,7 @@ Decoder::Decoder(DecoderModel model, std::int64_t rows, std::int64_t positions,
 }
 
 void Decoder::pass(const float* inputs, std::int64_t length, std::int64_t start, int threads) {
-  if (length > longest_ || start + length > positions_)
+  if (length > room_.longest_pass || start + length > room_.positions)
     throw std::out_of_range("length: " + std::to_string(length) + " positions from " +
                             std::to_string(start) + " on do not fit");
   length_ = length;
@@ -101,36 +101,37 @@ void Decoder::block(const DecoderBlock& block, std::int64_t layer, std::int64_t 
 void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int64_t start,
                         int threads) {
   const DecoderModel& m = model_;
-  const std::int64_t c = m.head_size, heads = m.heads + 2 * m.kv_heads, half = m.rotated / 2;
+  const std::int64_t c = m.head_size, heads = m.heads + 2 * m.kv_heads;
   const auto cached = [&](std::vector<unsigned char>& cache, std::int64_t row, std::int64_t head) {
-    return cache.data() + ((layer * rows_ + row) * m.kv_heads + head) * c * positions_ * element_;
+    return cache.data() + ((layer * room_.rows + row) * m.kv_heads + head) * c * room_.positions * element_;
   };
   for (std::int64_t token = 0; token < tokens(); ++token) {
     const std::int64_t row = token / length_, position = start + token % length_;
     float* q = wide_.data() + token * heads * c;
     float* k = q + m.heads * c;
     const float* v = k + m.kv_heads * c;
-    const float *cos = m.cos + position * half, *sin = m.sin + position * half;
+    const float* cos = room_.cos + position * room_.table_row;
+    const float* sin = room_.sin + position * room_.table_row;
     for (std::int64_t head = 0; head < m.heads; ++head)
       kernels_.turn(q + head * c, block.q_norm, m.eps, cos, sin, c, m.rotated);
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
       kernels_.turn(k + head * c, block.k_norm, m.eps, cos, sin, c, m.rotated);
       kernels_.keep(k + head * c, v + head * c, cached(keys_, row, head), cached(values_, row, head),
-                    c, positions_, position);
+                    c, room_.positions, position);
     }
   }
   const std::int64_t units = tokens() * m.heads;
   parallel_rows(units, even_grain(units, 2 * c * (start + length_), threads, 1), threads,
                 [&](std::int64_t begin, std::int64_t end) {
     static thread_local std::vector<float> scores;  // grows once
-    if (std::int64_t(scores.size()) < positions_) scores.resize(std::size_t(positions_));
+    if (std::int64_t(scores.size()) < room_.positions) scores.resize(std::size_t(room_.positions));
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t token = unit / m.heads, head = unit % m.heads;
       const std::int64_t row = token / length_, kv_head = head / (m.heads / m.kv_heads);
       const std::int64_t seen = start + token % length_ + 1;
       const std::int64_t first = block.window > 0 ? std::max<std::int64_t>(0, seen - block.window) : 0;
       kernels_.attend(wide_.data() + (token * heads + head) * c, cached(keys_, row, kv_head),
-                      cached(values_, row, kv_head), m.scaling, c, positions_, first, seen,
+                      cached(values_, row, kv_head), m.scaling, c, room_.positions, first, seen,
                       scores.data(), narrow_.data() + unit * c * element_);
     }
   });
@@ -163,11 +164,11 @@ void Decoder::logits(float* out, int threads) {
 
 void Decoder::predict(std::int64_t* ids, bool every, int threads) {
   const std::int64_t d = model_.hidden, vocabulary = model_.vocabulary;
-  const std::int64_t read = every ? tokens() : rows_;
+  const std::int64_t read = every ? tokens() : room_.rows;
   if (every) {
     norm(model_.norm, model_.norm_bias, narrow_, threads);
   } else {
-    for (std::int64_t row = 0; row < rows_; ++row)
+    for (std::int64_t row = 0; row < room_.rows; ++row)
       kernels_.norm(x_.data() + ((row + 1) * length_ - 1) * d, model_.norm, model_.norm_bias,
                     model_.eps, d, narrow_.data() + row * d * element_);
   }
@@ -184,14 +185,14 @@ void Decoder::generate(std::int64_t* ids, std::int64_t begin, std::int64_t end, 
   length_ = 1;
   const std::int64_t d = model_.hidden;
   for (std::int64_t i = begin; i < end; ++i, ++start) {
-    if (start >= positions_) throw std::out_of_range("end: the cache is full");
-    for (std::int64_t row = 0; row < rows_; ++row)
+    if (start >= room_.positions) throw std::out_of_range("end: the cache is full");
+    for (std::int64_t row = 0; row < room_.rows; ++row)
       kernels_.widen(static_cast<const unsigned char*>(model_.embedding) +
-                         ids[(i - 1) * rows_ + row] * d * element_,
+                         ids[(i - 1) * room_.rows + row] * d * element_,
                      x_.data() + row * d, d);
     for (std::size_t layer = 0; layer < model_.blocks.size(); ++layer)
       block(model_.blocks[layer], std::int64_t(layer), start, threads);
-    predict(ids + i * rows_, false, threads);
+    predict(ids + i * room_.rows, false, threads);
   }
 }
 

@@ -1,4 +1,6 @@
 // Greedy decoding with a key-value cache: a block of positions through the whole model in one call.
+// A DecoderModel is weights, which never change and which any number of threads read; a Decoder is
+// what one owner decodes with, its cache and its activations.
 // Letters: L blocks, R rows, T positions of the cache, P positions of a pass, d hidden size,
 // H heads, K key-value heads, c head size, r rotated part of a head, f width of the MLP, V
 // vocabulary. Every matrix lies as (out, in).
@@ -7,6 +9,7 @@
 #include "engines/decoder_kernels.h"
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -28,20 +31,32 @@ struct DecoderModel {
   const void *norm, *norm_bias;  // (d,)
   const void* head;              // (V, d)
   const void* embedding;         // (V, d)
-  const float *cos, *sin;        // (T, r / 2)
   std::int64_t hidden, heads, kv_heads, head_size, rotated, inner, vocabulary;
   float scaling, eps;
   Activation activation;
   bool gated, parallel, is_bf16;
 };
 
-// Everything it needs is allocated by the constructor; no call allocates.
+// What a Decoder has room for.
+struct DecoderRoom {
+  std::int64_t rows, positions, longest_pass;
+  const float *cos, *sin;  // (>= T, >= r / 2), rows `table_row` apart
+  std::int64_t table_row;
+};
+
+// Everything it needs is allocated by the constructor; no call allocates. One thread calls it at a
+// time.
 class Decoder {
  public:
   // Throws std::invalid_argument where `positions` is not a multiple of kPositions, or for an
   // instruction set that this processor lacks ("" = the best).
-  Decoder(DecoderModel model, std::int64_t rows, std::int64_t positions, std::int64_t longest_pass,
+  Decoder(std::shared_ptr<const DecoderModel> model, const DecoderRoom& room,
           const std::string& instruction_set);
+
+  const DecoderModel& model() const { return model_; }
+  std::int64_t rows() const { return room_.rows; }
+  std::int64_t positions() const { return room_.positions; }
+  std::int64_t length() const { return length_; }  // positions of the last pass
 
   // Inputs (R, P, d) fp32 at positions start ... start + P - 1 through all blocks; their keys and
   // values enter the cache.
@@ -61,14 +76,17 @@ class Decoder {
   void norm(const void* weight, const void* bias, std::vector<unsigned char>& out, int threads);
   void linear(const void* weight, const void* bias, const std::vector<unsigned char>& inputs,
               float* out, const LinearShape& shape, int threads);
-  std::int64_t tokens() const { return rows_ * length_; }
+  std::int64_t tokens() const { return room_.rows * length_; }
 
-  DecoderModel model_;
+  const std::shared_ptr<const DecoderModel> shared_model_;
+  const DecoderModel& model_;
   const DecoderKernels& kernels_;
-  std::int64_t rows_, positions_, longest_, element_, length_ = 0;
+  const DecoderRoom room_;
+  const std::int64_t element_;
+  std::int64_t length_ = 0;
   std::vector<unsigned char> keys_;    // (L, R, K, c, T)
   std::vector<unsigned char> values_;  // (L, R, K, T, c)
-  // Of the tokens of a pass, at most R * longest_:
+  // Of the tokens of a pass, at most R * longest_pass:
   std::vector<float> x_;               // (R P, d) the residual stream
   std::vector<float> wide_;            // (R P, (H + 2 K) c), (R P, f or 2 f)
   std::vector<unsigned char> narrow_;  // what a product reads, in the weights' type

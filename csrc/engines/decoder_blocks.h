@@ -45,6 +45,7 @@ class DecoderBlocks {
   // Throws std::invalid_argument for a model or a processor that it is not for.
   explicit DecoderBlocks(DecoderModel model);
 
+  const DecoderModel& model() const { return model_; }
   std::int64_t saved_bytes(const BlocksInput& input) const;
   // out (R, N, d): the normed stream. `saved` may be null where no gradient is wanted.
   void forward(const BlocksInput& input, bf16* out, unsigned char* saved, int threads) const;

@@ -69,6 +69,7 @@ class FirstLayer {
   // without AVX-512 BF16.
   explicit FirstLayer(const FirstLayerModel& model);
 
+  const FirstLayerModel& model() const { return model_; }
   std::int64_t saved_floats(std::int64_t length) const;  // of a text
   void forward(const FirstLayerTexts& texts, std::int64_t rows, std::int64_t length,
                int threads) const;

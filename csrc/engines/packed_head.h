@@ -20,6 +20,9 @@ class PackedHead {
   // without AVX-512 BF16.
   PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden);
 
+  std::int64_t vocabulary() const { return to_logits_.outputs(); }
+  std::int64_t hidden() const { return to_logits_.inputs(); }
+
   // Of one thread, for a tile of so many rows.
   std::int64_t workspace_bytes(std::int64_t tile) const;
 

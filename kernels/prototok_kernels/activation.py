@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok_kernels.backend import _cpu, require
+from prototok_kernels.views import views
 
 try:
     import triton
@@ -120,13 +121,14 @@ def _pass(
     out = torch.empty_like(z) if grad is not None else z.new_empty(*z.shape[:-1], inner)
     if grad is not None:
         grad = grad.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     if rows == 0:
         return out
     if backend == "cpu":
         _cpu.activation(
-            0 if grad is None else grad.data_ptr(), z.data_ptr(),
-            0 if bias is None else bias.data_ptr(), out.data_ptr(), rows, inner, kind, gated,
-            z.dtype == torch.bfloat16, torch.get_num_threads(),
+            **views(grad=grad, z=z, bias=bias, out=out), kind=kind, gated=gated,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
         return out
     block = min(1024, triton.next_power_of_2(inner))

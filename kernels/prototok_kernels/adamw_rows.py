@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prototok_kernels.backend import _cpu, require
+from prototok_kernels.views import views
 
 try:
     import triton
@@ -154,15 +155,15 @@ def _adamw_cpu(
     settings: AdamWSettings,
 ) -> None:
     _cpu.adamw(
-        param=param.data_ptr(),
-        grad=grad.data_ptr(),
-        exp_avg=state.exp_avg.data_ptr(),
-        exp_avg_sq=state.exp_avg_sq.data_ptr(),
-        step=state.step.data_ptr(),
-        lr=lr.data_ptr(),
-        active=active.data_ptr(),
-        rows=param.shape[0],
-        coordinates=param.shape[1],
+        **views(
+            param=param,
+            grad=grad,
+            exp_avg=state.exp_avg,
+            exp_avg_sq=state.exp_avg_sq,
+            step=state.step,
+            lr=lr,
+            active=active,
+        ),
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok_kernels.backend import _cpu, require
+from prototok_kernels.views import views
 
 try:
     import triton
@@ -136,16 +137,16 @@ def _cpu_pass(
     shape: tuple[int, ...],  # N, H, K, c, r, window
     scaling: float,
 ) -> Tensor:
-    _, heads, _, size, _, _ = shape
+    _, heads, kv_heads, size, _, window = shape
     out = qkv.new_empty(*qkv.shape[:2], heads * size) if grad is None else torch.empty_like(qkv)
     if out.numel() == 0:
         return out
     if grad is not None:
         grad = grad.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
     _cpu.attention(
-        qkv.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr(), qkv.shape[0],
-        shape, cos.data_ptr(), sin.data_ptr(), cos.stride(0), scaling,
-        qkv.dtype == torch.bfloat16, torch.get_num_threads(),
+        **views(qkv=qkv, grad_out=grad, out=out, cos=cos, sin=sin), heads=heads,
+        kv_heads=kv_heads, window=window, scaling=scaling, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 

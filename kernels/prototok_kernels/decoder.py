@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, require
+from prototok_kernels.backend import _cpu
 from prototok_kernels.layers import (
     ACTIVATIONS,
     DecoderLayer,
@@ -23,6 +23,7 @@ from prototok_kernels.layers import (
     NeoXLayer,
     inner_projection,
 )
+from prototok_kernels.views import View, views
 
 POSITIONS = 64  # T is a multiple of this
 
@@ -31,101 +32,86 @@ def decoder_model(
     layers: Sequence[DecoderLayer],
     norm: tuple[Tensor, Tensor | None],  # (d,)
     rotated: int,
-    ends: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # head, embedding, cos and sin (T, r / 2)
-) -> tuple[Any, list[Tensor]]:
-    """A model as C++ knows it, by addresses, and the tensors that must live as long.
+    ends: tuple[Tensor, Tensor] | None,  # head and embedding, each (V, d)
+) -> Any:
+    """Return the weights of a model as C++ knows them; it keeps them alive and copies none.
 
-    Raises ValueError for weights that are not of one dtype, on the CPU.
+    Any number of threads may read it. A weight that is not contiguous is read from a copy.
+    Raises ValueError for weights that are not of one dtype and the shapes of one model, on the CPU.
     """
-    first, dtype = layers[0], norm[0].dtype
-    kept: list[Tensor] = []
+    first = layers[0]
 
-    def address(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        if tensor.device.type != "cpu" or tensor.dtype not in (dtype, torch.float32):
-            raise ValueError(f"layers: a weight is {tensor.dtype} on {tensor.device}")
-        kept.append(tensor.contiguous())
-        return kept[-1].data_ptr()
-
-    def weight(tensor: Tensor | None) -> int:
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"layers: a weight is {tensor.dtype} and the norm {dtype}")
-        return address(tensor)
-
-    def block(layer: DecoderLayer) -> list[int]:
+    def block(layer: DecoderLayer) -> tuple[dict[str, View], int]:
         norm_bias = mlp_bias = None
         if isinstance(layer, NeoXLayer):
             norm_bias, mlp_bias = layer.input_norm_bias, layer.post_norm_bias
-        tensors = (
-            layer.input_norm, norm_bias, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm,
-            layer.o, layer.o_bias, layer.post_norm, mlp_bias, *inner_projection(layer),
-            layer.down, layer.down_bias,
+        up, up_bias = inner_projection(layer)
+        weights = _contiguous(
+            norm=layer.input_norm, norm_bias=norm_bias, qkv=layer.qkv, qkv_bias=layer.qkv_bias,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, out=layer.o, out_bias=layer.o_bias,
+            mlp_norm=layer.post_norm, mlp_norm_bias=mlp_bias, up=up, up_bias=up_bias,
+            down=layer.down, down_bias=layer.down_bias,
         )  # fmt: skip
-        return [*map(weight, tensors), layer.window or 0]
+        return weights, layer.window or 0
 
-    head, embedding, cos, sin = ends if ends is not None else (None, None, None, None)
-    model = _cpu.DecoderModel(
+    head, embedding = (None, None) if ends is None else ends
+    return _cpu.DecoderModel(
         blocks=[block(layer) for layer in layers],
-        norm=weight(norm[0]), norm_bias=weight(norm[1]), head=weight(head),
-        embedding=weight(embedding), cos=address(cos), sin=address(sin),
-        hidden=first.hidden_size, heads=first.heads, kv_heads=first.kv_heads,
-        head_size=first.head_size, rotated=rotated, inner=first.down.shape[1],
-        vocabulary=0 if head is None else len(head), scaling=first.scaling, eps=first.eps,
-        activation=ACTIVATIONS[first.activation], gated=isinstance(first, LlamaLayer),
-        parallel=isinstance(first, NeoXLayer) and first.parallel, is_bf16=dtype == torch.bfloat16,
+        **_contiguous(norm=norm[0], norm_bias=norm[1], head=head, embedding=embedding),
+        heads=first.heads, kv_heads=first.kv_heads, head_size=first.head_size, rotated=rotated,
+        scaling=first.scaling, eps=first.eps, activation=ACTIVATIONS[first.activation],
+        gated=isinstance(first, LlamaLayer),
+        parallel=isinstance(first, NeoXLayer) and first.parallel,
     )  # fmt: skip
-    return model, kept
+
+
+def _contiguous(**weights: Tensor | None) -> dict[str, View]:
+    return views(**{k: None if w is None else w.contiguous() for k, w in weights.items()})
 
 
 class Decoder:
-    """A frozen decoder over R rows with room for T positions, passes of at most `longest` of them.
+    """What one thread decodes with: a cache of R rows and T positions, and room for a pass.
 
     Weights and cache have the model's dtype, float32 or bfloat16; activations and sums are fp32,
     rounded to bfloat16 where they meet a bfloat16 weight. Nothing is allocated behind the
     constructor but the tensors that `logits` and `ids` return.
-
-    Raises ValueError for weights that are not of one such dtype, on the CPU.
     """
 
     def __init__(
         self,
-        layers: Sequence[DecoderLayer],
-        norm: tuple[Tensor, Tensor | None],  # (d,)
-        head: Tensor,  # (V, d)
-        embedding: Tensor,  # (V, d)
+        model: Any,  # of `decoder_model`, with its ends
+        vocabulary: int,  # V
         rotary: tuple[Tensor, Tensor],  # cos and sin, each (≥ T, r)
         shape: tuple[int, int, int],  # R, T, longest
         instruction_set: str = "",
     ) -> None:
-        require("cpu", head)
-        self.rows, capacity, longest = shape
+        self.model, self._vocabulary = model, vocabulary
+        self.rows, capacity, self.longest = shape
         self.positions = -(-capacity // POSITIONS) * POSITIONS
-        # The halves of a rotary table are the same.
-        cos, sin = (t[:, : t.shape[1] // 2].float().contiguous() for t in rotary)
-        self.longest, self._vocabulary = longest, len(head)
-        model, self._kept = decoder_model(
-            layers, norm, 2 * cos.shape[1], (head, embedding, cos, sin)
-        )
-        self._cpp: Any = _cpu.Decoder(model, self.rows, self.positions, longest, instruction_set)
+        cos, sin = (table.float().contiguous() for table in rotary)
+        self._cpp: Any = _cpu.Decoder(
+            model=model, rows=self.rows, positions=self.positions, longest_pass=self.longest,
+            **views(cos=cos, sin=sin), instruction_set=instruction_set,
+        )  # fmt: skip
 
     def pass_(self, inputs: Tensor, start: int) -> None:
         """Inputs (R, P, d), embeddings of positions start … start + P − 1, through all blocks."""
         inputs = inputs.float().contiguous()
         self._length = inputs.shape[1]
-        self._cpp.pass_(inputs.data_ptr(), self._length, start, torch.get_num_threads())
+        self._cpp.pass_(**views(inputs=inputs), start=start, threads=torch.get_num_threads())
 
     def logits(self) -> Tensor:
         """(R, P, V) fp32, behind every position of the last pass."""
-        out = torch.empty(self.rows, self._length, self._vocabulary)
-        self._cpp.logits(out.data_ptr(), torch.get_num_threads())
+        shape = self.rows, self._length, self._vocabulary
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self._cpp.logits(**views(out=out), threads=torch.get_num_threads())
         return out
 
     def ids(self) -> Tensor:
         """(R, P) int64, the most likely id behind every position of the last pass."""
-        out = torch.empty(self.rows, self._length, dtype=torch.int64)
-        self._cpp.predict(out.data_ptr(), True, torch.get_num_threads())
-        return out
+        ids = torch.empty(self.rows, self._length, dtype=torch.int64, device="cpu")
+        self._cpp.predict(**views(ids=ids), threads=torch.get_num_threads())
+        return ids
 
     def greedy(self, ids: Tensor, begin: int, start: int) -> None:
         """Fill ids (N, R) int64 from row `begin` on, greedily.
@@ -135,6 +121,6 @@ class Decoder:
         """
         threads = torch.get_num_threads()
         if begin == 0:
-            self._cpp.predict(ids.data_ptr(), False, threads)
+            self._cpp.predict(**views(ids=ids[0]), threads=threads)
             begin = 1
-        self._cpp.generate(ids.data_ptr(), begin, len(ids), start, threads)
+        self._cpp.generate(**views(ids=ids), begin=begin, start=start, threads=threads)

@@ -26,8 +26,10 @@ from prototok_kernels.layers import (
     is_parallel,
     parallel_block_end,
 )
+from prototok_kernels.packed import packed
 from prototok_kernels.plan import Plan
 from prototok_kernels.residual_norm import residual_norm
+from prototok_kernels.views import views
 
 # Positions a thread takes through the blocks at a time, where texts are shorter than that.
 _TILE = 64
@@ -47,7 +49,8 @@ class DecoderBlocks:
         norm_bias: Tensor | None,  # (d,); None: RMSNorm
     ) -> None:
         self.layers, self.norm, self.norm_bias = list(layers), norm, norm_bias
-        self._cpp: Any = None
+        self._weights = [weight for layer in self.layers for weight in layer.tensors]
+        self._weights += [norm] if norm_bias is None else [norm, norm_bias]
 
     def __call__(
         self,
@@ -69,13 +72,19 @@ class DecoderBlocks:
             _check(products, x, self.layers[start])
         if plan.blocks.taken != "cpu":
             return decoder_blocks_ref(self, x, cos, sin, plan.passes.taken, start, products)
-        if self._cpp is None:
-            self._cpp, self._kept = _packed(self.layers, self.norm, self.norm_bias, cos.shape[1])
+        cpp = self._packed(cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         qkv, z = (None, None) if products is None else (t.contiguous() for t in products)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _CpuBlocks.apply(x, qkv, z, cos, sin, self._cpp, start)
-        return _forward((x.contiguous(), qkv, z), None, cos, sin, self._cpp, _shape(x, start))
+            return _CpuBlocks.apply(x, qkv, z, cos, sin, cpp, start)
+        return _forward((x.contiguous(), qkv, z), None, cos, sin, cpp, _shape(x, start))
+
+    def _packed(self, rotated: int) -> Any:
+        def make() -> Any:
+            norm = self.norm, self.norm_bias
+            return _cpu.DecoderBlocks(model=decoder_model(self.layers, norm, rotated, None))
+
+        return packed(self, self._weights, make)
 
 
 def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:
@@ -90,22 +99,11 @@ def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> N
             )
 
 
-def _packed(
-    layers: Sequence[DecoderLayer], norm: Tensor, norm_bias: Tensor | None, rotated: int
-) -> tuple[Any, list[Tensor]]:
-    model, kept = decoder_model(layers, (norm, norm_bias), rotated, None)
-    return _cpu.DecoderBlocks(model), kept
-
-
-def _shape(x: Tensor, start: int) -> list[int]:
-    """Texts, their length, the first block and texts a tile."""
+def _shape(x: Tensor, start: int) -> dict[str, int]:
+    """Return the block that x enters, and how many texts make a tile."""
     texts, length, _ = x.shape
     share = -(-texts // torch.get_num_threads())
-    return [texts, length, start, max(1, min(_TILE // length, share))]
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    return {"first": start, "tile": max(1, min(_TILE // length, share))}
 
 
 def _forward(
@@ -114,12 +112,13 @@ def _forward(
     cos: Tensor,
     sin: Tensor,
     cpp: Any,
-    shape: list[int],
+    shape: dict[str, int],
 ) -> Tensor:
-    out = torch.empty_like(inputs[0])
+    x, qkv, z = inputs
+    out = torch.empty_like(x)
     cpp.forward(
-        _addresses(inputs), out.data_ptr(), 0 if saved is None else saved.data_ptr(), shape,
-        cos.data_ptr(), sin.data_ptr(), cos.shape[1], torch.get_num_threads(),
+        **views(x=x, qkv=qkv, z=z, out=out, saved=saved, cos=cos, sin=sin), **shape,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -131,7 +130,8 @@ class _CpuBlocks(torch.autograd.Function):
         cpp: Any, start: int,
     ) -> Tensor:  # fmt: skip
         inputs, shape = (x.contiguous(), qkv, z), _shape(x, start)
-        saved = torch.empty(cpp.saved_bytes(shape), dtype=torch.uint8)
+        size = cpp.saved_bytes(texts=len(x), length=x.shape[1], **shape)
+        saved = torch.empty(size, dtype=torch.uint8, device="cpu")
         out = _forward(inputs, saved, cos, sin, cpp, shape)
         ctx.save_for_backward(*inputs, saved, cos, sin)
         ctx.cpp, ctx.shape = cpp, shape
@@ -140,11 +140,14 @@ class _CpuBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, qkv, z, saved, cos, sin = ctx.saved_tensors
-        grad, inputs = grad.contiguous(), (x, qkv, z)
-        grads = [None if t is None else torch.empty_like(t) for t in inputs]
+        grads = [None if t is None else torch.empty_like(t) for t in (x, qkv, z)]
+        grad_x, grad_qkv, grad_z = grads
         ctx.cpp.backward(
-            _addresses(inputs), grad.data_ptr(), _addresses(grads), saved.data_ptr(), ctx.shape,
-            cos.data_ptr(), sin.data_ptr(), cos.shape[1], torch.get_num_threads(),
+            **views(
+                x=x, qkv=qkv, z=z, grad=grad.contiguous(), grad_x=grad_x, grad_qkv=grad_qkv,
+                grad_z=grad_z, saved=saved, cos=cos, sin=sin,
+            ),
+            **ctx.shape, threads=torch.get_num_threads(),
         )  # fmt: skip
         return *grads, None, None, None, None
 

@@ -7,6 +7,7 @@ Letters: B rows, N positions, d hidden size, H heads, K key-value heads, c head 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -79,6 +80,12 @@ class DecoderLayer:
     def v(self) -> tuple[Tensor, Tensor | None]:
         """Weight (K·c, d) and bias (K·c,)."""
         return self._projection(self.heads + self.kv_heads, self.kv_heads)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Every weight of the block."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
 
     def _projection(self, start: int, heads: int) -> tuple[Tensor, Tensor | None]:
         part = slice(start * self.head_size, (start + heads) * self.head_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prototok_kernels.backend import _cpu, require
 from prototok_kernels.packed import packed, why_unpacked
+from prototok_kernels.views import views
 
 try:
     import triton
@@ -163,17 +164,16 @@ def _cpu_pass(
 ) -> None:
     try:
         _cpu.head(
-            logits=logits.data_ptr(),
-            gradient=0 if gradient is None else gradient.data_ptr(),
-            targets=targets.data_ptr(),
-            token_weight=0 if token_weight is None else token_weight.data_ptr(),
-            loss=out.loss.data_ptr(),
-            predicted=out.predicted.data_ptr(),
-            margin=out.margin.data_ptr(),
-            rows=logits.shape[0],
-            vocabulary=logits.shape[1],
+            **views(
+                logits=logits,
+                gradient=gradient,
+                targets=targets,
+                token_weight=token_weight,
+                loss=out.loss,
+                predicted=out.predicted,
+                margin=out.margin,
+            ),
             temperature=temperature,
-            is_bf16=logits.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
         )
     except IndexError as error:
@@ -199,20 +199,21 @@ def _linear_cross_entropy_packed(
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
     rows, threads = len(targets), torch.get_num_threads()
-    head = packed([weight], lambda: _cpu.PackedHead(weight.data_ptr(), *weight.shape))
+    head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
     share = -(-rows // threads)
-    tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(1)))
+    tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
     try:
         head.run(
-            hidden=hidden.data_ptr(),
-            grad_hidden=0 if out.grad_hidden is None else out.grad_hidden.data_ptr(),
-            targets=targets.data_ptr(),
-            token_weight=0 if token_weight is None else token_weight.data_ptr(),
-            loss=out.loss.data_ptr(),
-            predicted=out.predicted.data_ptr(),
-            margin=out.margin.data_ptr(),
-            rows=rows,
+            **views(
+                hidden=hidden,
+                grad_hidden=out.grad_hidden,
+                targets=targets,
+                token_weight=token_weight,
+                loss=out.loss,
+                predicted=out.predicted,
+                margin=out.margin,
+            ),
             temperature=temperature,
             tile=max(1, -(-share // tiles)),
             threads=threads,

@@ -1,29 +1,47 @@
-"""C++ objects that hold frozen weights laid out for their products, as long as those live."""
+"""What C++ makes of frozen weights: made anew when one has changed, let go with their owner."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 # The instructions that products with packed weights are made of.
 PACKED = "avx512bf16"
 
-# By the first weight: what was seen of all of them, the object, and those it must keep alive.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+Made = TypeVar("Made")
+
+# By owner: what was seen of its weights, and what was made of them.
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_making = threading.Lock()
 
 
-def packed(weights: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-    """`make()` when these weights are first seen, or seen to have changed, and kept until then."""
-    state = [(weight.data_ptr(), weight._version) for weight in weights]
-    known, made, _ = _packed.get(weights[0], (None, None, None))
-    if known != state:
-        made = make()
-        _packed[weights[0]] = state, made, weights[1:]
-    return made
+def packed(owner: object, weights: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+    """Return what `make()` made of the owner's weights, made anew when one of them has changed.
+
+    It is kept as long as `owner` lives, by any number of threads, and by those that still use it.
+    So it must not hold the owner: of an owner that is itself the weight it holds an alias.
+    """
+    state = [_state_of(weight) for weight in weights]
+    known, made = _packed.get(owner, (None, None))
+    if known == state:
+        return made
+    with _making:  # so that threads that start together make it once
+        known, made = _packed.get(owner, (None, None))
+        if known != state:
+            made = make()
+            _packed[owner] = state, made
+        return made
+
+
+def _state_of(weight: Tensor) -> object:
+    """Return what differs once a weight is changed in place or given other memory."""
+    # A tensor of inference mode counts no versions, and may have changed since any look at it.
+    return object() if weight.is_inference() else (weight.data_ptr(), weight._version)
 
 
 def why_unpacked(weights: Sequence[Tensor]) -> str | None:

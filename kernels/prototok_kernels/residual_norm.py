@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok_kernels.backend import _cpu, require
+from prototok_kernels.views import views
 
 try:
     import triton
@@ -112,10 +113,11 @@ def _forward(
         return total, normed, statistics
     if backend == "cpu":
         _cpu.residual_norm(
-            x.data_ptr(), 0 if delta is None else delta.data_ptr(),
-            0 if delta is None else total.data_ptr(), normed.data_ptr(), weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(), statistics.data_ptr(), rows, size, eps,
-            x.dtype == torch.bfloat16, torch.get_num_threads(),
+            **views(
+                x=x, delta=delta, sum=None if delta is None else total, normed=normed,
+                weight=weight, bias=bias, statistics=statistics,
+            ),
+            eps=eps, threads=torch.get_num_threads(),
         )  # fmt: skip
     else:
         with torch.cuda.device_of(x):
@@ -153,10 +155,11 @@ class _ResidualNorm(torch.autograd.Function):
                 grad_total = grad_total.contiguous()
             if rows and ctx.backend == "cpu":
                 _cpu.residual_norm_backward(
-                    0 if grad_total is None else grad_total.data_ptr(), grad_normed.data_ptr(),
-                    total.data_ptr(), weight.data_ptr(), statistics.data_ptr(), grad.data_ptr(),
-                    rows, size, ctx.centred, total.dtype == torch.bfloat16,
-                    torch.get_num_threads(),
+                    **views(
+                        grad_sum=grad_total, grad_normed=grad_normed, sum=total,
+                        weight=weight, statistics=statistics, grad=grad,
+                    ),
+                    centred=ctx.centred, threads=torch.get_num_threads(),
                 )  # fmt: skip
             elif rows:
                 with torch.cuda.device_of(total):
@@ -188,6 +191,7 @@ def residual_norm(
     """
     require(backend, x)
     _check(x, delta, weight, bias)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if backend == "torch":
         return residual_norm_ref(x, delta, weight, bias, eps)
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):

@@ -5,26 +5,24 @@ Letters: T texts, S seeds, N targets of a text, K vectors in front, d hidden siz
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 
 import torch
-import transformers
 from torch import Tensor
 
-import prototok
-from prototok.autoregressive.generate import generate, require_room
-from prototok.common.arguments import is_count, require_batch_size, seed_list
-from prototok.common.progress import Progress
+from prototok.autoregressive.generate import require_room
+from prototok.autoregressive.verify import Generated, cache_of, verify
+from prototok.common.arguments import batch_size_of, is_count, seed_list
 from prototok.common.world import own_world
+from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import TeacherForced
 from prototok.fitting.engine.rows import make_units
-from prototok.fitting.engine.run import Finished, FitEvent, run
+from prototok.fitting.engine.run import FitEvent
+from prototok.fitting.engine.setup import Setup
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.frozen_lm import FrozenLM, require_frozen
-from prototok.results.fit_result import FitInterrupted
 from prototok.results.mem_fit import MemFit
+from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of
 
 
@@ -76,82 +74,57 @@ def fit(
     if first not in ("predicted", "given"):
         raise ValueError(f"first: {first!r} is not 'predicted' or 'given'")
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
-    require_batch_size(batch_size)
+    rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)
     given = int(first == "given")
     targets = targets_of(lm, texts, length)
     for i, ids in enumerate(targets):
         if len(ids) <= given:
             raise ValueError(f"texts: text {i} has one token, and first = 'given' scores none")
-        try:
-            require_room(lm, k, len(ids))
-        except ValueError as error:
-            raise ValueError(f"texts: text {i} is too long; {error}") from None
+    require_room_for(targets, lambda n: require_room(lm, k, n))
+    setup = teacher_forced(lm, k, settings, backend, rows_at_once, given)
+
+    def collect(rows: list[EndedRow[Generated]]) -> MemFit:
+        positions = setup.inputs.input_length(max(len(ids) for ids in targets))
+        plan = lm.plan(len(targets) * len(chosen), positions, backend)
+        provenance = provenance_of(lm, settings, chosen, plan) | {"verified with": cache_of(lm)}
+        return mem_fit_of(setup, rows, len(chosen), provenance)
 
     units = make_units(targets, chosen, None, None)
-    verified: dict[int, _Verified] = {}  # by row
+    return fit_all(setup, units, verify, collect, Watching("fit [mem]", progress, callback))
 
-    def confirm(finished: Finished) -> bool:
-        (row,) = finished.unit.rows
-        verified[row.index] = _verify(lm, row.targets, finished.vectors[0][0], given, backend)
-        return verified[row.index].accuracy >= settings.accuracy
 
-    inputs = TeacherForced(lm.embedding, k, given)
-    ended: dict[int, tuple[Finished, _Verified]] = {}  # by row
-    exact = 0
+def teacher_forced(
+    lm: FrozenLM, k: int, recipe: Recipe, backend: str, batch_size: int | None, given: int
+) -> Setup:
+    """Set up fits of K vectors in front of the text; `given` tokens of it are not scored."""
+    return Setup(lm, TeacherForced(lm.embedding, k, given), recipe, backend, batch_size)
 
-    def observe(event: FitEvent) -> None:
-        bar.update(len(ended), f"{exact} exact, the oldest at step {int(event.steps.max())}")
-        if callback is not None:
-            callback(event)
 
-    def result(texts: list[int]) -> MemFit:
-        rows = [ended[t * len(chosen) + s] for t in texts for s in range(len(chosen))]
-        shape = (len(texts), len(chosen))
+def mem_fit_of(
+    setup: Setup, rows: list[EndedRow[Generated]], seeds: int, provenance: dict[str, str]
+) -> MemFit:
+    """Put rows, text by text with `seeds` rows each, into a MemFit."""
 
-        def column(values: list[float] | list[int]) -> Tensor:
-            return torch.tensor(values).view(shape)
+    def column(
+        read: Callable[[EndedRow[Generated]], float], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return columns_of(rows, seeds, read, dtype)
 
-        accuracy = column([v.accuracy for _, v in rows])
-        positions = inputs.input_length(max(len(ids) for ids in targets))
-        plan = lm.plan(len(targets) * len(chosen), positions, backend)
-        return MemFit(
-            mem=torch.stack([f.vectors[0][0] for f, _ in rows]).view(*shape, k, lm.hidden_size),
-            targets=[targets[t] for t in texts], first=first, model=lm.identity,
-            accuracy=accuracy, exact=accuracy == 1.0,
-            margin=column([v.margin for _, v in rows]),
-            accuracy_teacher_forced=column([v.teacher_forced for _, v in rows]),
-            steps=column([f.steps for f, _ in rows]),
-            seconds=column([f.seconds for f, _ in rows]),
-            provenance={
-                "recipe": json.dumps(dataclasses.asdict(settings)),
-                "seeds": json.dumps(chosen),
-                "dtype": str(lm.dtype).removeprefix("torch."),
-                "device": lm.device.type,
-                "backend": plan.passes.taken,
-                "plan": plan.summary(),
-                "verified with": _cache(lm),
-                "prototok": prototok.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        )  # fmt: skip
-
-    try:
-        with Progress(len(units), "fit [mem]", progress) as bar:
-            fits = run(lm, units, inputs, settings, batch_size, backend, confirm, observe)
-            for finished in fits:
-                (row,) = finished.unit.rows
-                check = verified.pop(row.index)
-                ended[row.index] = (finished, check)
-                exact += check.accuracy == 1.0
-    except KeyboardInterrupt:
-        seeds_of = range(len(chosen))
-        whole = [
-            t for t in range(len(targets)) if all(t * len(chosen) + s in ended for s in seeds_of)
-        ]
-        raise FitInterrupted(result(whole) if whole else None, whole) from None
-    return result(list(range(len(targets))))
+    accuracy = column(lambda one: one.check.accuracy)
+    return MemFit(
+        mem=torch.stack([one.vectors for one in rows]).unflatten(0, (-1, seeds)),
+        targets=[one.row.targets for one in rows[::seeds]],
+        first="given" if setup.inputs.given else "predicted",
+        model=setup.lm.identity,
+        accuracy=accuracy,
+        exact=accuracy == 1.0,
+        margin=column(lambda one: one.check.margin),
+        accuracy_teacher_forced=column(lambda one: one.check.teacher_forced),
+        steps=column(lambda one: one.steps, torch.int64),
+        seconds=column(lambda one: one.seconds),
+        provenance=provenance,
+    )
 
 
 def kuratov(lm: FrozenLM) -> Recipe:
@@ -161,46 +134,3 @@ def kuratov(lm: FrozenLM) -> Recipe:
     steps, and no more than 2000 in a row without a higher accuracy.
     """
     return Recipe(name="kuratov", init_std=float(lm.embedding.float().std()), patience=2000)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Verified:
-    """One row at batch 1, in the model's dtype and in float32; the worse of both."""
-
-    accuracy: float  # as generated
-    margin: float
-    teacher_forced: float
-
-
-def _verify(lm: FrozenLM, targets: Tensor, mem: Tensor, given: int, backend: str) -> _Verified:
-    """Generate from one row's vectors (K, d) and compare with its targets (N,)."""
-    accuracy = teacher_forced = 1.0
-    margin = float("inf")
-    first = targets[:1] if given else None
-    for model in (lm, lm.cast(torch.float32)):
-        ids = generate(model, mem[None], len(targets), _cache(lm), first, backend)[0]
-        right = (ids == targets)[given:]
-        margins = _margins(model, targets, mem, backend)[given:]
-        accuracy = min(accuracy, float(right.double().mean()))
-        teacher_forced = min(teacher_forced, float((margins > 0).double().mean()))
-        # Up to its first wrong token the generation has read the text itself.
-        sound = int(right.long().cumprod(0).sum())
-        margin = min(margin, float(margins[: sound + 1].min()))
-        if sound < len(right):
-            margin = min(margin, 0.0)
-    return _Verified(accuracy, margin, teacher_forced)
-
-
-@torch.no_grad()
-def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor:
-    """(N,) target logit minus the best other logit, with the text before each target given."""
-    vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
-    inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
-    logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)
-    own = logits.gather(1, ids[:, None])
-    best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
-    return (own[:, 0] - best_other).cpu()
-
-
-def _cache(lm: FrozenLM) -> str:
-    return "dynamic" if lm.body.family == "general" else "engine"

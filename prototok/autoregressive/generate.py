@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.common.arguments import is_count
+from prototok.common.per_thread import PerThread
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families.body import DecoderBody
@@ -72,7 +73,11 @@ def generate(
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
         length -= 1
-    ids = first.new_empty(rows, 0) if first is not None else torch.empty(rows, 0).long()
+    ids = (
+        first.new_empty(rows, 0)
+        if first is not None
+        else torch.empty(rows, 0, dtype=torch.int64, device="cpu")
+    )
     if length:
         made = greedy(_twin(lm), length, cache, inputs_embeds=prompt)
         ids = made.cpu()
@@ -128,7 +133,7 @@ def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None, backend
         decoder = _static_decoder(lm, rows, leading + length, plan.passes.taken)
         return decoder.generate(mem, length, first)
     few = cpu_decoder(lm, rows, leading + length, leading)
-    ids = torch.empty(length, rows, dtype=torch.int64)
+    ids = torch.empty(length, rows, dtype=torch.int64, device="cpu")
     begin = 0
     if first is not None:
         ids[0], begin = first, 1
@@ -167,9 +172,10 @@ def _body(lm: FrozenLM) -> DecoderBody:
     return lm.body
 
 
-# What the last call with a model used; the next one, a fit's verification above all, is alike.
 _twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
-_decoders: WeakKeyDictionary[FrozenLM, StaticDecoder] = WeakKeyDictionary()
+# What a thread's last call with a model used; the next one, a fit's verification above all, is
+# alike. It holds the key-value cache of the call.
+_decoders = PerThread()
 
 
 def _twin(lm: FrozenLM) -> PreTrainedModel:
@@ -181,8 +187,8 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
 def _static_decoder(lm: FrozenLM, rows: int, positions: int, backend: str) -> StaticDecoder:
     """A decoder with room for so many positions: that of the last call where it fits."""
     capacity = -(-positions // POSITIONS) * POSITIONS
-    found = _decoders.get(lm)
+    found: StaticDecoder | None = _decoders.of.get(lm)
     wanted = (rows, capacity, backend)
     if found is None or (found.rows, found.capacity, found.backend) != wanted:
-        found = _decoders[lm] = StaticDecoder(_body(lm), lm, rows, capacity, backend)
+        found = _decoders.of[lm] = StaticDecoder(_body(lm), lm, rows, capacity, backend)
     return found

@@ -25,7 +25,7 @@ class Generate:
 
     def __call__(self, length: int, batch: int, cache: str) -> Tensor:
         """(batch, length) int64 generated ids. The prompt is one token, the same in every row."""
-        prompt = torch.full((batch, 1), self.first, device=self.device)
+        prompt = torch.full((batch, 1), self.first, device=self.device, dtype=torch.int64)
         return greedy(self.model, length, cache, input_ids=prompt)[:, 1:]
 
     def call(self, length: int, batch: int, cache: str) -> Callable[[], Tensor]:
@@ -38,7 +38,7 @@ class Engine:
 
     def __init__(self, lm: FrozenLM, dtype: torch.dtype) -> None:
         self.lm = lm.cast(dtype)
-        self.first = torch.tensor([[lm.bos_id or 0]])
+        self.first = torch.tensor([[lm.bos_id or 0]], dtype=torch.int64, device="cpu")
 
     def __call__(self, length: int, batch: int) -> Tensor:
         """(batch, length) int64 generated ids."""

@@ -32,8 +32,9 @@ def bench(
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
     """Fit, verify, and time one forward pass against KV-cached decoding."""
-    from prototok.bench.measure import BenchSettings, run_bench, table, write
+    from prototok.bench.measure import BenchSettings, run_bench
     from prototok.bench.profile import step_range
+    from prototok.bench.table import table, write
     from prototok.model.load import BUILT_IN
 
     if shape is not None and model:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from prototok.common.clock import timed
 from prototok_kernels.backend import this_machine
 from prototok_kernels.plan import Plan, Shape, plan_of
 
@@ -64,30 +63,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def timed(function: Callable[[], object], device: torch.device, least: float = 0.2) -> list[float]:
-    """Seconds of single calls, repeated for at least `least` seconds and three times, warm."""
-    function()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < least and len(times) < 200):
-        times.append(once(function, device))
-    return times
-
-
-def once(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    clock = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - clock
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the practical peak of this machine in this dtype."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device))
 
 

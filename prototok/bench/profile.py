@@ -19,7 +19,8 @@ from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import StepRunner, step_runner
-from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM
@@ -148,11 +149,11 @@ def profile(
 
 def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator)
+    ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator, device="cpu")
     units = make_units(list(ids), [0], None, None)
     endless = Recipe(margin=1e9, max_steps=10**9)
-    capacity = Capacity(work.batch, work.batch, work.length)
-    slots = Slots(lm, OneForward(arrangement), endless, work.backend, capacity)
+    setup = Setup(lm, OneForward(arrangement), endless, work.backend, work.batch)
+    slots = Slots(setup, Room(work.batch, work.batch, work.length))
     slots.admit(units)
     make = StepRunner if work.eager else step_runner
     return make(lm, slots, work.batch).advance
@@ -160,7 +161,14 @@ def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], 
 
 def _decode(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(work.batch, arrangement.slots, lm.hidden_size, generator=generator)
+    vectors = torch.randn(
+        work.batch,
+        arrangement.slots,
+        lm.hidden_size,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
+    )
 
     def advance(times: int) -> None:
         for _ in range(times):

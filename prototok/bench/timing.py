@@ -18,6 +18,7 @@ from prototok.autoregressive.generate import matrices
 from prototok.bench import machine
 from prototok.bench.baselines import CACHES, Engine, Generate
 from prototok.bench.vllm import vllm_seconds
+from prototok.common.clock import once, timed
 from prototok.decoding.decode import decode_ids
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
@@ -139,12 +140,12 @@ def time_all(
         seconds: dict[tuple[str, torch.dtype], list[float]] = {way: [] for way in ways}
         for turn in range(_TURNS):
             for way, call in ways.items():
-                spent = machine.once(call, lm.device)
+                spent = once(call, lm.device)
                 if turn:  # the first warms up
                     seconds[way].append(spent)
         # A way that takes milliseconds needs more readings than one that takes seconds.
         for way in quick:
-            seconds[way] += machine.timed(ways[way], lm.device, 0.1)
+            seconds[way] += timed(ways[way], lm.device, 0.1)
         for (method, dtype), readings in seconds.items():
             share = None
             middle = statistics.median(readings)

@@ -24,7 +24,11 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     return listed
 
 
-def require_batch_size(batch_size: object) -> None:
-    """ValueError unless `batch_size` is "auto" or a positive integer."""
-    if batch_size != "auto" and not is_count(batch_size):
+def batch_size_of(batch_size: int | str) -> int | None:
+    """Return the rows a forward takes, None for "auto"; ValueError for anything else."""
+    if batch_size == "auto":
+        return None
+    if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
+    assert isinstance(batch_size, int)
+    return batch_size

@@ -1,39 +1,50 @@
-"""The C++ decoder of a model on the CPU, kept between calls that are alike.
+"""The C++ decoder of a model on the CPU: weights that all threads read, and each thread's state.
 
 Letters: R rows, N positions.
 """
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from typing import Any
 
+from prototok.common.per_thread import PerThread
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
-from prototok_kernels.decoder import POSITIONS, Decoder
+from prototok_kernels.decoder import POSITIONS, Decoder, decoder_model
+from prototok_kernels.packed import packed
 
-# What the last call with a model used; a fit's verification and a benchmark repeat themselves.
-_decoders: WeakKeyDictionary[FrozenLM, Decoder] = WeakKeyDictionary()
+# The decoder of a thread's last call with a model; a fit's verification repeats itself.
+_decoders = PerThread()
 
 
 def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder:
     """A decoder of R rows with room for `positions`, in passes of at most `longest` of them.
 
-    Only where the plan's decoder is "cpu".
+    It is this thread's until its next call with the same model. Only where the plan's decoder is
+    "cpu".
     """
     body = lm.body
-    assert isinstance(body, DecoderBody)
-    found = _decoders.get(lm)
+    assert isinstance(body, DecoderBody) and body.head is not None
+    model = _model(lm, body)
+    found = _decoders.of.get(lm)
     if (
         found is None
+        or found.model is not model
         or found.rows != rows
         or found.positions < positions
         or found.longest < longest
     ):
-        assert body.head is not None
         capacity = -(-positions // POSITIONS) * POSITIONS
         rotary = body.rotary(capacity)
-        found = _decoders[lm] = Decoder(
-            body.layers, (body.norm, body.norm_bias), body.head, lm.embedding, rotary,
-            (rows, capacity, longest),
-        )  # fmt: skip
+        found = Decoder(model, len(body.head), rotary, (rows, capacity, longest))
+        _decoders.of[lm] = found
     return found
+
+
+def _model(lm: FrozenLM, body: DecoderBody) -> Any:
+    """The weights as C++ reads them; in place, so that only what was copied can be out of date."""
+    assert body.head is not None
+    ends, norm = (body.head, lm.embedding), (body.norm, body.norm_bias)
+    weights = [weight for layer in body.layers for weight in layer.tensors]
+    weights += [weight for weight in (*norm, *ends) if weight is not None]
+    return packed(lm, weights, lambda: decoder_model(body.layers, norm, body.rotary.width, ends))

@@ -145,7 +145,7 @@ def decode(
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
         lengths = [length] * len(lengths)
-    ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64)
+    ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64, device="cpu")
     for size in sorted(set(lengths)):
         rows = [r for r, n in enumerate(lengths) if n == size]
         for start in range(0, len(rows), batch_size):

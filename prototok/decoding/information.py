@@ -22,7 +22,7 @@ SUCCESS = 0.99  # the paper's *successful* reconstruction; *perfect* is 1.0
 
 def token_accuracy(predicted: Sequence[int] | Tensor, targets: Sequence[int] | Tensor) -> float:
     """C_tokens / N: share of positions at which prediction and target agree."""
-    a, b = torch.as_tensor(predicted), torch.as_tensor(targets)
+    a, b = torch.as_tensor(predicted, device="cpu"), torch.as_tensor(targets, device="cpu")
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(
             f"predicted: shape {tuple(a.shape)} does not go with targets of shape {tuple(b.shape)}"
@@ -76,7 +76,11 @@ def information(
     rows = targets_of(lm, texts, length)
     nats, scored = [], []
     for ids in rows:
-        context = ids if bos == "drop" else torch.cat([torch.tensor([lm.bos_id]), ids])
+        context = (
+            ids
+            if bos == "drop"
+            else torch.cat([torch.tensor([lm.bos_id], dtype=torch.int64, device="cpu"), ids])
+        )
         if lm.context is not None and len(context) - 1 > lm.context:
             raise ValueError(f"texts: {len(context)} tokens do not fit a context of {lm.context}")
         total = 0.0
@@ -93,4 +97,8 @@ def information(
             total = float(head.loss.double().sum())
         nats.append(total)
         scored.append(len(context) - 1)
-    return Information(torch.tensor(nats, dtype=torch.float64), torch.tensor(scored), bos)
+    return Information(
+        torch.tensor(nats, dtype=torch.float64, device="cpu"),
+        torch.tensor(scored, dtype=torch.int64, device="cpu"),
+        bos,
+    )

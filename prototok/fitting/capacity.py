@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import batch_size_of, is_count
 from prototok.common.progress import Progress
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
+from prototok.fitting.driver import fit_units
 from prototok.fitting.engine.rows import Row, Unit
-from prototok.fitting.fast_fit import fit_units, vectors_by_row
+from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.fitting.verify import verify
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
@@ -90,13 +92,17 @@ def capacity(
     if init is not None:
         init.require_model(lm)
     settings, layout = recipe_of(recipe), Arrangement.parse("e m*")
+    setup = one_forward(lm, layout, settings, init, backend, batch_size_of(batch_size))
     targets = targets_of(lm, texts)
     room = [n for n in grid if lm.context is None or layout.input_length(n) <= lm.context]
     require_length(grid[0], lm, layout)
 
     count = len(targets)
-    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
-    seconds, ended = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64, device="cpu") for _ in range(3))
+    seconds, ended = (
+        torch.zeros(count, dtype=torch.float32, device="cpu"),
+        torch.zeros(count, dtype=torch.bool, device="cpu"),
+    )
     growing = [_Growth(t, ids) for t, ids in enumerate(targets)]
     for growth in growing:
         growth.reaches = sum(n <= len(growth.ids) for n in room)
@@ -105,18 +111,16 @@ def capacity(
     with Progress(count, "capacity", progress) as bar:
         while growing:
             units = [growth.unit(room) for growth in growing]
-            fits = fit_units(
-                lm, units, layout, settings, batch_size, backend, lambda event: None, init
-            )
-            for finished, (check,) in fits:
-                growth = next(g for g in growing if g.text == finished.unit.group)
+            for unit, (one,) in fit_units(setup, units, verify, lambda event: None):
+                growth = next(g for g in growing if g.text == unit.group)
+                check = one.check
                 t, n = growth.text, room[growth.stage]
-                steps[t] += finished.steps
-                seconds[t] += finished.seconds
+                steps[t] += one.steps
+                seconds[t] += one.seconds
                 if check.accuracy >= 0.99:
                     at_099[t] = n
                     exact[t] = n if check.exact else exact[t]
-                    (growth.start,) = vectors_by_row(finished)
+                    growth.start = one.vectors
                     growth.stage, growth.failed = growth.stage + 1, 0
                     ended[t] = growth.stage == growth.reaches
                 else:

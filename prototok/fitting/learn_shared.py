@@ -5,20 +5,18 @@ Letters: T texts, N targets, d hidden size.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import torch
 from torch import Tensor
 
-import prototok
 from prototok.common.arguments import is_count
+from prototok.common.version import VERSION
 from prototok.common.world import own_world
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM
+from prototok.results.provenance import as_json
 from prototok.texts.targets import Texts, targets_of
 
 # Where one m cannot carry the texts it says little about what carries one of them.
@@ -81,11 +79,11 @@ def learn_shared(
         basis=eigenbasis(lm, backend).cpu(),
         model=lm.identity,
         provenance={
-            "recipe": json.dumps(dataclasses.asdict(recipe)),
+            "recipe": as_json(recipe),
             "texts": str(len(targets)),
             "length": str(length),
             "accuracy": f"{float(fit.accuracy.mean()):.3f}",
-            "prototok": prototok.__version__,
+            "prototok": VERSION,
             "torch": torch.__version__,
         },
     )
@@ -99,7 +97,7 @@ def sample(lm: FrozenLM, count: int, length: int, backend: str, seed: int = 0) -
     part of the text.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(lm.vocab_size, (count, 1), generator=generator)
+    first = torch.randint(lm.vocab_size, (count, 1), generator=generator, device="cpu")
     ids = first if lm.bos_id is None else torch.full_like(first, lm.bos_id)
     for _ in range(length):
         logits = lm.logits(lm.embed(ids), backend)[:, -1].float().cpu()

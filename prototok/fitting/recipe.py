@@ -99,7 +99,8 @@ class Recipe:
 
     def lr_at(self, step: Tensor) -> Tensor:
         """Learning rate of the update that follows `step` updates; on the device, row by row."""
-        rate = torch.full_like(step, self.lr, dtype=torch.float32)
+        step = step.float()  # or torch's default dtype would be that of the quotients
+        rate = torch.full_like(step, self.lr)
         if self.schedule == "cosine":
             rate = rate * (1 + torch.cos(math.pi * self._phase(step))) / 2
         if self.warmup:
@@ -115,7 +116,7 @@ class Recipe:
         starts = [0]
         while starts[-1] <= self.max_steps:
             starts.append(2 * starts[-1] + self.cycle)
-        phase = torch.zeros_like(step, dtype=torch.float32)
+        phase = torch.zeros_like(step)
         for start, end in itertools.pairwise(starts):
             inside = (step >= start) & (step < end)
             phase = torch.where(inside, (step - start) / (end - start), phase)

@@ -75,7 +75,10 @@ def pair_distances(
     for text, context in zip(texts, contexts, strict=True):
         if home.setdefault(text, context) != context:
             raise ValueError(f"contexts: text {text} stands in {home[text]} and in {context}")
-    text_of, context_of = torch.tensor(list(texts)), torch.tensor(list(contexts))
+    text_of, context_of = (
+        torch.tensor(list(texts), dtype=torch.int64, device="cpu"),
+        torch.tensor(list(contexts), dtype=torch.int64, device="cpu"),
+    )
     first, second = torch.triu_indices(rows, rows, offset=1)
     same_text = text_of[first] == text_of[second]
     same_context = context_of[first] == context_of[second]
@@ -104,14 +107,14 @@ def binned_mean(x: Tensor, y: Tensor, bins: int = 10) -> Curve:
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"y: shape {tuple(y.shape)} does not go with x of shape {tuple(x.shape)}")
     x, y = x.double(), y.double()
-    cuts = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    cuts = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")[1:-1]
     edges = x.quantile(cuts).unique() if len(x) else x
     place = torch.bucketize(x, edges, right=True)
     groups = [(x[place == i], y[place == i]) for i in place.unique()]
-    empty = torch.empty(0, dtype=torch.float64)
+    empty = torch.empty(0, dtype=torch.float64, device="cpu")
     return Curve(
         x=torch.stack([g.mean() for g, _ in groups]) if groups else empty,
         y=torch.stack([g.mean() for _, g in groups]) if groups else empty,
         std=torch.stack([g.std(correction=0) for _, g in groups]) if groups else empty,
-        count=torch.tensor([len(g) for g, _ in groups], dtype=torch.int64),
+        count=torch.tensor([len(g) for g, _ in groups], dtype=torch.int64, device="cpu"),
     )

@@ -104,7 +104,7 @@ def interpolate(
     """
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
-    still = torch.zeros(len(ends.pairs), dtype=torch.int64)
+    still = torch.zeros(len(ends.pairs), dtype=torch.int64, device="cpu")
     accuracy = ends.accuracy(None, t, batch_size)
     straight = ends.straight()
     return Paths(ends.pairs, t, accuracy, straight.clone(), straight, None, still)
@@ -178,7 +178,8 @@ class _Ends:
         ends = torch.stack([torch.stack([tokens.vectors(row) for row in p]) for p in chosen])
         targets = [fit.targets[first // seeds] for first, _ in chosen]
         return cls(
-            lm, OneForward(arrangement), torch.tensor(chosen), ends.to(lm.device), targets, backend
+            lm, OneForward(arrangement), torch.tensor(chosen, dtype=torch.int64, device="cpu"),
+            ends.to(lm.device), targets, backend,
         )  # fmt: skip
 
     def part(self, at: list[int]) -> _Ends:
@@ -206,7 +207,7 @@ class _Ends:
         offset = self.inputs.offset
         hidden = hidden[:, offset : offset + targets.shape[1]].flatten(0, 1)
         position = torch.arange(targets.shape[1], device=targets.device)
-        scored = position < torch.tensor(lengths, device=targets.device)[:, None]
+        scored = position < torch.tensor(lengths, device=targets.device, dtype=torch.int64)[:, None]
         output = linear_cross_entropy(
             hidden.detach(), self.lm.body.head, targets.flatten(), scored.flatten().float(),
             need_grad=need_grad, backend=plan.head.taken,
@@ -223,7 +224,7 @@ class _Ends:
             rows = bezier(self.ends[path : path + 1], control[path : path + 1], t.to(control))[0]
             for start in range(0, len(rows), batch_size):
                 part = rows[start : start + batch_size]
-                at = torch.full((len(part),), path)
+                at = torch.full((len(part),), path, dtype=torch.int64, device="cpu")
                 predicted = self.head(part, at, need_grad=False)[1].predicted
                 right = predicted.view(len(part), -1).cpu() == targets
                 found.append(right.float().mean(1))
@@ -237,7 +238,7 @@ def _fit_curves(
     control = ends.ends.mean(1)
     adam = AdamWState.zeros(control.flatten(1))
     constants = AdamWSettings(settings.betas, weight_decay=0.0)
-    rate = torch.full((len(control),), settings.lr, device=control.device)
+    rate = torch.full((len(control),), settings.lr, device=control.device, dtype=torch.float32)
     generator = torch.Generator().manual_seed(settings.seed)
     best, best_accuracy = control.clone(), ends.accuracy(control, t, batch_size)
     active = best_accuracy.amin(1) < 1.0
@@ -246,7 +247,9 @@ def _fit_curves(
         alive = active.nonzero()[:, 0]
         if not len(alive):
             break
-        drawn = torch.rand(len(control), settings.samples, generator=generator)[alive]
+        drawn = torch.rand(
+            len(control), settings.samples, generator=generator, dtype=torch.float32, device="cpu"
+        )[alive]
         grad = torch.zeros_like(control)
         grad[alive] = _gradient(ends, control[alive], alive, drawn)
         adamw_rows_(
@@ -289,4 +292,4 @@ def _exact_pairs(fit: FitResult) -> list[tuple[int, int]]:
 def _grid(points: int) -> Tensor:
     if not is_count(points) or points < 2:
         raise ValueError(f"points: {points!r} is not an integer of at least 2")
-    return torch.linspace(0, 1, points, dtype=torch.float64)
+    return torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")

@@ -51,7 +51,9 @@ def score(
             rows, (t for t in fit.targets for _ in range(tokens.seeds)), strict=True
         )
     ]
-    return torch.tensor(found).view(len(fit.targets), tokens.seeds)
+    return torch.tensor(found, dtype=torch.float32, device="cpu").view(
+        len(fit.targets), tokens.seeds
+    )
 
 
 def noisy(tokens: ProtoTokens, level: float, seed: int = 0, vectors: str = "e") -> ProtoTokens:
@@ -65,7 +67,9 @@ def noisy(tokens: ProtoTokens, level: float, seed: int = 0, vectors: str = "e") 
 
     def shaken(x: Tensor) -> Tensor:
         size = x.square().mean(-1, keepdim=True).sqrt()
-        return x + level * size * torch.randn(x.shape, generator=generator)
+        return x + level * size * torch.randn(
+            x.shape, generator=generator, dtype=torch.float32, device="cpu"
+        )
 
     return _changed(tokens, shaken, vectors)
 

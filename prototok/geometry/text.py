@@ -40,12 +40,16 @@ def tfidf_distances(texts: Sequence[str]) -> Tensor:
         for row, words in enumerate(counts)
         for word, n in words.items()
     ]
-    cosine = torch.zeros(len(counts), len(counts), dtype=torch.float64)
+    cosine = torch.zeros(len(counts), len(counts), dtype=torch.float64, device="cpu")
     for start in range(0, len(column), _COLUMNS):  # few of a text's words are not zero
         part = [e for e in entries if start <= e[0] < start + _COLUMNS]
-        at = torch.tensor([(row, word - start) for word, row, _ in part]).T
-        block = torch.zeros(len(counts), _COLUMNS, dtype=torch.float64)
-        block[at[0], at[1]] = torch.tensor([weight for *_, weight in part], dtype=torch.float64)
+        at = torch.tensor(
+            [(row, word - start) for word, row, _ in part], dtype=torch.int64, device="cpu"
+        ).T
+        block = torch.zeros(len(counts), _COLUMNS, dtype=torch.float64, device="cpu")
+        block[at[0], at[1]] = torch.tensor(
+            [weight for *_, weight in part], dtype=torch.float64, device="cpu"
+        )
         cosine += block @ block.T
     return (1 - cosine).clamp(0, 1).fill_diagonal_(0.0)
 
@@ -90,7 +94,7 @@ def semantic_embeddings(
     encoder = encoder.eval().to(device)
     limit = _limit(str(model), encoder.config.max_position_embeddings)
     whole = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    vectors = torch.empty(len(texts), encoder.config.hidden_size)
+    vectors = torch.empty(len(texts), encoder.config.hidden_size, dtype=torch.float32, device="cpu")
     order = sorted(range(len(texts)), key=lambda i: -whole[i])
     for start in range(0, len(texts), batch_size):
         part = order[start : start + batch_size]
@@ -102,7 +106,9 @@ def semantic_embeddings(
         weight = batch["attention_mask"][..., None].float()
         mean = (hidden * weight).sum(1) / weight.sum(1)
         vectors[part] = torch.nn.functional.normalize(mean, dim=1).cpu()
-    return Semantic(vectors, (torch.tensor(whole) - limit).clamp(min=0))
+    return Semantic(
+        vectors, (torch.tensor(whole, dtype=torch.int64, device="cpu") - limit).clamp(min=0)
+    )
 
 
 def _limit(model: str, positions: int) -> int:

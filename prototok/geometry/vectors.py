@@ -31,7 +31,7 @@ def norms(lm: FrozenLM, vectors: Tensor) -> Norms:
     """Norms of `vectors` (R, d) beside those of the model's input embeddings."""
     _require_width(lm, vectors)
     table = lm.embedding.double().norm(dim=1).cpu()
-    at = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    at = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64, device="cpu")
     return Norms(vectors.double().norm(dim=1).cpu(), table.quantile(at))
 
 
@@ -56,7 +56,9 @@ def nearest_tokens(lm: FrozenLM, vectors: Tensor, k: int = 5, seed: int = 0) -> 
     table = lm.embedding.float()
     found = cosine_distances(vectors.to(table.device), table).topk(k, largest=False)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(16, lm.hidden_size, generator=generator).to(table.device)
+    drawn = torch.randn(
+        16, lm.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(table.device)
     # A distance of directions does not depend on the norm: one mean serves every row.
     chance = cosine_distances(drawn, table).amin(1).mean().cpu()
     return Nearest(found.indices.cpu(), found.values.cpu(), chance.expand(len(vectors)))
@@ -92,7 +94,11 @@ def pca(vectors: Tensor, components: int = 2) -> PCA:
     largest = kept.gather(1, kept.abs().argmax(1, keepdim=True))
     kept = kept * largest.sign()
     total = (size**2).sum()
-    explained = size[:components] ** 2 / total if total > 0 else torch.zeros(components).double()
+    explained = (
+        size[:components] ** 2 / total
+        if total > 0
+        else torch.zeros(components, dtype=torch.float64, device="cpu")
+    )
     return PCA(centred @ kept.T, kept, mean, explained)
 
 

@@ -5,6 +5,7 @@ Letters: B rows, N positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,8 @@ from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
 from prototok.model.identity import ModelIdentity
 from prototok_kernels.plan import Plan, plan_of
+
+_casting = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +93,19 @@ class FrozenLM:
         """The same model from the same stored weights in another dtype, made once and kept."""
         if dtype == self.dtype:
             return self
-        if dtype not in self._twins:
-            self._twins[dtype] = freeze(
-                self.source, self.identity, self.tokenizer, self.device, dtype
-            )
-        return self._twins[dtype]
+        with _casting:  # so that threads that start together make it once
+            if dtype not in self._twins:
+                self._twins[dtype] = freeze(
+                    self.source, self.identity, self.tokenizer, self.device, dtype
+                )
+            return self._twins[dtype]
+
+    def in_both_dtypes(self) -> list[FrozenLM]:
+        """Return the model in its own dtype and in float32, once where they are the same.
+
+        What is called exact has to hold in each of them.
+        """
+        return list(dict.fromkeys((self, self.cast(torch.float32))))
 
     def encode(self, text: str, bos: str = "drop") -> list[int]:
         """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
@@ -113,7 +124,9 @@ class FrozenLM:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; text=True needs one"
             )
-        text = self.tokenizer.decode(torch.as_tensor(ids), clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            torch.as_tensor(ids, device="cpu"), clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 

@@ -179,7 +179,8 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
         _require_causal(config, path, *(config.architectures or []))
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
-        with _no_progress_bar():
+        # Whatever the caller's default device is: weights are read on the CPU first.
+        with torch.device("cpu"), _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,

@@ -46,7 +46,17 @@ def _llama(
     )  # fmt: skip
 
 
+def _smollm2() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+
+
 SHAPES = {
+    "smollm2-135m": _smollm2,
     "pythia-160m": lambda: _pythia(768, 12, 12),
     "pythia-410m": lambda: _pythia(1024, 24, 16),
     "pythia-1.4b": lambda: _pythia(2048, 24, 16),

@@ -10,14 +10,15 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prototok
+from prototok.common.version import VERSION
 from prototok.report import raster
 from prototok.report.chart import svg
+from prototok.report.experiments import sections
 from prototok.report.findings import findings
 from prototok.report.gallery import gallery
 from prototok.report.page import page
 from prototok.report.results import Results
-from prototok.report.sections import Section, sections
+from prototok.report.section import Section
 from prototok.report.tables import to_csv, to_latex
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -68,7 +69,7 @@ def build(
 
 
 def _write_files(folder: Path, parts: list[Section], written: Written) -> None:
-    for table in (t for part in parts for t in part.tables):
+    for table in (t for part in parts for t in part.content.tables):
         for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table))):
             written.files.append(_write(folder / (table.name + suffix), text))
     drawing = raster.available()
@@ -76,7 +77,7 @@ def _write_files(folder: Path, parts: list[Section], written: Written) -> None:
         written.skipped.append(
             "PNG and PDF of charts: matplotlib is not installed (pip install prototok[analysis])"
         )
-    for chart in (c for part in parts for c in part.charts):
+    for chart in (c for part in parts for c in part.content.charts):
         written.files.append(_write(folder / f"{chart.name}.svg", svg(chart, alone=True)))
         if drawing:
             paths = [folder / f"{chart.name}.{suffix}" for suffix in ("png", "pdf")]
@@ -117,7 +118,7 @@ def _origin(results: Results) -> str:
     date = f", last fit {last:%Y-%m-%d}" if last else ""
     what = f"{len({(f['key'], f['row']) for f in fits})} fits"
     how = " · ".join((*made, *devices))
-    return f"{what}{date}{' · ' if how else ''}{how} · report by prototok {prototok.__version__}"
+    return f"{what}{date}{' · ' if how else ''}{how} · report by prototok {VERSION}"
 
 
 def _versions(text: str) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 
 from prototok.geometry.distances import CLASSES, Pairs
 from prototok.geometry.text import tfidf_distances
-from prototok.report.results import Experiment, Fit, Results, best_seeds, longest, name_of
-from prototok.report.sections import distances, fastest
+from prototok.report.experiments.distances import distances
+from prototok.report.experiments.throughput import fastest
+from prototok.report.results import Fit, Outcome, Results, best_seeds, longest, name_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _verdict(held: Sequence[bool], evidence: Sequence[str]) -> Verdict:
     return word, "; ".join(evidence)
 
 
-def _whole(part: Experiment) -> list[Fit]:
+def _whole(part: Outcome) -> list[Fit]:
     """Its fits once all of its units are done: half of a comparison is none."""
     return part.fits() if part.count("measured") == len(part.work) else []
 
@@ -304,7 +305,7 @@ def _curve_short(results: Results) -> Verdict:
     return _verdict(held, evidence)
 
 
-def _by(one: Experiment | None, column: str) -> list[tuple[str, Experiment]]:
+def _by(one: Outcome | None, column: str) -> list[tuple[str, Outcome]]:
     if one is None:
         return []
     return [(name_of(str(v)), one.where(**{column: v})) for v in one.values(column)]

@@ -21,7 +21,7 @@ from prototok.geometry.robustness import decodings, perturbations
 from prototok.geometry.text import semantic_embeddings
 from prototok.geometry.vectors import nearest_tokens, norms, pca
 from prototok.model.frozen_lm import FrozenLM
-from prototok.report.results import Experiment, Fit, Results
+from prototok.report.results import Fit, Outcome, Results
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.sweep.models import load_model
@@ -48,7 +48,7 @@ def measure(
     curves = curves or BezierSettings()
     paths = []
     one = results.get("figure6")
-    for part in by_setting(one) if one else []:
+    for part in _fitted(one) if one else []:
         fits = [f for f in part.fits() if f["exact"]]
         pairs = _pairs(fits, most_pairs)
         if not pairs:
@@ -115,17 +115,17 @@ def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
     e = rows[:, None, 0] if leading == 1 else rows[:, None, :leading]
     tokens = dataclasses.replace(
         first, e=e, m=None if first.m is None else rows[:, None, -1],
-        lengths=torch.tensor([f["length"] for f in fits]), seeds=1, share=None, groups=None,
-        model=lm.identity,
+        lengths=torch.tensor([f["length"] for f in fits], dtype=torch.int64, device="cpu"),
+        seeds=1, share=None, groups=None, model=lm.identity,
     )  # fmt: skip
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([f[name] for f in fits], dtype=dtype)[:, None]
+        return torch.tensor([f[name] for f in fits], dtype=dtype, device="cpu")[:, None]
 
     reals = ("accuracy", "margin", "loss", "seconds", "accuracy_in_batch")
     return FitResult(
         tokens=tokens,
-        targets=[torch.tensor(f["target_ids"], dtype=torch.int64) for f in fits],
+        targets=[torch.tensor(f["target_ids"], dtype=torch.int64, device="cpu") for f in fits],
         exact=column("exact", torch.bool),
         correct=column("correct", torch.int64),
         steps=column("steps", torch.int64),
@@ -133,24 +133,16 @@ def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
     )
 
 
-def by_setting(one: Experiment) -> list[Experiment]:
-    """The one-forward part of an experiment, by model, source, N and share."""
-    one = one.where(mode="one-forward")
-    found = [
-        one.where(model=m, source=s, length=n, share=share)
-        for m in one.values("model")
-        for s in one.values("source")
-        for n in one.values("length")
-        for share in one.values("share")
-    ]
-    return [part for part in found if part.fits()]
+def _fitted(one: Outcome) -> list[Outcome]:
+    """The one-forward parts of an outcome that have fits, by setting."""
+    return [part for part in one.where(mode="one-forward").by_setting() if part.fits()]
 
 
-def _one_a_model(results: Results) -> list[Experiment]:
+def _one_a_model(results: Results) -> list[Outcome]:
     """Of each model the setting with the most exact solutions of the default arrangement."""
-    best: dict[str, Experiment] = {}
+    best: dict[str, Outcome] = {}
     for one in results.experiments.values():
-        for part in by_setting(one.where(arrangement="e m*")):
+        for part in _fitted(one.where(arrangement="e m*")):
             model = part.work[0].model
             count = sum(f["exact"] for f in part.fits())
             if count > (sum(f["exact"] for f in best[model].fits()) if model in best else 0):
@@ -159,7 +151,7 @@ def _one_a_model(results: Results) -> list[Experiment]:
 
 
 def _solutions(
-    results: Results, part: Experiment, device: str, say: Callable[[str], None]
+    results: Results, part: Outcome, device: str, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Norms, neighbours, components and robustness of some exact solutions."""
     fits = [f for f in part.fits() if f["exact"]][:64]
@@ -216,16 +208,16 @@ def _path(paths: Paths) -> dict[str, Any]:
     }
 
 
-def _setting(part: Experiment) -> dict[str, Any]:
+def _setting(part: Outcome) -> dict[str, Any]:
     first = part.work[0]
     return {n: getattr(first, n) for n in ("model", "source", "length", "share")}
 
 
-def _title(part: Experiment) -> str:
+def _title(part: Outcome) -> str:
     return f"{part.work[0].model}, N = {part.work[0].length}"
 
 
-def _load(part: Experiment, device: str) -> FrozenLM:
+def _load(part: Outcome, device: str) -> FrozenLM:
     return load_model(part.work[0].model, device, part.fits()[0]["dtype"])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from prototok.report.chart import Chart, svg
 from prototok.report.findings import Finding
 from prototok.report.gallery import Exhibit, Token
-from prototok.report.sections import Section
+from prototok.report.section import Section
 from prototok.report.tables import Cell, Table
 
 _HERE = Path(__file__).parent
@@ -129,23 +129,23 @@ def _section(part: Section, files: str | None) -> str:
     facts = (
         ("status", part.status), ("n", part.n), ("here", part.here), ("in the paper", part.there),
     )  # fmt: skip
-    ours = [t for t in part.tables if "-paper" not in t.name]
-    theirs = [t for t in part.tables if "-paper" in t.name]
+    ours = [t for t in part.content.tables if "-paper" not in t.name]
+    theirs = [t for t in part.content.tables if "-paper" in t.name]
     return "\n".join(
         [
             f'<section id="{part.anchor}"><header><h2>{escape(part.code)} {escape(part.title)} '
             f'<span class="source">{escape(part.source)}</span></h2><dl>',
             *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts),
             "</dl>",
-            *(f'<p class="remark">{escape(text)}</p>' for text in part.remarks),
+            *(f'<p class="remark">{escape(text)}</p>' for text in part.content.remarks),
             "</header>",
             '<div class="tables">',
             *(_table(t, files, "") for t in ours),
             *(_table(t, files, " theirs") for t in theirs),
             "</div>",
-            '<div class="charts">' if part.charts else "",
-            *(_chart(c, files) for c in part.charts),
-            "</div>" if part.charts else "",
+            '<div class="charts">' if part.content.charts else "",
+            *(_chart(c, files) for c in part.content.charts),
+            "</div>" if part.content.charts else "",
             "</section>",
         ]
     )

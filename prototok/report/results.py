@@ -39,8 +39,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A planned experiment with its settings as `run.json` keeps them."""
+class Outcome:
+    """What became of a planned experiment, or of a part of it; settings as `run.json` has them."""
 
     name: str
     settings: dict[str, Any]
@@ -60,14 +60,25 @@ class Experiment:
         head = f"complete, {total} {units}" if done == total else f"{done} of {total} {units}"
         return head + (f", {failed} failed" if failed else "")
 
-    def where(self, **wanted: object) -> Experiment:
+    def where(self, **wanted: object) -> Outcome:
         """The part of it whose units have these values."""
         kept = [w for w in self.work if all(getattr(w, k) == v for k, v in wanted.items())]
-        return Experiment(self.name, self.settings, tuple(kept))
+        return Outcome(self.name, self.settings, tuple(kept))
 
     def values(self, name: str) -> list[Any]:
         """Different values of a column, in the order they were planned."""
         return list(dict.fromkeys(getattr(one, name) for one in self.work))
+
+    def by_setting(self) -> list[Outcome]:
+        """Cut it into parts of one model, source, N and share."""
+        found = [
+            self.where(model=m, source=s, length=n, share=share)
+            for m in self.values("model")
+            for s in self.values("source")
+            for n in self.values("length")
+            for share in self.values("share")
+        ]
+        return [part for part in found if part.work]
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,10 @@ class Results:
     """Everything a report is made of."""
 
     run: RunFolder
-    experiments: dict[str, Experiment]
+    experiments: dict[str, Outcome]
     measured: dict[str, Any] = field(default_factory=dict)  # see prototok.report.measure
 
-    def get(self, name: str) -> Experiment | None:
+    def get(self, name: str) -> Outcome | None:
         return self.experiments.get(name)
 
 
@@ -105,7 +116,7 @@ def read(path: str | Path) -> Results:
             for row in plan
             if row["experiment"] == name
         )
-        found[name] = Experiment(name, settings, work)
+        found[name] = Outcome(name, settings, work)
     return Results(run, found, _measured(run))
 
 
@@ -120,7 +131,7 @@ def _measured(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def cell(part: Experiment, make: Callable[[list[Fit]], Cell]) -> Cell:
+def cell(part: Outcome, make: Callable[[list[Fit]], Cell]) -> Cell:
     """A cell of the fits of `part`; how much of it is missing or failed where it is not whole."""
     total, done, failed = len(part.work), part.count("measured"), part.count("failed")
     if not total:

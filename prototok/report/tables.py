@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import numpy as np
 
@@ -40,6 +41,41 @@ class Table:
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.header) for row in self.rows), self.name
+
+
+def table_of(name: str, caption: str, kind: type, rows: Sequence[object]) -> Table:
+    """Make a table of rows of the dataclass `kind`, whose fields are `Annotated[Cell, header]`."""
+    columns = get_type_hints(kind, include_extras=True)
+    return Table(
+        name=name,
+        caption=caption,
+        header=tuple(hint.__metadata__[0] for hint in columns.values()),
+        rows=tuple(tuple(getattr(row, field) for field in columns) for row in rows),
+    )
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A row of a `grid`: what it is called, and a cell a column."""
+
+    names: tuple[object, ...]
+    cells: Sequence[Cell]
+
+
+def grid(
+    name: str,
+    caption: str,
+    header: tuple[str, ...],
+    columns: Sequence[str],
+    rows: Sequence[GridRow],
+) -> Table:
+    """Make a table whose columns are values of a setting; `header` is over the rows' names."""
+    return Table(
+        name=name,
+        caption=caption,
+        header=(*header, *columns),
+        rows=tuple((*map(label, row.names), *row.cells) for row in rows),
+    )
 
 
 def label(text: object) -> Cell:

@@ -70,7 +70,7 @@ class Arrangement:
 
     def layout(self, length: int) -> Tensor:
         """(L,) int64: which vector stands at each position, 0 … K−1 for e₁ … e_K and K for m."""
-        position = torch.arange(self.input_length(length))
+        position = torch.arange(self.input_length(length), device="cpu")
         if self.name == "e*":
             return torch.zeros_like(position)
         if self.name == "e* m*":

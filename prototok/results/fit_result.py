@@ -61,7 +61,7 @@ class FitResult:
         """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""
         score = self.correct.double() + torch.sigmoid(self.margin.double()) / 2
         chosen = score.argmax(dim=1)
-        at = torch.arange(len(chosen))
+        at = torch.arange(len(chosen), device="cpu")
         return replace(
             self,
             tokens=self.tokens.select(at.tolist(), chosen.tolist()),
@@ -107,9 +107,13 @@ class FitResult:
             raise ValueError(f"folder: {folder} has {table.num_rows} fits, {len(tokens)} vectors")
         shape = (tokens.texts, tokens.seeds)
         measured = {
-            name: torch.tensor(columns[name], dtype=_DTYPES[name]).view(shape) for name in _MEASURED
+            name: torch.tensor(columns[name], dtype=_DTYPES[name], device="cpu").view(shape)
+            for name in _MEASURED
         }
-        targets = [torch.tensor(ids) for ids in columns["targets"][:: tokens.seeds]]
+        targets = [
+            torch.tensor(ids, dtype=torch.int64, device="cpu")
+            for ids in columns["targets"][:: tokens.seeds]
+        ]
         return cls(tokens=tokens, targets=targets, **measured)
 
     def _table(self) -> pa.Table:

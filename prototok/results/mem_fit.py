@@ -68,7 +68,9 @@ class MemFit:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
         tensors["targets"] = torch.cat(self.targets)
-        tensors["lengths"] = torch.tensor([len(ids) for ids in self.targets])
+        tensors["lengths"] = torch.tensor(
+            [len(ids) for ids in self.targets], dtype=torch.int64, device="cpu"
+        )
         header = {
             "format": _FORMAT,
             "version": _VERSION,

@@ -67,12 +67,16 @@ class ProtoTokens:
 
     def select(self, texts: list[int], seeds: list[int] | None = None) -> ProtoTokens:
         """The named texts; with `seeds`, one seed of each: seeds[i] of texts[i]."""
-        at = torch.tensor(texts, dtype=torch.int64)
+        at = torch.tensor(texts, dtype=torch.int64, device="cpu")
 
         def pick(name: str, stored: Tensor | None) -> Tensor | None:
             if stored is None or self.share == name:
                 return stored
-            return stored[at] if seeds is None else stored[at, torch.tensor(seeds)][:, None]
+            return (
+                stored[at]
+                if seeds is None
+                else stored[at, torch.tensor(seeds, dtype=torch.int64, device="cpu")][:, None]
+            )
 
         e = pick("e", self.e)
         assert e is not None

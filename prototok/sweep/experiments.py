@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from prototok.fitting.capacity import GRID
 from prototok.model.load import BUILT_IN
 from prototok.sweep import schema
 from prototok.sweep.models import load_model, tokenizer_of
@@ -28,7 +29,6 @@ SIX = (
     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B",
 )  # fmt: skip
 LLAMA_1B = (SIX[3],)
-PREFIXES = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024, 1448)
 ARRANGEMENTS = ("e*", "e* m*", "(e m)*", "e m*+1", "e m*")
 
 HELD_OUT, RANDOM, GENERATED = (
@@ -58,7 +58,7 @@ _MODEL_AND_SOURCE = {"sources": (HELD_OUT, RANDOM, GENERATED), "texts": 4}
 _FIGURE_2 = Experiment(
     "Figure 2: information held, autoregressive against one forward",
     (*_COMMON, "share", "vectors"),
-    {"models": SIX, "lengths": PREFIXES, "share": (None, "m"), "vectors": (1, 2)},
+    {"models": SIX, "lengths": GRID, "share": (None, "m"), "vectors": (1, 2)},
     {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 8, 16, 32), "share": (None, "m"),
      "vectors": (1, 2)},
 )  # fmt: skip
@@ -91,7 +91,7 @@ EXPERIMENTS = {
     "table3": Experiment(
         "Table 3: capacity in tokens and in nats",
         (*_COMMON, "share", "group_sizes"),
-        {"models": SIX, "lengths": PREFIXES, "share": (None, "m")},
+        {"models": SIX, "lengths": GRID, "share": (None, "m")},
         {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 5, 8, 11, 16, 22, 32),
          "share": (None, "m")},
     ),
@@ -105,7 +105,7 @@ EXPERIMENTS = {
     "figure3": Experiment(
         "Figure 3: throughput at the longest text that comes back",
         (*_COMMON, "share", "vectors"),
-        {"models": SIX, "lengths": PREFIXES, "vectors": (1,), "timed": True},
+        {"models": SIX, "lengths": GRID, "vectors": (1,), "timed": True},
         {**_QUICK, **_MODEL_AND_SOURCE, "lengths": (4, 8, 16, 32), "vectors": (1,),
          "timed": True},
     ),

@@ -11,10 +11,8 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prototok.sweep import schema
+from prototok.sweep.files import (
+    dump_json,
+    flush,
+    host,
+    is_alive,
+    keys_of,
+    read_table,
+    sha256_of,
+    table_writer,
+)
 from prototok.sweep.unit import Unit
 
 if TYPE_CHECKING:
@@ -120,8 +128,8 @@ class RunFolder:
             first = {text: i for i, text in reversed(list(enumerate(both["text_id"].to_pylist())))}
             # Texts before the plan that names them, the list of experiments last.
             kept = pa.array(sorted(first.values()), pa.int64())
-            self._replace("texts.parquet", _writer(both.take(kept)))
-            self._replace("plan.parquet", _writer(plan))
+            self._replace("texts.parquet", table_writer(both.take(kept)))
+            self._replace("plan.parquet", table_writer(plan))
             found = self._json()
             found["experiments"][experiment] = settings
             self._write_json(found)
@@ -151,10 +159,10 @@ class RunFolder:
         # Shards first: what compaction takes from here meanwhile is found there.
         for key in wanted:
             with contextlib.suppress(FileNotFoundError):
-                tables.append(_read(self.path / "fits" / f"{key}.parquet"))
+                tables.append(read_table(self.path / "fits" / f"{key}.parquet"))
                 seen.add(key)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = _read(path)
+            table = read_table(path)
             keys = table["key"].to_pylist()
             own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
             tables.append(table.take(pa.array(own, pa.int64())))
@@ -173,9 +181,9 @@ class RunFolder:
         for path in sorted((self.path / "fits").glob("*.parquet")):
             if path.stem in planned:
                 seen.add(path.stem)
-                yield path.stem, functools.partial(_read, path)
+                yield path.stem, functools.partial(read_table, path)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = _read(path)
+            table = read_table(path)
             places: dict[str, list[int]] = {}
             for i, key in enumerate(table["key"].to_pylist()):
                 places.setdefault(key, []).append(i)
@@ -224,14 +232,14 @@ class RunFolder:
         """
         tensors = self._temporary(key + ".safetensors")
         save(tensors)
-        _flush(tensors)
+        flush(tensors)
         sha256 = sha256_of(tensors)
         filled = [
             row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
         ]
         shard = self._temporary(key + ".parquet")
-        _writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
-        _flush(shard)
+        table_writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
+        flush(shard)
         # Alone, because the shard's hash must be that of the tensors beside it.
         with self._locked():
             if self.is_done(key):
@@ -239,9 +247,9 @@ class RunFolder:
                 shard.unlink()
                 return False
             os.replace(tensors, self.tensors_path(key))
-            _flush(self.path / "tensors")
+            flush(self.path / "tensors")
             os.replace(shard, self.path / "fits" / f"{key}.parquet")
-            _flush(self.path / "fits")
+            flush(self.path / "fits")
         (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
         return True
 
@@ -253,7 +261,7 @@ class RunFolder:
             "key": key, "reason": reason, "attempts": attempts, "traceback": traceback,
             "time": now().isoformat(),
         }  # fmt: skip
-        self._replace(f"failed/{key}.json", lambda path: _dump(record, path))
+        self._replace(f"failed/{key}.json", lambda path: dump_json(record, path))
 
     def failures(self) -> pa.Table:
         """`schema.FAILED`: planned units that failed and were not done since."""
@@ -275,10 +283,10 @@ class RunFolder:
 
     def sweep_up(self) -> int:
         """Remove what processes of this host that no longer live left in tmp/; how many files."""
-        host, removed = _host(), 0
+        mine, removed = host(), 0
         for path in (self.path / "tmp").glob("*~*"):
             name, _, pid = path.name.partition("~")[2].rpartition(".")
-            if name == host and pid.isdigit() and not _alive(int(pid)):
+            if name == mine and pid.isdigit() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -297,7 +305,7 @@ class RunFolder:
         with self._locked():
             for experiment in dict.fromkeys(first.values()):
                 path = self.path / "compacted" / f"{experiment}.parquet"
-                tables = [_read(path)] if path.exists() else []
+                tables = [read_table(path)] if path.exists() else []
                 known = set(tables[0]["key"].to_pylist()) if tables else set()
                 shards = {
                     key: self.path / "fits" / f"{key}.parquet"
@@ -305,18 +313,18 @@ class RunFolder:
                     if name == experiment
                 }
                 shards = {key: shard for key, shard in shards.items() if shard.exists()}
-                tables += [_read(shard) for key, shard in shards.items() if key not in known]
+                tables += [read_table(shard) for key, shard in shards.items() if key not in known]
                 if not tables:
                     continue
                 table = pa.concat_tables(tables)
                 if shards:
-                    self._replace(f"compacted/{experiment}.parquet", _writer(table))
+                    self._replace(f"compacted/{experiment}.parquet", table_writer(table))
                     back = pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist()
                     if not set(shards) <= set(back):
                         raise RuntimeError(f"run: {path} lacks units that were just written to it")
                     for shard in shards.values():
                         shard.unlink()
-                    _flush(self.path / "fits")
+                    flush(self.path / "fits")
                 merged[experiment] = len(table)
         return merged
 
@@ -333,21 +341,21 @@ class RunFolder:
         keys: set[str] = set()
         for path in (self.path / "compacted").glob("*.parquet"):
             stat = path.stat()
-            keys |= _keys_of(path, stat.st_ino, stat.st_mtime_ns)
+            keys |= keys_of(path, stat.st_ino, stat.st_mtime_ns)
         return keys
 
     def _temporary(self, name: str) -> Path:
         """A path in tmp/ that no other process uses."""
-        return self.path / "tmp" / f"{name}~{_host()}.{os.getpid()}"
+        return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file of this folder so that it is there whole or not at all."""
         target = self.path / name
         temporary = self._temporary(target.name)
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
 
     def _json(self) -> dict[str, Any]:
         try:
@@ -357,11 +365,11 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        self._replace("run.json", lambda path: _dump(value, path))
+        self._replace("run.json", lambda path: dump_json(value, path))
 
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
-        return _read(path) if path.exists() else empty.empty_table()
+        return read_table(path) if path.exists() else empty.empty_table()
 
 
 def require_place(path: Path) -> None:
@@ -373,59 +381,3 @@ def require_place(path: Path) -> None:
 
 def now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_cache: dict[tuple[Path, int, int], set[str]] = {}
-
-
-def _keys_of(path: Path, inode: int, modified: int) -> set[str]:
-    """Keys in a compacted file, read once for each time it was written."""
-    at = (path, inode, modified)
-    if at not in _cache:
-        _cache[at] = set(pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist())
-    return _cache[at]
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except pa.ArrowException as error:
-        raise ValueError(f"run: {path} is not a whole Parquet file ({error})") from None
-
-
-def _writer(table: pa.Table) -> Callable[[Path], None]:
-    return lambda path: pq.write_table(table, path, compression="zstd")
-
-
-def _dump(value: object, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _host() -> str:
-    """A short name of this host that does not give it away."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from prototok.sweep.run_folder import RunFolder, sha256_of
+from prototok.sweep.files import sha256_of
+from prototok.sweep.run_folder import RunFolder
 
 
 def verify(run: RunFolder, sample: int, device: str = "auto") -> tuple[int, int, list[str]]:

@@ -172,7 +172,12 @@ def continuations(
         raise ValueError(
             f"source: {source.of.name} has {len(prompts)} contexts of {kept} tokens, not {contexts}"
         )
-    rows = sample(lm, torch.tensor(prompts).repeat_interleave(each, dim=0), length, seed)
+    rows = sample(
+        lm,
+        torch.tensor(prompts, dtype=torch.int64, device="cpu").repeat_interleave(each, dim=0),
+        length,
+        seed,
+    )
     return [
         TargetText(i, ids, f"{source.of.name} {i // each}", origins[i // each])
         for i, ids in enumerate(rows.tolist())

@@ -39,10 +39,10 @@ def _target(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
     if isinstance(text, str):
         if not text:
             raise ValueError(f"texts: text {i} is empty")
-        ids = torch.tensor(lm.encode(text), dtype=torch.int64)
+        ids = torch.tensor(lm.encode(text), dtype=torch.int64, device="cpu")
     else:
         try:
-            raw = torch.as_tensor(text)
+            raw = torch.as_tensor(text, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"texts: text {i} is {type(text).__name__}, not token ids") from None
         whole = not (raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool)

@@ -20,7 +20,7 @@ from prototok.fitting.recipe import PAPER
 from prototok.results.fit_result import FitInterrupted
 from support import shared, stories
 
-fit_module = importlib.import_module("prototok.autoregressive.fit")
+verify_module = importlib.import_module("prototok.autoregressive.verify")
 QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=300)
 
 
@@ -113,7 +113,7 @@ def test_success_is_decided_by_generating(
             made[0, -1] = (made[0, -1] + 1) % 97
         return made
 
-    monkeypatch.setattr(fit_module, "generate", broken)
+    monkeypatch.setattr(verify_module, "generate", broken)
     fit = autoregressive.fit(small_lm, ids, recipe=QUICK)
     assert len(refused) == 4
     assert bool(fit.exact.all())
@@ -130,7 +130,7 @@ def test_teacher_forcing_alone_is_no_success(
         made[0, 0] = (made[0, 0] + 1) % 97
         return made
 
-    monkeypatch.setattr(fit_module, "generate", wrong)
+    monkeypatch.setattr(verify_module, "generate", wrong)
     recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=80)
     fit = autoregressive.fit(small_lm, targets(1, 2), recipe=recipe)
     assert fit.accuracy_teacher_forced.item() == 1.0
@@ -148,7 +148,7 @@ def test_a_row_that_is_refused_at_lower_accuracy_goes_on(
         calls.append(1)
         return autoregressive.generate(lm, mem, length, *rest) * 0 + 96
 
-    monkeypatch.setattr(fit_module, "generate", wrong)
+    monkeypatch.setattr(verify_module, "generate", wrong)
     recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=120, accuracy=0.5)
     fit = autoregressive.fit(small_lm, [[5, 9]], recipe=recipe)
     assert fit.steps.item() == 120 and fit.accuracy.item() == 0.0

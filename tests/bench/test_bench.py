@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from prototok import Recipe
-from prototok.bench import measure as bench
-from prototok.bench import timing
+from prototok.bench import measure, table, timing
 from prototok.bench.baselines import Engine, Generate
 from prototok.bench.vllm import vllm_seconds
 from prototok.model.frozen_lm import FrozenLM
@@ -23,14 +22,14 @@ from prototok.report.svg import Bar, log_bars
 @pytest.fixture(scope="module")
 def record() -> dict:
     recipe = Recipe(name="short", lr=0.1, betas=(0.9, 0.99), max_steps=200)
-    settings = bench.BenchSettings(
+    settings = measure.BenchSettings(
         models=("tiny-llama",), lengths=(3,), texts=2, recipe=recipe, device="cpu"
     )
-    return bench.run_bench(settings)
+    return measure.run_bench(settings)
 
 
 def test_record_and_table(record: dict, tmp_path: Path) -> None:
-    bench.write(record, tmp_path / "out" / "bench.json")
+    table.write(record, tmp_path / "out" / "bench.json")
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["cases"][0]["length"] == 3
     ElementTree.parse(tmp_path / "out" / "bench.svg")
     (case,) = record["cases"]
@@ -49,7 +48,7 @@ def test_record_and_table(record: dict, tmp_path: Path) -> None:
         own = t["method"] in ("engine static-KV", "one forward")
         assert (t["share"] is not None and t["share"] > 0) == own
     assert ("engine static-KV", "float32", 1) in rates
-    lines = bench.table(record).splitlines()
+    lines = table.table(record).splitlines()
     assert lines[1].split()[:3] == ["model", "N", "exact"]
     assert lines[2].split()[:3] == ["tiny-llama", "3", "2/2"]
     assert f"{max(others):,.0f}" in lines[2]
@@ -64,14 +63,14 @@ def test_each_mode_at_its_own_longest(record: dict) -> None:
     assert longest["autoregressive_fit_seconds_per_text"] > 0
     reached = longest["autoregressive_length"]
     assert (longest["ratio_batch_1"] is None) == (reached == 0)
-    line = next(s for s in bench.table(record).splitlines() if "held-out novels" in s)
+    line = next(s for s in table.table(record).splitlines() if "held-out novels" in s)
     assert line.split()[:5] == ["tiny-llama", "held-out", "novels", "3", "(≥"]
-    assert bench._by_text({2: [True, False, True], 4: [True, True, False]}, 3) == (4, 0, 2)
+    assert measure._by_text({2: [True, False, True], 4: [True, True, False]}, 3) == (4, 0, 2)
 
 
 def test_every_way_is_listed_strongest_first(record: dict) -> None:
     (case,) = record["cases"]
-    line = bench._every_way(case)
+    line = table._every_way(case)
     rates = [float(r.replace(",", "")) for r in re.findall(r"(?:bf16|fp32) ([\d,]+)", line)]
     ways = {t["method"] for t in case["timings"] if t["batch"] == 1}
     assert len(ways) == 4 and rates == sorted(rates, reverse=True) and len(rates) in (3, 6)
@@ -109,8 +108,8 @@ def test_random_weights_are_measured_for_speed_alone(monkeypatch: pytest.MonkeyP
 
     small = shapes._pythia(64, 1, 2)
     monkeypatch.setitem(shapes.SHAPES, "pythia-160m", lambda: small)
-    settings = bench.BenchSettings(shape="pythia-160m", lengths=(4,), texts=2, device="cpu")
-    (case,) = bench.run_bench(settings)["cases"]
+    settings = measure.BenchSettings(shape="pythia-160m", lengths=(4,), texts=2, device="cpu")
+    (case,) = measure.run_bench(settings)["cases"]
     assert case["model"] == "pythia-160m (random weights)"
     assert case["exact"] is None and case["fit_seconds_per_text"] is None
     assert case["step_seconds"] > 0

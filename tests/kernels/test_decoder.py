@@ -13,7 +13,7 @@ import prototok
 from prototok import FrozenLM
 from prototok.model.families.body import DecoderBody
 from prototok_kernels.backend import _cpu
-from prototok_kernels.decoder import Decoder
+from prototok_kernels.decoder import Decoder, decoder_model
 from zoo import OWN, made
 
 pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
@@ -30,10 +30,9 @@ def decoder_of(
     body = lm.body
     assert isinstance(body, DecoderBody) and body.head is not None
     rotary = body.rotary(-(-positions // 64) * 64)
-    return Decoder(
-        body.layers, (body.norm, body.norm_bias), body.head, lm.embedding, rotary,
-        (rows, positions, longest), instruction_set,
-    )  # fmt: skip
+    norm, ends = (body.norm, body.norm_bias), (body.head, lm.embedding)
+    model = decoder_model(body.layers, norm, body.rotary.width, ends)
+    return Decoder(model, len(body.head), rotary, (rows, positions, longest), instruction_set)
 
 
 def inputs_for(lm: FrozenLM, rows: int, length: int) -> Tensor:
@@ -139,5 +138,5 @@ def test_what_cannot_be_met_is_named() -> None:
         decoder.pass_(inputs_for(lm, 1, 4), 61)
     with pytest.raises(ValueError, match="instruction_set: this processor does not have 'sse9'"):
         decoder_of(lm, 1, 64, 4, "sse9")
-    with pytest.raises(ValueError, match="backend: 'cpu' does not take tensors of torch.float64"):
+    with pytest.raises(ValueError, match=r"norm: must be of float32 or bfloat16, saw float64"):
         decoder_of(lm.cast(torch.float64), 1, 64, 4)

@@ -14,6 +14,7 @@ from against_fp64 import assert_as_close_as_torch, with_gradients
 from plans import plan_for
 from prototok.common.allocator import keep_freed_memory
 from prototok.model.families.body import DecoderBody
+from prototok_kernels import packed
 from prototok_kernels import plan as planning
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
@@ -71,7 +72,7 @@ def test_errors_are_no_larger_than_those_of_the_loop(
     blocks, exact_blocks = blocks_of(body), blocks_of(exact_body)
     x, tables = stream(texts, length, body.norm.numel()), body.rotary(length)
     found = with_gradients(lambda x: through(blocks, x, tables, start), [x], torch.bfloat16)
-    assert blocks._cpp is not None
+    assert blocks in packed._packed
     loop = with_gradients(
         lambda x: decoder_blocks_ref(blocks, x, *tables, "torch", start), [x], torch.bfloat16
     )
@@ -132,7 +133,7 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
         blocks, tables = blocks_of(body), body.rotary(7)
         x = stream(2, 7, body.norm.numel()).to(dtype)
         found = through(blocks, x, tables, 0, backend)
-        assert blocks._cpp is None
+        assert blocks not in packed._packed
         ops = plan_for(body.layers, 2, 7, backend, pair=False).passes.taken
         assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, ops))
     # More than there are texts, which torch's products use if they are large.
@@ -142,7 +143,7 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
         planning._plan_of.cache_clear()
         blocks = blocks_of(llama)
         through(blocks, stream(2, 7, llama.norm.numel()), llama.rotary(7), 0, "auto")
-        assert (blocks._cpp is not None) == taken
+        assert (blocks in packed._packed) == taken
 
 
 @needs_bf16
@@ -168,9 +169,7 @@ def test_a_step_makes_no_fresh_page() -> None:
 
 @needs_bf16
 def test_models_that_it_cannot_take_are_refused() -> None:
-    from prototok_kernels.decoder_blocks import _packed
-
     for name, dtype in (("qwen3, tied", torch.bfloat16), ("qwen2", torch.float32)):
         body = body_of(name, dtype)
         with pytest.raises(ValueError, match="model: "):
-            _packed(body.layers, body.norm, body.norm_bias, 12)
+            blocks_of(body)._packed(body.rotary.width)

@@ -19,6 +19,7 @@ from prototok_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
+from prototok_kernels.views import views
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [  # (R, d, V): empty, single, around vectors of 16 and blocks of 2048 and 4096
@@ -144,18 +145,11 @@ def test_every_instruction_set(monkeypatch, instruction_set, dtype):
 def test_unknown_instruction_set_raises():
     if module._cpu is None:
         pytest.skip("the C++ kernels are not built")
-    empty = dict.fromkeys(("logits", "gradient", "targets", "token_weight", "loss", "predicted"), 0)
+    scores = dict.fromkeys(("loss", "margin"), torch.zeros(3))
+    ids = dict.fromkeys(("targets", "predicted"), torch.zeros(3, dtype=torch.int64))
+    tensors = views(logits=torch.zeros(3, 5), gradient=None, token_weight=None, **scores, **ids)
     with pytest.raises(ValueError, match="instruction_set: this processor does not have 'mmx'"):
-        module._cpu.head(
-            **empty,
-            margin=0,
-            rows=0,
-            vocabulary=1,
-            temperature=1.0,
-            is_bf16=False,
-            threads=1,
-            instruction_set="mmx",
-        )
+        module._cpu.head(**tensors, temperature=1.0, threads=1, instruction_set="mmx")
 
 
 def test_ties_go_to_the_lowest_id_and_have_margin_zero(backend, device):

@@ -15,10 +15,11 @@ import pytest
 
 from prototok.cli import main
 from prototok.report.build import build
+from prototok.report.experiments import sections
 from prototok.report.findings import findings
 from prototok.report.gallery import gallery
 from prototok.report.results import Results, kuratov, longest, read
-from prototok.report.sections import Section, sections
+from prototok.report.section import Section
 from prototok.report.tables import Table
 from report import made_up
 
@@ -42,7 +43,7 @@ def section(results: Results, code: str) -> Section:
 
 
 def table(results: Results, code: str, name: str) -> Table:
-    return next(t for t in section(results, code).tables if t.name == name)
+    return next(t for t in section(results, code).content.tables if t.name == name)
 
 
 def shown(found: Table) -> list[list[str]]:

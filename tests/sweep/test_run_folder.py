@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prototok.sweep import schema
-from prototok.sweep.run_folder import RunFolder, sha256_of
+from prototok.sweep.files import sha256_of
+from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit
 
 

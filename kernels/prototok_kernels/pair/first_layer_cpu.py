@@ -23,6 +23,7 @@ from prototok_kernels.layers import (
     inner_projection,
 )
 from prototok_kernels.packed import packed
+from prototok_kernels.views import views
 
 
 def first_layer(
@@ -39,33 +40,26 @@ def first_layer(
 
 
 def _cpp(layer: DecoderLayer) -> Any:
-    norm_bias = post_norm_bias = None
-    if isinstance(layer, NeoXLayer):
-        norm_bias, post_norm_bias = layer.input_norm_bias, layer.post_norm_bias
-    up, up_bias = inner_projection(layer)
-    before_bias = [
-        layer.input_norm, norm_bias, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.o,
-        layer.o_bias, layer.post_norm, up,
-    ]  # fmt: skip
-
-    def make() -> tuple[Any, list[Tensor | None]]:
-        all_weights = [*before_bias, bias_behind_norm(layer), layer.down, layer.down_bias]
-        weights = [None if w is None else w.to(layer.dtype).contiguous() for w in all_weights]
-        cpp = _cpu.FirstLayer(
-            weights=[0 if w is None else w.data_ptr() for w in weights],
-            sizes=[
-                layer.hidden_size, layer.heads, layer.kv_heads, layer.head_size,
-                layer.down.shape[1],
-            ],
+    def make() -> Any:
+        up, _ = inner_projection(layer)
+        weights = {
+            "input_norm": layer.input_norm, "qkv": layer.qkv, "qkv_bias": layer.qkv_bias,
+            "input_norm_bias": layer.input_norm_bias if isinstance(layer, NeoXLayer) else None,
+            "q_norm": layer.q_norm, "k_norm": layer.k_norm, "out": layer.o,
+            "out_bias": layer.o_bias, "norm": layer.post_norm, "up": up,
+            "up_bias": bias_behind_norm(layer), "down": layer.down, "down_bias": layer.down_bias,
+        }  # fmt: skip
+        return _cpu.FirstLayer(
+            weights=views(**{
+                name: None if weight is None else weight.to(layer.dtype).contiguous()
+                for name, weight in weights.items()
+            }),
+            heads=layer.heads, kv_heads=layer.kv_heads, head_size=layer.head_size,
             activation=ACTIVATIONS[layer.activation], gated=isinstance(layer, LlamaLayer),
             eps=layer.eps, scaling=layer.scaling,
         )  # fmt: skip
-        # Which it must not outlive; `down` is the one whose life it follows.
-        return cpp, [w for w in weights if w is not layer.down]
 
-    others = [*before_bias, up_bias, post_norm_bias, layer.down_bias]
-    cpp, _ = packed([layer.down, *(w for w in others if w is not None)], make)
-    return cpp
+    return packed(layer, layer.tensors, make)
 
 
 class _FirstLayer(torch.autograd.Function):
@@ -73,24 +67,26 @@ class _FirstLayer(torch.autograd.Function):
     def forward(
         ctx: Any, e: Tensor, m: Tensor, cos: Tensor, sin: Tensor, length: int, cpp: Any
     ) -> Tensor:
-        rows = len(e)
-        saved = torch.empty(rows, cpp.saved_floats(length))
-        out = torch.empty(rows, length, e.shape[1], dtype=torch.bfloat16)
-        tensors = (e, m, saved, cos, sin)
+        rows, width = e.shape
+        size = rows, cpp.saved_floats(length=length)
+        saved = torch.empty(size, dtype=torch.float32, device="cpu")
+        out = torch.empty(rows, length, width, dtype=torch.bfloat16, device="cpu")
         cpp.forward(
-            *(t.data_ptr() for t in tensors), cos.shape[1], out.data_ptr(), rows, length,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            **views(e=e, m=m, saved=saved, cos=cos, sin=sin, out=out),
+            threads=torch.get_num_threads(),
+        )
         ctx.cpp = cpp
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(e, m, saved, cos, sin)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        e, m, *_, cos, _ = tensors = ctx.saved_tensors
+        e, m, saved, cos, sin = ctx.saved_tensors
         grad, grad_e, grad_m = grad.contiguous(), torch.empty_like(e), torch.empty_like(m)
         ctx.cpp.backward(
-            *(t.data_ptr() for t in tensors), cos.shape[1], grad.data_ptr(), grad_e.data_ptr(),
-            grad_m.data_ptr(), *grad.shape[:2], torch.get_num_threads(),
-        )  # fmt: skip
+            **views(
+                e=e, m=m, saved=saved, cos=cos, sin=sin, grad=grad, grad_e=grad_e, grad_m=grad_m
+            ),
+            threads=torch.get_num_threads(),
+        )
         return grad_e, grad_m, None, None, None, None

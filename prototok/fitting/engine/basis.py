@@ -9,6 +9,7 @@ rows stay independent of each other. Letters: R rows, N targets, d hidden size.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import Row, Unit
-from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import step
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
@@ -32,17 +34,19 @@ _RECIPE = Recipe(
 )  # fmt: skip
 
 _known: WeakKeyDictionary[FrozenLM, Tensor] = WeakKeyDictionary()
+_finding = threading.Lock()
 
 
-def prior_of(lm: FrozenLM, recipe: Recipe, init: Prior | None, backend: str) -> Prior | None:
-    """`init`, or the recipe's own start; with a basis where the recipe asks for one."""
-    if not recipe.eigenbasis or (init is not None and init.basis is not None):
-        return init
-    basis = eigenbasis(lm, backend)
-    if init is not None:
-        return replace(init, basis=basis)
-    mean = torch.zeros(2, lm.hidden_size)
-    return Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
+def with_basis(setup: Setup) -> Setup:
+    """Return the setup with the model's eigenbasis in its prior, where the recipe asks for one."""
+    lm, recipe, prior = setup.lm, setup.recipe, setup.inputs.prior
+    if not recipe.eigenbasis or (prior is not None and prior.basis is not None):
+        return setup
+    basis = eigenbasis(lm, setup.backend)
+    if prior is None:
+        mean = torch.zeros(2, lm.hidden_size, dtype=torch.float32, device="cpu")
+        prior = Prior(mean, torch.full_like(mean, recipe.init_std), basis, lm.identity)
+    return replace(setup, inputs=setup.inputs.starting(replace(prior, basis=basis)))
 
 
 def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
@@ -52,21 +56,21 @@ def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
     at the first call and kept as long as `lm` lives; it costs what a hundred steps of 32 rows of 16
     tokens do, and the eigenvectors of two d × d matrices.
     """
-    if lm not in _known:
-        _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
-    return _known[lm]
+    with _finding:  # so that threads that start together find it once
+        if lm not in _known:
+            _known[lm] = torch.linalg.eigh(gradient_covariance(lm, backend))[1]
+        return _known[lm]
 
 
 def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
     """(2, d, d): Σ g gᵀ / |g|² over fits of random token ids, for e and for m."""
     length = min(_LENGTH, lm.context or _LENGTH)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator)
-    slots = Slots(
-        lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, Capacity(_ROWS, _ROWS, length)
-    )
+    ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator, device="cpu")
+    setup = Setup(lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, _ROWS)
+    slots = Slots(setup, Room(_ROWS, _ROWS, length))
     slots.admit([Unit(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
-    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device)
+    total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device, dtype=torch.float32)
     for _ in range(_STEPS):
         step(lm, slots, _ROWS)
         for covariance, bank in zip(total, slots.banks, strict=True):

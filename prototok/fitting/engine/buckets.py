@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from prototok.fitting.engine.inputs import Inputs
 from prototok.fitting.engine.rows import Row, Unit
-from prototok.fitting.engine.slots import Capacity, Slots
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import forward_backward
-from prototok.fitting.recipe import Recipe
-from prototok.model.frozen_lm import FrozenLM
 
 # Positions a forward from which on more rows make it longer in proportion, by device: what
 # `batch_size="auto"` aims at on the CPU, where more rows also leave the caches, and the most it
@@ -35,20 +33,15 @@ class Bucket:
     rows: int  # a forward
 
 
-def make_buckets(
-    lm: FrozenLM, units: list[Unit], inputs: Inputs, recipe: Recipe, backend: str,
-    batch_size: int | None,
-) -> Iterator[Bucket]:  # fmt: skip
-    """Units in buckets of similar length, the longest first; sharing groups stay whole.
-
-    `batch_size` rows a forward, or as many as are good at each length where it is None.
-    """
-    few = _FEW.get(lm.device.type, 0)
+def make_buckets(setup: Setup, units: list[Unit]) -> Iterator[Bucket]:
+    """Put units into buckets of similar length, the longest first; sharing groups stay whole."""
+    few = _FEW.get(setup.lm.device.type, 0)
+    inputs = setup.inputs
     queue = sorted(units, key=lambda unit: -unit.length)
     while queue:
         length = queue[0].length
         positions = inputs.input_length(length)
-        most = batch_size or rows_that_fit(lm, inputs, recipe, backend, length)
+        most = setup.batch_size or rows_that_fit(setup, length)
         enough = min(most, -(-few // positions))
         taken = rows = 0
         while taken < len(queue) and (
@@ -60,15 +53,16 @@ def make_buckets(
         queue = queue[taken:]
 
 
-def rows_that_fit(lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, length: int) -> int:
-    """`batch_size="auto"`: rows a forward, of N = `length` targets."""
-    full = max(1, _FULL.get(lm.device.type, 2048) // inputs.input_length(length))
+def rows_that_fit(setup: Setup, length: int) -> int:
+    """Return how many rows of N = `length` targets a forward takes when nobody says."""
+    lm = setup.lm
+    full = max(1, _FULL.get(lm.device.type, 2048) // setup.inputs.input_length(length))
     if lm.device.type != "cuda":
         return full
     probe = min(full, 8)
     try:
         # The first also sets up what libraries keep for good, and does not count.
-        _, one, several = (_peak(lm, inputs, recipe, backend, length, n) for n in (1, 1, probe))
+        _, one, several = (_peak(setup, length, n) for n in (1, 1, probe))
     except torch.OutOfMemoryError:
         return 1
     free, _ = torch.cuda.mem_get_info(lm.device)
@@ -78,15 +72,14 @@ def rows_that_fit(lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, le
     return int(min(full, max(1, 1 + room // a_row)))
 
 
-def _peak(
-    lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, length: int, rows: int
-) -> int:
+def _peak(setup: Setup, length: int, rows: int) -> int:
     """Bytes that a forward and backward of so many rows takes beside the weights."""
+    lm = setup.lm
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(lm.device)
     torch.cuda.reset_peak_memory_stats(lm.device)
-    slots = Slots(lm, inputs, recipe, backend, Capacity(rows, rows, length))
-    ids = torch.zeros(length, dtype=torch.int64)
+    slots = Slots(setup, Room(rows, rows, length))
+    ids = torch.zeros(length, dtype=torch.int64, device="cpu")
     slots.admit([Unit(r, (Row(r, r, 0, ids),), None) for r in range(rows)])
     leaves = [bank.values.detach().requires_grad_() for bank in slots.banks]
     forward_backward(lm, slots, leaves, slice(0, rows))

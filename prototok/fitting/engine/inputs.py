@@ -96,7 +96,7 @@ class OneForward:
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
         """One-hot (R, L, slots): which vector stands where."""
         slots, total = self.arrangement.slots, self.input_length(targets.shape[1])
-        layout = torch.zeros(len(lengths), total, slots, dtype=dtype)
+        layout = torch.zeros(len(lengths), total, slots, dtype=dtype, device="cpu")
         layouts = {n: self.arrangement.layout(n) for n in set(lengths)}
         for r, n in enumerate(lengths):
             # Causality: what stands behind a row's own end changes nothing before it.

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from prototok.common.allocator import keep_freed_memory
-from prototok.fitting.engine.basis import prior_of
+from prototok.fitting.engine.basis import with_basis
 from prototok.fitting.engine.buckets import Bucket, make_buckets
-from prototok.fitting.engine.inputs import Inputs
 from prototok.fitting.engine.rows import Unit
 from prototok.fitting.engine.runner import Poll, step_runner
-from prototok.fitting.engine.slots import Capacity, Slots
-from prototok.fitting.recipe import Recipe
-from prototok.model.frozen_lm import FrozenLM
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,8 @@ class FitEvent:
 
 
 def run(
-    lm: FrozenLM,
+    setup: Setup,
     units: list[Unit],
-    inputs: Inputs,
-    recipe: Recipe,
-    batch_size: int | str,
-    backend: str,
     confirm: Callable[[Finished], bool],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
@@ -64,29 +58,25 @@ def run(
     A unit that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
     on with a higher margin to clear, until its updates are spent.
     """
-    if lm.device.type == "cpu":
+    if setup.lm.device.type == "cpu":
         keep_freed_memory()
-    inputs = inputs.starting(prior_of(lm, recipe, inputs.prior, backend))
-    most = None if batch_size == "auto" else int(batch_size)
-    for bucket in make_buckets(lm, units, inputs, recipe, backend, most):
-        yield from _run_bucket(lm, bucket, inputs, recipe, backend, confirm, observe)
+    setup = with_basis(setup)
+    for bucket in make_buckets(setup, units):
+        yield from _run_bucket(setup, bucket, confirm, observe)
 
 
 def _run_bucket(
-    lm: FrozenLM,
+    setup: Setup,
     bucket: Bucket,
-    inputs: Inputs,
-    recipe: Recipe,
-    backend: str,
     confirm: Callable[[Finished], bool],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     queue = deque(bucket.units)
     # A unit of more rows than a forward takes stands alone, and its rows take turns.
     rows = max(bucket.rows, *(len(unit.rows) for unit in queue), 0)
-    capacity = Capacity(rows, min(rows, len(queue)), bucket.length)
-    slots = Slots(lm, inputs, recipe, backend, capacity, queue[0].share)
-    runner = step_runner(lm, slots, bucket.rows)
+    room = Room(rows, min(rows, len(queue)), bucket.length)
+    slots = Slots(setup, room, queue[0].share)
+    runner = step_runner(setup.lm, slots, bucket.rows)
     seconds: dict[int, float] = {}
     clock = time.perf_counter()
     try:
@@ -115,7 +105,7 @@ def _run_bucket(
                 if u is None:  # left after the poll before
                     continue
                 finished = _finished(poll, p, runner.best_of(u), seconds)
-                if finished.failed or confirm(finished) or poll.spent[p]:
+                if confirm(finished) or finished.failed or poll.spent[p]:
                     leaving.append(u)
                     yield finished
                 else:
@@ -141,5 +131,7 @@ def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, floa
 
 
 def _event(poll: Poll) -> FitEvent:
-    rows = torch.tensor([row.index for unit in poll.units for row in unit.rows])
+    rows = torch.tensor(
+        [row.index for unit in poll.units for row in unit.rows], dtype=torch.int64, device="cpu"
+    )
     return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin)

@@ -165,7 +165,7 @@ class CapturedStep(StepRunner):
         super().__init__(lm, slots, rows_per_forward)
         # Tables that grow with the input are let go when they do; the graphs go on reading these.
         self.tables = getattr(lm.body, "rotary", lambda n: None)(
-            slots.inputs.input_length(slots.capacity.length)
+            slots.inputs.input_length(slots.room.length)
         )
         self.stream = torch.cuda.Stream(lm.device)
         self.stream.wait_stream(torch.cuda.current_stream(lm.device))

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.fitting.engine.inputs import Inputs
 from prototok.fitting.engine.rows import Unit, initial_vectors
-from prototok.fitting.recipe import Recipe
-from prototok.model.frozen_lm import FrozenLM
+from prototok.fitting.engine.setup import Setup
 from prototok_kernels.adamw_rows import AdamWState
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """How much fits into the buffers."""
+class Room:
+    """How much the buffers hold."""
 
     rows: int
     units: int
@@ -64,14 +62,14 @@ class Slots:
     Their writes, like those of a step, are queued on the device's current stream.
     """
 
-    def __init__(
-        self, lm: FrozenLM, inputs: Inputs, recipe: Recipe, backend: str, capacity: Capacity,
-        share: str | None = None,
-    ) -> None:  # fmt: skip
-        self.inputs, self.recipe, self.backend, self.capacity = inputs, recipe, backend, capacity
+    def __init__(self, setup: Setup, room: Room, share: str | None = None) -> None:
+        lm, inputs = setup.lm, setup.inputs
+        self.inputs, self.recipe, self.backend, self.room = (
+            inputs, setup.recipe, setup.backend, room,
+        )  # fmt: skip
         self.device, self.width = lm.device, lm.hidden_size
         self.units: list[Unit] = []
-        rows, units, length = capacity.rows, capacity.units, capacity.length
+        rows, units, length = room.rows, room.units, room.length
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=lm.device)
@@ -125,14 +123,14 @@ class Slots:
             longest = max((unit.length for unit in self.units), default=0)
             return Window(self.rows, len(self.units), longest)
         return Window(
-            _halved(self.capacity.rows, self.rows),
-            _halved(self.capacity.units, len(self.units)),
-            self.capacity.length,
+            _halved(self.room.rows, self.rows),
+            _halved(self.room.units, len(self.units)),
+            self.room.length,
         )
 
     def layout_of(self, part: slice, length: int) -> Tensor:
         """The layout of some rows for inputs of `length` targets."""
-        beyond = self.capacity.length - length
+        beyond = self.room.length - length
         return self.layout[part, : self.layout.shape[1] - beyond]
 
     def admit(self, units: list[Unit]) -> None:
@@ -150,15 +148,15 @@ class Slots:
             for zeroed in bank.buffers()[2:]:
                 zeroed[place] = 0
         self._reset_units(there, done=False)
-        self.unit_of_row[here] = self._sent(torch.tensor(owners))
+        self.unit_of_row[here] = self._sent(torch.tensor(owners, dtype=torch.int64, device="cpu"))
         lengths = [len(ids) for ids in rows]
-        targets = torch.zeros(len(rows), self.capacity.length, dtype=torch.int64)
+        targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64, device="cpu")
         for r, ids in enumerate(rows):
             targets[r, : len(ids)] = ids
-        position = torch.arange(self.capacity.length)
-        end = torch.tensor(lengths)[:, None]
+        position = torch.arange(self.room.length, device="cpu")
+        end = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
         scored = (position >= self.inputs.given) & (position < end)
-        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1) - 1e-9).long()
+        wanted = torch.ceil(self.recipe.accuracy * scored.sum(1).float() - 1e-9).long()
         self.targets[here] = self._sent(targets)
         self.scored[here] = self._sent(scored)
         self.wanted[here] = self._sent(wanted)
@@ -191,7 +189,7 @@ class Slots:
             (by_unit if bank.shared else by_row).extend(bank.buffers())
         rows, units = len(owners), slice(len(kept_units), len(kept_units) + len(gone))
         for buffers, kept in ((by_row, kept_rows), (by_unit, kept_units)):
-            index = self._sent(torch.tensor(kept, dtype=torch.int64))
+            index = self._sent(torch.tensor(kept, dtype=torch.int64, device="cpu"))
             for buffer in buffers:
                 buffer[: len(kept)] = buffer.index_select(0, index)
         # A free place has nothing to score and vectors of zero, so that it adds zeros to whatever
@@ -204,7 +202,9 @@ class Slots:
         self._reset_units(units, done=True)
         place = {u: i for i, u in enumerate(kept_units)}
         moved = [place[owners[r]] for r in kept_rows]
-        self.unit_of_row[: len(moved)] = self._sent(torch.tensor(moved, dtype=torch.int64))
+        self.unit_of_row[: len(moved)] = self._sent(
+            torch.tensor(moved, dtype=torch.int64, device="cpu")
+        )
         self.unit_of_row[len(moved) : rows] = 0
 
     def reopen(self, unit: int, margin: float) -> None:
@@ -220,7 +220,7 @@ class Slots:
             self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
 
     def spent(self) -> Tensor:
-        """(capacity,) bool: units that have made all the updates their recipe grants them."""
+        """(room.units,) bool: units that have made all the updates their recipe grants them."""
         over = self.step >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience

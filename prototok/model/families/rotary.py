@@ -28,12 +28,21 @@ class RotaryTables:
     def __init__(self, rotary: Any, device: torch.device) -> None:
         self.inv_freq = rotary.inv_freq.detach().float().to(device)
         self.scaling = float(getattr(rotary, "attention_scaling", 1.0))
-        self.cos = self.sin = torch.empty(0, 2 * len(self.inv_freq), device=device)
+        self._tables = self._made(0)
+
+    @property
+    def width(self) -> int:
+        """r"""
+        return 2 * len(self.inv_freq)
 
     def __call__(self, length: int) -> tuple[Tensor, Tensor]:
-        if len(self.cos) < length:
-            position = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
-            angle = torch.outer(position, self.inv_freq).repeat(1, 2)
-            self.cos = angle.cos() * self.scaling
-            self.sin = angle.sin() * self.scaling
-        return self.cos[:length], self.sin[:length]
+        # Read once and replaced as a pair: another thread may grow them meanwhile.
+        cos, sin = self._tables
+        if len(cos) < length:
+            cos, sin = self._tables = self._made(length)
+        return cos[:length], sin[:length]
+
+    def _made(self, length: int) -> tuple[Tensor, Tensor]:
+        position = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
+        angle = torch.outer(position, self.inv_freq).repeat(1, 2)
+        return angle.cos() * self.scaling, angle.sin() * self.scaling

@@ -15,6 +15,7 @@ from prototok.fitting.engine import step as step_module
 from prototok.fitting.engine.buckets import Bucket, make_buckets
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Slots
 from prototok.results.arrangement import Arrangement
 
@@ -31,7 +32,7 @@ def buckets_of(
     lm: FrozenLM, lengths: list[int], batch_size: int | None, share: str | None = None
 ) -> list[Bucket]:
     units = make_units(texts_of(lengths, 97), [0], share, 2 if share else None)
-    return list(make_buckets(lm, units, PAIR, RECIPE, "auto", batch_size))
+    return list(make_buckets(Setup(lm, PAIR, RECIPE, "auto", batch_size), units))
 
 
 @pytest.fixture
@@ -122,5 +123,5 @@ def cuda_lm() -> Iterator[FrozenLM]:
 
 
 def test_rows_that_fit_are_measured_on_cuda(cuda_lm: FrozenLM) -> None:
-    rows = module.rows_that_fit(cuda_lm, PAIR, RECIPE, "auto", 32)
+    rows = module.rows_that_fit(Setup(cuda_lm, PAIR, RECIPE, "auto", None), 32)
     assert 64 <= rows <= module._FULL["cuda"] // 32

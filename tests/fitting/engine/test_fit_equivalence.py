@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 
 import pytest
@@ -163,18 +164,18 @@ def test_a_claim_that_does_not_hold_alone_goes_on(
 ) -> None:
     from prototok.fitting import fast_fit as module
 
-    verify, refusals = module._verify, []
+    verify, refusals = module.verify, []
 
     def strict(*args: object) -> object:
         found = verify(*args)
         if len(refusals) < 2:
             refusals.append(found.margin)
-            return module.Verified(0.5, 1, -1.0, 1.0)
+            return dataclasses.replace(found, accuracy=0.5, correct=1)
         return found
 
     ids = targets(1, 2, any_lm.vocab_size)
     first = prototok.fast_fit(any_lm, ids, recipe=QUICK)
-    monkeypatch.setattr(module, "_verify", strict)
+    monkeypatch.setattr(module, "verify", strict)
     fit = prototok.fast_fit(any_lm, ids, recipe=QUICK)
     assert len(refusals) == 2
     assert fit.exact.item() and fit.steps.item() > first.steps.item()

@@ -9,6 +9,7 @@ from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.run import Finished, run
+from prototok.fitting.engine.setup import Setup
 from prototok.results.arrangement import Arrangement
 
 
@@ -24,9 +25,11 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
         return len(shown) == 3
 
     (ended,) = run(
-        small_lm, make_units([targets], [0], None, None), OneForward(Arrangement.parse("e m*")),
-        recipe, "auto", "auto", confirm, lambda event: None,
-    )  # fmt: skip
+        Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
+        make_units([targets], [0], None, None),
+        confirm,
+        lambda event: None,
+    )
     assert len(shown) == 3 and ended is shown[-1]
     steps = [finished.steps for finished in shown]
     assert steps[0] < steps[1] < steps[2] < 400

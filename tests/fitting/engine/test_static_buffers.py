@@ -15,7 +15,8 @@ from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.inputs import Inputs, OneForward, TeacherForced
 from prototok.fitting.engine.rows import make_units
 from prototok.fitting.engine.runner import CapturedStep, StepRunner
-from prototok.fitting.engine.slots import Bank, Capacity, Slots, Window
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Bank, Room, Slots, Window
 from prototok.fitting.engine.step import step
 from prototok.results.arrangement import Arrangement
 from support import small_llama
@@ -45,7 +46,7 @@ def filled(
     ids = torch.randint(lm.vocab_size, (12, 8), generator=generator)
     texts = [row[: 8 - i % 4] for i, row in enumerate(ids)]
     units = make_units(texts, [0], share, 2 if share else None)
-    slots = Slots(lm, inputs, recipe, "auto", Capacity(8, 8, 8), share)
+    slots = Slots(Setup(lm, inputs, recipe, "auto", 8), Room(8, 8, 8), share)
     first = 6 // len(units[0].rows)
     slots.admit(units[:first])
     return slots, units[first:]

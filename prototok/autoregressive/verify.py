@@ -1,0 +1,84 @@
+"""Generate one row's text alone, at batch 1 and in both dtypes: what makes a [mem] fit exact.
+
+Letters: K vectors in front, N targets, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prototok.autoregressive.generate import generate
+from prototok.fitting.engine.setup import Setup
+from prototok.model.frozen_lm import FrozenLM
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """One row generated alone, in the model's dtype and in float32; every number the worse of both.
+
+    accuracy        share of the scored tokens that are right; correct: their number
+    margin          smallest (target logit − best other logit) up to the first wrong token; at most
+                    0 where there is one
+    teacher_forced  share of right tokens with the text before each given
+    ids             (N,) int64, as generated where fewer tokens are right
+    """
+
+    accuracy: float
+    correct: int
+    margin: float
+    teacher_forced: float
+    ids: Tensor
+
+    @property
+    def exact(self) -> bool:
+        return self.accuracy == 1.0
+
+
+def verify(setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
+    """Generate from a row's vectors (K, d) and compare with its targets (N,)."""
+    both = [_in_one_dtype(lm, setup, targets, mem) for lm in setup.lm.in_both_dtypes()]
+    worse = min(both, key=lambda found: found.correct)
+    return Generated(
+        accuracy=worse.accuracy,
+        correct=worse.correct,
+        margin=min(found.margin for found in both),
+        teacher_forced=min(found.teacher_forced for found in both),
+        ids=worse.ids,
+    )
+
+
+def _in_one_dtype(lm: FrozenLM, setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
+    given = setup.inputs.given
+    first = targets[:1] if given else None
+    ids = generate(lm, mem[None], len(targets), cache_of(lm), first, setup.backend)[0]
+    right = (ids == targets)[given:]
+    margins = _margins(lm, targets, mem, setup.backend)[given:]
+    # Up to its first wrong token the generation has read the text itself.
+    sound = int(right.long().cumprod(0).sum())
+    margin = float(margins[: sound + 1].min())
+    return Generated(
+        accuracy=float(right.double().mean()),
+        correct=int(right.sum()),
+        margin=margin if sound == len(right) else min(margin, 0.0),
+        teacher_forced=float((margins > 0).double().mean()),
+        ids=ids,
+    )
+
+
+@torch.no_grad()
+def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor:
+    """(N,) target logit minus the best other logit, with the text before each target given."""
+    vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
+    inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
+    logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)
+    own = logits.gather(1, ids[:, None])
+    best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
+    return (own[:, 0] - best_other).cpu()
+
+
+def cache_of(lm: FrozenLM) -> str:
+    """Return the cache that verification generates with: our own decoder's where there is one."""
+    return "dynamic" if lm.body.family == "general" else "engine"

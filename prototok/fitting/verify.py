@@ -1,0 +1,58 @@
+"""Decode one row alone, at batch 1 and in both dtypes: what its claim of exactness rests on.
+
+Letters: N targets, d hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prototok.decoding.decode import decode_vectors
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.setup import Setup
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """One row decoded alone, in the model's dtype and in float32; every number the worse of both.
+
+    accuracy  share of right tokens; correct: their number
+    margin    smallest (target logit − best other logit)
+    loss      nats a token, the mean over the row
+    ids       (N,) int64, as decoded where fewer tokens are right; margins (N,) fp32 likewise
+    """
+
+    accuracy: float
+    correct: int
+    margin: float
+    loss: float
+    ids: Tensor
+    margins: Tensor
+
+    @property
+    def exact(self) -> bool:
+        return self.accuracy == 1.0
+
+
+def verify(setup: Setup, targets: Tensor, vectors: Tensor) -> Verified:
+    """Decode a row's vectors (slots, d) and compare with its targets (N,)."""
+    assert isinstance(setup.inputs, OneForward)
+    arrangement = setup.inputs.arrangement
+    both = [
+        decode_vectors(
+            lm, vectors[None], arrangement, len(targets), targets[None], setup.backend
+        )
+        for lm in setup.lm.in_both_dtypes()
+    ]  # fmt: skip
+    worse = min(both, key=lambda d: (int((d.ids[0] == targets).sum()), float(d.margin.min())))
+    correct = int((worse.ids[0] == targets).sum())
+    return Verified(
+        accuracy=correct / len(targets),
+        correct=correct,
+        margin=min(float(decoded.margin.min()) for decoded in both),
+        loss=max(float(decoded.loss.mean()) for decoded in both),
+        ids=worse.ids[0],
+        margins=worse.margin[0],
+    )
