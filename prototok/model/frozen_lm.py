@@ -6,7 +6,7 @@ Letters: B rows, N positions, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import (
 from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
 from prototok_kernels.plan import Plan, plan_of
 
 _casting = threading.Lock()
@@ -39,6 +40,7 @@ class FrozenLM:
         dtype, device: of the weights and of the arithmetic between them.
         attention: "sdpa", "flash" (the flash-attn package), or "transformers" for the general body.
         dequantised: how the matrices of a GGUF file are stored, such as "Q4_1"; None elsewhere.
+        prefix: what stands in front of every input (see `behind`); None: nothing.
     """
 
     identity: ModelIdentity
@@ -52,6 +54,9 @@ class FrozenLM:
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     attention: str = "sdpa"
     dequantised: str | None = None
+    prefix: Prefix | None = None
+    _bare: FrozenLM | None = field(repr=False, default=None)
+    _behind: dict[bytes, FrozenLM] = field(repr=False, default_factory=dict)
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
 
     @property
@@ -93,12 +98,40 @@ class FrozenLM:
         """The same model from the same stored weights in another dtype, made once and kept."""
         if dtype == self.dtype:
             return self
+        if self._bare is not None:
+            return self._bare.cast(dtype).behind(self.prefix)
         with _casting:  # so that threads that start together make it once
             if dtype not in self._twins:
                 self._twins[dtype] = freeze(
                     self.source, self.identity, self.tokenizer, self.device, dtype
                 )
             return self._twins[dtype]
+
+    @property
+    def bare(self) -> FrozenLM:
+        """The model without a prefix."""
+        return self._bare or self
+
+    def behind(self, prefix: Prefix | None) -> FrozenLM:
+        """Return the model with a constant prefix in front of every input, made once and kept.
+
+        To its callers it is a model like any other: inputs are as long as they were, and `context`
+        is what is left. Keys and values of the prefix are computed here, in the model's dtype. A
+        prefix that the model had is replaced; None takes it away.
+        """
+        bare = self.bare
+        if prefix is None:
+            return bare
+        with _casting:  # so that threads that start together make it once
+            if prefix.key not in bare._behind:
+                bare._behind[prefix.key] = replace(
+                    bare,
+                    body=bare.body.behind(prefix.on(bare)),
+                    context=None if bare.context is None else bare.context - len(prefix),
+                    prefix=prefix,
+                    _bare=bare,
+                )
+            return bare._behind[prefix.key]
 
     def in_both_dtypes(self) -> list[FrozenLM]:
         """Return the model in its own dtype and in float32, once where they are the same.

@@ -23,7 +23,7 @@ SIZES = {
 
 
 def written(model: LlamaForCausalLM, path: Path) -> LlamaForCausalLM:
-    """Write the model with matrices in Q4_1; returns it with the weights that the file now holds."""
+    """Write the model with matrices in Q4_1; return it with the weights that the file holds."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

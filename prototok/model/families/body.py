@@ -1,7 +1,7 @@
 """A frozen decoder: its blocks, the norm behind them and the head's weight.
 
 Letters: B rows, G groups of rows that share m, N positions, d hidden size, V vocabulary, r rotated
-part of a head.
+part of a head, P vectors of a prefix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_products
 from prototok_kernels.plan import Plan, Shape
+from prototok_kernels.prefix import behind_prefix
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,23 @@ class DecoderBody:
         """The same body, attending by the flash-attn package."""
         return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
+    def behind(self, vectors: Tensor) -> DecoderBody:
+        """Return the same body with vectors (P, d) in front of every input."""
+        return replace(self, layers=behind_prefix(self.layers, vectors, *self.rotary(len(vectors))))
+
+    @property
+    def prefix_length(self) -> int:
+        """P; 0 without a prefix."""
+        return self.layers[0].prefix_length
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (P + N, r) for inputs of N positions, row i for position i."""
+        return self.rotary(self.prefix_length + length)
+
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
-        rotary = self.rotary(inputs_embeds.shape[1])
-        return self._blocks(inputs_embeds, *rotary, plan)
+        cos, sin = (t[self.prefix_length :] for t in self.tables(inputs_embeds.shape[1]))
+        return self._blocks(inputs_embeds, cos, sin, plan)
 
     def hidden_of_pair(
         self,
@@ -52,13 +66,14 @@ class DecoderBody:
         And, where the plan says so, the first products of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
         """
-        rotary = self.rotary(length)
-        pair = (e, m, group, length, self.layers[0], *rotary, plan)
+        tables = self.tables(length)
+        cos, sin = (t[self.prefix_length :] for t in tables)
+        pair = (e, m, group, length, self.layers[0], *tables, plan)
         if plan.second_layer.taken != "span":
-            return self._blocks(first_layer(*pair), *rotary, plan, start=1)
+            return self._blocks(first_layer(*pair), cos, sin, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
         products = second_layer_products(x, coef, span, self.layers[1])
-        return self._blocks(x, *rotary, plan, start=1, products=products)
+        return self._blocks(x, cos, sin, plan, start=1, products=products)
 
     @cached_property
     def shape(self) -> Shape:

@@ -18,8 +18,12 @@ class GeneralBody:
     head: Tensor | None = None
     shape = Shape()
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, prefix: Tensor | None = None) -> None:
+        self.model, self.prefix = model, prefix  # (P, d)
+
+    def behind(self, vectors: Tensor) -> GeneralBody:
+        """Return the same twin with vectors (P, d) in front of every input."""
+        return GeneralBody(self.model, vectors)
 
     @classmethod
     def from_model(
@@ -35,4 +39,8 @@ class GeneralBody:
 
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """(B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
-        return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+        if self.prefix is None:
+            return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+        front = self.prefix.expand(len(inputs_embeds), -1, -1)
+        whole = torch.cat([front, inputs_embeds], dim=1)
+        return self.model(inputs_embeds=whole, use_cache=False).logits[:, len(self.prefix) :]
