@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prototok.bench.command import bench
-from prototok.common.command_line import SHAPE, Device, Dtype, say
+from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, say
 from prototok.common.command_line import run as run_app
 from prototok.sweep.cli import app as sweep_app
 
@@ -48,6 +48,7 @@ def fit(
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     device: Device = "auto",
@@ -73,7 +74,8 @@ def fit(
     try:
         result = fast_fit(
             lm, pieces, share=share, seeds=seeds, arrangement=arrangement, recipe=recipe,
-            batch_size=batch_size or "auto", progress=True,
+            prefix=None if prefix == "none" else prefix, batch_size=batch_size or "auto",
+            progress=True,
         )  # fmt: skip
     except FitInterrupted as stopped:
         if stopped.result is None:
@@ -89,6 +91,8 @@ def fit(
 def _summarise(result: FitResult, out: Path) -> None:
     best = result.best()
     exact, texts = int(best.exact.sum()), best.tokens.texts
+    if best.tokens.prefix is not None:
+        say(f"in front: {best.tokens.provenance['prefix']}")
     say(
         f"{texts} chunks, {int(best.tokens.lengths.sum())} tokens, {exact} exact, mean accuracy "
         f"{float(best.accuracy.mean()):.3f}, {float(result.seconds.sum()):.1f} s; written to {out}"
@@ -133,6 +137,7 @@ def capacity(
     longest: Annotated[int, typer.Option(help="Tokens a text.")] = 128,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
     restarts: Annotated[int, typer.Option(help="Fresh starts after a failure.")] = 1,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV, one line a text.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -150,7 +155,10 @@ def capacity(
     text = read_text(book)
     lm = load(model, device, dtype)
     pieces = chunks(lm, text, longest, texts)
-    found = find_capacity(lm, pieces, recipe=recipe, restarts=restarts, progress=True)
+    found = find_capacity(
+        lm, pieces, recipe=recipe, restarts=restarts, progress=True,
+        prefix=None if prefix == "none" else prefix,
+    )  # fmt: skip
     lines = ["text,exact,at_099,ended,steps,seconds"]
     for t in range(len(pieces)):
         lines.append(

@@ -16,6 +16,13 @@ from torch import Tensor
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.load import BUILT_IN, path_of
+from prototok.model.prefix import Prefix
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.tensor_file import require_model, write_tensors
 
 FILE = "prior.safetensors"
@@ -31,6 +38,7 @@ class Prior:
     std    (2, d) fp32; zero for a vector that always starts at its mean
     basis  (2, d, d) fp32, orthonormal columns for e and for m; None: the model's own coordinates
     model  which frozen model it belongs to
+    prefix what stood in front of the fits it was learned from; None: nothing
     """
 
     mean: Tensor
@@ -38,6 +46,7 @@ class Prior:
     basis: Tensor | None
     model: ModelIdentity
     provenance: dict[str, str] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless this was learned on the model that `lm` holds."""
@@ -50,8 +59,10 @@ class Prior:
             "version": _VERSION,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         tensors = {"mean": self.mean, "std": self.std, "basis": self.basis}
+        tensors |= prefix_tensors(self.prefix)
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -73,9 +84,13 @@ class Prior:
                 d = model.hidden_size
                 expected = {"mean": [2, d], "std": [2, d], "basis": [2, d, d]}
                 names = set(file.keys())
-                if not {"mean", "std"} <= names <= set(expected):
+                if not {"mean", "std"} <= names <= {*expected, "prefix"}:
                     raise ValueError(f"it holds {sorted(names)}")
-                for name in sorted(names):
+                if "prefix" in names:
+                    front = file.get_slice("prefix")
+                    shapes = {"prefix": (front.get_dtype(), tuple(front.get_shape()))}
+                    require_prefix(header, shapes, d, model.vocab_size)
+                for name in sorted(names & set(expected)):
                     part = file.get_slice(name)
                     if part.get_dtype() != "F32" or part.get_shape() != expected[name]:
                         raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}")
@@ -85,8 +100,9 @@ class Prior:
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise ValueError(f"path: {path} holds numbers that are not finite")
         return cls(
-            tensors["mean"], tensors["std"], tensors.get("basis"), model, header["provenance"]
-        )
+            tensors["mean"], tensors["std"], tensors.get("basis"), model, header["provenance"],
+            prefix_in(header, tensors),
+        )  # fmt: skip
 
 
 def shipped_prior(lm: FrozenLM) -> Prior | None:

@@ -165,6 +165,7 @@ class _Ends:
     ) -> _Ends:  # fmt: skip
         tokens = fit.tokens
         tokens.require_model(lm)
+        lm = lm.behind(tokens.prefix)
         seeds = tokens.seeds
         chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
         if not chosen:

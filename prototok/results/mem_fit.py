@@ -15,6 +15,13 @@ from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.tensor_file import require_model, write_tensors
 
 _FORMAT = "prototok.mem_fit"
@@ -46,6 +53,7 @@ class MemFit:
               count; it can be near 1 where the accuracy is not
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
+    prefix    what stands in front of every row's vectors, the same for all; None: nothing
     """
 
     mem: Tensor
@@ -59,6 +67,7 @@ class MemFit:
     steps: Tensor
     seconds: Tensor
     provenance: dict[str, str]
+    prefix: Prefix | None = None
 
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
@@ -67,6 +76,7 @@ class MemFit:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
+        tensors |= prefix_tensors(self.prefix)
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor(
             [len(ids) for ids in self.targets], dtype=torch.int64, device="cpu"
@@ -77,6 +87,7 @@ class MemFit:
             "first": self.first,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         write_tensors(path, tensors, header)
 
@@ -104,12 +115,14 @@ class MemFit:
             model, first = ModelIdentity(**header["model"]), header["first"]
             measured = {name: tensors[name].to(dtype) for name, dtype in _MEASURED.items()}
             targets = list(tensors["targets"].split(lengths))
-        except (KeyError, TypeError, RuntimeError) as error:
+            found = {name: ("F32", tuple(t.shape)) for name, t in tensors.items()}
+            require_prefix(header, found, model.hidden_size, model.vocab_size)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"path: {path} is inconsistent ({error})") from None
         texts = mem.shape[:2] if mem.ndim == 4 else ()
         if len(lengths) != len(mem) or any(column.shape != texts for column in measured.values()):
             raise ValueError(f"path: {path} is inconsistent, its tensors are of different fits")
         return cls(
             mem=mem, targets=targets, first=first, model=model,
-            provenance=header.get("provenance", {}), **measured,
+            provenance=header.get("provenance", {}), prefix=prefix_in(header, tensors), **measured,
         )  # fmt: skip

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.tensor_file import require_model, write_tensors
 
 _FORMAT = "prototok.proto_tokens"
@@ -30,6 +37,7 @@ class ProtoTokens:
     m        (T, S, d), or (G, d) if shared; None for the arrangement without m
     lengths  (T,) int64, the N of each text
     groups   (T,) int64, each text's sharing group; None when nothing is shared
+    prefix   what stands in front of every row, the same for all; None: nothing
     """
 
     e: Tensor
@@ -41,6 +49,7 @@ class ProtoTokens:
     share: str | None = None
     groups: Tensor | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     @property
     def texts(self) -> int:
@@ -96,6 +105,7 @@ class ProtoTokens:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {"e": self.e, "m": self.m, "lengths": self.lengths, "groups": self.groups}
+        tensors |= prefix_tensors(self.prefix)
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -104,6 +114,7 @@ class ProtoTokens:
             "seeds": self.seeds,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         write_tensors(path, tensors, header)
 
@@ -141,6 +152,7 @@ class ProtoTokens:
             share=header["share"],
             groups=tensors.get("groups"),
             provenance=header["provenance"],
+            prefix=prefix_in(header, tensors),
         )
 
 
@@ -174,7 +186,11 @@ def _require_consistent(path: Path, header: dict, shapes: dict) -> None:
         raise refuse(f"its header does not parse ({error})") from None
     names = {"e", "lengths"} | ({"m"} if arrangement.has_m else set())
     names |= {"groups"} if share else set()
-    if set(shapes) != names or share not in (None, "e", "m"):
+    try:
+        require_prefix(header, shapes, identity.hidden_size, identity.vocab_size)
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    if set(shapes) - {"prefix"} != names or share not in (None, "e", "m"):
         raise refuse(f"it holds {sorted(shapes)} where {sorted(names)} are expected")
     (texts,) = shapes["lengths"][1] if len(shapes["lengths"][1]) == 1 else (-1,)
     inner = {"e": (arrangement.leading,) if arrangement.leading > 1 else (), "m": ()}

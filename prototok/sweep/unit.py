@@ -28,6 +28,7 @@ class Unit:
         group_size: texts a sharing group, as the experiment asked for it; None for all of them.
         arrangement: of the one-forward mode (`prototok.results.arrangement`).
         vectors: K of the autoregressive mode.
+        prefix: what stands in front, text, token ids or None; "auto" leaves it to the recipe.
         recipe: name of a recipe; `changes` are the `Recipe` fields that differ from it.
         dtype: of the frozen weights, "auto" to let the device decide.
         alone: fit this unit with nothing beside it in the batch (the paper's Table 4).
@@ -44,6 +45,7 @@ class Unit:
     group_size: int | None = None
     arrangement: str = "e m*"
     vectors: int = 1
+    prefix: str | tuple[int, ...] | None = "auto"
     recipe: str = "paper"
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
@@ -56,22 +58,31 @@ class Unit:
         return hashlib.sha256(self.spec().encode()).hexdigest()[:24]
 
     def spec(self) -> str:
-        """The specification as canonical JSON: sorted names, no spaces."""
-        return json.dumps(
-            dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True
-        )
+        """The specification as canonical JSON: sorted names, no spaces.
+
+        A prefix that is left to the recipe is not named, so that keys are those from before there
+        were any.
+        """
+        named = dataclasses.asdict(self)
+        if self.prefix == "auto":
+            del named["prefix"]
+        return json.dumps(named, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def parse(cls, spec: str) -> Unit:
         """The unit that `spec` gave."""
         found = json.loads(spec)
-        return cls(**found | {"texts": tuple(found["texts"]), "seeds": tuple(found["seeds"])})
+        for name in ("texts", "seeds", "prefix"):
+            if isinstance(found.get(name), list):
+                found[name] = tuple(found[name])
+        return cls(**found)
 
     def group(self) -> tuple:
         """Units of equal `group()` can be fitted in one batch; the length may differ."""
         return (
-            self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.recipe,
-            json.dumps(self.changes, sort_keys=True), self.share, self.alone, self.timed,
+            self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.prefix,
+            self.recipe, json.dumps(self.changes, sort_keys=True), self.share, self.alone,
+            self.timed,
         )  # fmt: skip
 
     @property
