@@ -38,7 +38,7 @@ from prototok.bench.machine import matmul_rate
 from prototok.common.allocator import keep_freed_memory
 from prototok.common.clock import once
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -117,14 +117,14 @@ class PlainLoop:
 
 def engine(lm: FrozenLM, targets: Tensor) -> StepRunner:
     """The engine's runner with all texts in flight and no end to them."""
-    units = make_units(list(targets.cpu()), [0], None, None)
+    groups = make_groups(list(targets.cpu()), [0], None, None)
     rows, length = targets.shape
     recipe = Recipe(margin=1e9, max_steps=10**9, lr=0.01)
     inputs = OneForward(Arrangement.parse("e m*"))
     slots = Slots(Setup(lm, inputs, recipe, "auto", rows), Room(rows, rows, length))
     runner = step_runner(lm, slots, rows)
     with runner.changing():
-        slots.admit(units)
+        slots.admit(groups)
     return runner
 
 

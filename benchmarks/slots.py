@@ -30,9 +30,9 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM
-from prototok.fitting.driver import fit_units
+from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, burst_of, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -63,11 +63,11 @@ def texts_of(lm: FrozenLM, path: Path, count: int, length: int) -> list[Tensor]:
 def full_batch(lm: FrozenLM, texts: list[Tensor], recipe: Recipe, rows: int) -> StepRunner:
     """Slots that nobody leaves: a goal out of reach, no end of updates in sight."""
     endless = dataclasses.replace(recipe, margin=1e9, max_steps=10**9)
-    units = make_units(texts[:rows], [0], None, None)
+    groups = make_groups(texts[:rows], [0], None, None)
     inputs = OneForward(Arrangement.parse("e m*"))
     setup = Setup(lm, inputs, endless, "auto", rows)
     slots = Slots(setup, Room(rows, rows, len(texts[0])))
-    slots.admit(units)
+    slots.admit(groups)
     return step_runner(lm, slots, rows)
 
 
@@ -203,9 +203,9 @@ def main() -> None:
             "singles": compared,
         }  # fmt: skip
 
-    units = make_units(texts, [0], None, None)
+    groups = make_groups(texts, [0], None, None)
     setup = one_forward(lm, Arrangement.parse("e m*"), recipe, None, "auto", slots)
-    fits = fit_units(setup, units, verify, observe)
+    fits = fit_groups(setup, groups, verify, observe)
     written = time.perf_counter()
     for _, (one,) in fits:
         found[one.row.index] = {"exact": one.check.exact, "steps": one.steps}

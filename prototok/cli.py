@@ -5,18 +5,28 @@ Exit codes: 0 ok, 2 usage, 3 finished with units that failed, 130 interrupted wi
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prototok.bench.command import bench
-from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, say
+from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, require_positive, say
 from prototok.common.command_line import run as run_app
+from prototok.common.files import try_file, write_text
 from prototok.sweep.cli import app as sweep_app
 
 if TYPE_CHECKING:
+    from prototok.fitting.recipe import Recipe
+    from prototok.model.frozen_lm import FrozenLM
+    from prototok.results.arrangement import Arrangement
+    from prototok.results.fit_folder import FitFolder
     from prototok.results.fit_result import FitResult
+    from prototok.results.proto_tokens import ProtoTokens
 
 app = typer.Typer(
     help="One-step text reconstruction from proto-tokens.",
@@ -29,6 +39,11 @@ app.add_typer(sweep_app, name="sweep")
 
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 
+_TEXT = "text differs"  # provenance: where the book differs from its tokens; empty: nowhere
+_CAPACITY_COLUMNS = "text,exact,at_099,ended,steps,seconds"
+_DECODED = "A new file for the text, in UTF-8 and exact; nothing is added and nothing is printed."
+_OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
+_RESUME = "Go on where an interrupted fit of the same book and settings stopped."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show their spans."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
@@ -51,58 +66,138 @@ def fit(
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=_RESUME)] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
     """Cut a book into chunks, fit each, and write vectors and measurements to a folder."""
-    from prototok.fitting.fast_fit import fast_fit
-    from prototok.model.load import load
-    from prototok.results.fit_result import FitInterrupted, require_writable
-    from prototok.texts.files import chunks, read_text
+    from prototok.texts.files import read_text
 
-    if length < 1:
-        raise ValueError(f"length: {length} is not a positive integer")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} is not a positive integer")
-    require_writable(out)  # before hours of work, not after them
+    # All that can be told without a model is told before one is loaded, the quickest first.
+    require_positive(length=length, limit=limit, seeds=seeds, batch_size=batch_size)
     text = read_text(book)
-    lm = load(model, device, dtype, revision)
-    pieces = chunks(lm, text, length, limit)
-    family = "its own forward" if lm.body.family != "general" else "the general way, transformers"
+    from prototok.common.arguments import seed_list
+    from prototok.fitting.fast_fit import require_share
+    from prototok.fitting.recipe import recipe_of
+    from prototok.results.arrangement import Arrangement
+    from prototok.results.fit_folder import FitFolder
+
+    layout, settings = Arrangement.parse(arrangement), recipe_of(recipe)
+    require_share(share, layout)
+    rows = batch_size or "auto"
+    front = None if prefix == "none" else prefix
+    request = _Fit(length, limit, settings, layout, share, seed_list(seeds), front, rows)
+    folder = FitFolder(out, resume, overwrite)
+    with folder.claimed():
+        from prototok.model.load import load
+
+        lm = load(model, device, dtype, revision)
+        _fit_to_folder(lm, text, folder, request)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What `prototok fit` was asked for."""
+
+    length: int
+    limit: int | None
+    recipe: Recipe
+    arrangement: Arrangement
+    share: str | None
+    seeds: list[int]
+    prefix: str | None
+    batch_size: int | str
+
+
+def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> None:
+    """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
+    from prototok.fitting.fast_fit import fast_fit
+    from prototok.fitting.front import front_of
+    from prototok.results.fit_folder import plan_of
+    from prototok.results.fit_result import FitInterrupted
+    from prototok.texts.files import chunks, text_difference
+
+    pieces = chunks(lm, text, asked.length, asked.limit)
+    own = "its own forward" if lm.body.family != "general" else "the general way, transformers"
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
-    say(f"{model}: {lm.body.family} ({family}), {str(lm.dtype)[6:]} on {lm.device}{stored}")
+    say(f"{lm.identity.name}: {lm.body.family} ({own}), {str(lm.dtype)[6:]} on {lm.device}{stored}")
+    recipe = json.dumps(dataclasses.asdict(asked.recipe))
+    behind, in_front = front_of(lm, asked.prefix, asked.recipe)
+    say(f"in front: {in_front}")
+    plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
+    floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
+    done = folder.begin(plan, 2 * 4 * floats)
+    left = sorted(set(range(len(pieces))) - set(done))
+    if done:
+        say(f"{len(done)} of {len(pieces)} chunks are done already")
+    differs = text_difference(lm, text, pieces)
+
+    def labelled(result: FitResult) -> FitResult:
+        """Have the vectors say whether exact tokens give the exact text."""
+        origin = result.tokens.provenance | {_TEXT: differs or ""}
+        return dataclasses.replace(
+            result, tokens=dataclasses.replace(result.tokens, provenance=origin)
+        )
+
+    whole = None
     try:
-        result = fast_fit(
-            lm, pieces, share=share, seeds=seeds, arrangement=arrangement, recipe=recipe,
-            prefix=None if prefix == "none" else prefix, batch_size=batch_size or "auto",
-            progress=True,
-        )  # fmt: skip
-    except FitInterrupted as stopped:
-        if stopped.result is None:
+        if left:
+            result = fast_fit(
+                lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
+                arrangement=asked.arrangement.name, recipe=asked.recipe, prefix=asked.prefix,
+                batch_size=asked.batch_size, progress=True,
+                on_text=lambda i, result: folder.commit(left[i], labelled(result)),
+            )  # fmt: skip
+            whole = None if asked.share is None else labelled(result)
+    except FitInterrupted:
+        kept = folder.interrupt()
+        if not kept:
             say("interrupted before the first chunk was fitted; nothing was written")
         else:
-            stopped.result.save(out)
-            say(f"interrupted; {len(stopped.texts)} of {len(pieces)} chunks are in {out}")
+            say(
+                f"interrupted; {kept} of {len(pieces)} chunks are in {folder.path}, and --resume "
+                "goes on from there"
+            )
         raise typer.Exit(130) from None
-    result.save(out)
-    _summarise(result, out)
+    except OSError as error:
+        say(
+            f"prototok: out: {folder.path} cannot be written any more ({error.strerror or error}); "
+            f"{len(folder.done())} of {len(pieces)} chunks are in it, and --resume goes on from "
+            "there"
+        )
+        raise typer.Exit(3) from None
+    _summarise(folder.finish(whole), folder)
 
 
-def _summarise(result: FitResult, out: Path) -> None:
+def _summarise(result: FitResult, folder: FitFolder) -> None:
     best = result.best()
     exact, texts = int(best.exact.sum()), best.tokens.texts
-    if best.tokens.prefix is not None:
-        say(f"in front: {best.tokens.provenance['prefix']}")
     say(
         f"{texts} chunks, {int(best.tokens.lengths.sum())} tokens, {exact} exact, mean accuracy "
-        f"{float(best.accuracy.mean()):.3f}, {float(result.seconds.sum()):.1f} s; written to {out}"
+        f"{float(best.accuracy.mean()):.3f}, {float(result.seconds.sum()):.1f} s; written to "
+        f"{folder.path}"
     )
+    say(_exactness(exact, texts, best.tokens))
+
+
+def _exactness(exact: int, texts: int, tokens: ProtoTokens) -> str:
+    """Tell exact tokens from exact text: a tokenizer may not give back what it read."""
+    differs = tokens.provenance.get(_TEXT)
+    if differs is None:
+        text = "not known"  # fitted from Python, or by an earlier version
+    elif differs:
+        text = f"no, {differs}"
+    else:
+        text = "yes" if exact == texts else "no, tokens are wrong"
+    return f"tokens exact: {exact} of {texts} chunks; text exact: {text}"
 
 
 @app.command()
 def decode(
     folder: Annotated[Path, typer.Argument(help="A folder that `prototok fit` wrote.")],
     model: Annotated[str | None, typer.Option(help="Default: the model in the folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=_DECODED)] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
@@ -114,12 +209,18 @@ def decode(
     from prototok.results.fit_result import FitResult
 
     best = FitResult.load(folder).best()
+    if out is not None:
+        try_file(out, "out", lambda head: not head)
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
     rows = decode_tokens(lm, best.tokens)
     found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
     # All ids at once: a chunk may end in the middle of a character.
-    print(lm.decode_ids(torch.cat(found)))
+    text = lm.decode_ids(torch.cat(found))
+    if out is None:
+        _print_text(text)
+    else:
+        write_text(out, text)
     exact = 0
     for i, (ids, target) in enumerate(zip(found, best.targets, strict=True)):
         right = int((ids == target).sum())
@@ -127,6 +228,16 @@ def decode(
         verdict = "exact" if right == len(target) else f"{right} of {len(target)} tokens right"
         say(f"chunk {i}: {verdict}")
     say(f"{exact} of {len(found)} chunks are exact")
+    say(_exactness(exact, len(found), best.tokens))
+
+
+def _print_text(text: str) -> None:
+    """Print a text, and say on stderr what the terminal cannot show of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = text.encode(encoding, errors="replace").decode(encoding)
+    print(shown)
+    if shown != text:
+        say(f"{encoding} has not all of these characters; --out writes them as they are")
 
 
 @app.command()
@@ -145,28 +256,33 @@ def capacity(
     """Find the longest prefix of each text that comes back, exactly and at accuracy 0.99."""
     from prototok.fitting.capacity import GRID
     from prototok.fitting.capacity import capacity as find_capacity
+    from prototok.fitting.recipe import recipe_of
     from prototok.model.load import load
     from prototok.texts.files import chunks, read_text
 
-    if texts < 1:
-        raise ValueError(f"texts: {texts} is not a positive integer")
+    require_positive(texts=texts)
     if longest < GRID[0]:
         raise ValueError(f"longest: {longest} is less than {GRID[0]}, the first of the grid")
+    if restarts < 0:
+        raise ValueError(f"restarts: {restarts} is negative")
+    recipe_of(recipe)
     text = read_text(book)
+    if out is not None:
+        try_file(out, "out", lambda head: head.startswith(_CAPACITY_COLUMNS.encode()))
     lm = load(model, device, dtype)
     pieces = chunks(lm, text, longest, texts)
     found = find_capacity(
         lm, pieces, recipe=recipe, restarts=restarts, progress=True,
         prefix=None if prefix == "none" else prefix,
     )  # fmt: skip
-    lines = ["text,exact,at_099,ended,steps,seconds"]
+    lines = [_CAPACITY_COLUMNS]
     for t in range(len(pieces)):
         lines.append(
             f"{t},{int(found.exact[t])},{int(found.at_099[t])},{int(found.ended[t])},"
             f"{int(found.steps[t])},{float(found.seconds[t]):.2f}"
         )
     if out is not None:
-        out.write_text("\n".join(lines) + "\n")
+        write_text(out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -185,20 +301,22 @@ def profile(
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
     """Run steps of a fit, or decodings, under a profiler."""
-    from prototok.bench.profile import Work, step_range
+    from prototok.bench.profile import Work, require_work, step_range
     from prototok.bench.profile import profile as run_profile
-    from prototok.model.load import load
+    from prototok.model.load import device_of, load
     from prototok.model.shapes import load_shape
 
-    if batch < 1:
-        raise ValueError(f"batch: {batch} is not a positive integer")
+    require_positive(batch=batch, length=length)
     which = step_range(steps)
-    lm = load(model, device, dtype) if shape is None else load_shape(shape, device, dtype)
-    if trace is None and lm.device.type != "cuda":
+    require_work(what)
+    if trace is None and device_of(device).type != "cuda":
         trace = Path("profile.json")
+    if trace is not None:
+        try_file(trace, "trace", lambda head: b'"schemaVersion"' in head)
+    lm = load(model, device, dtype) if shape is None else load_shape(shape, device, dtype)
     work = Work(what, length, batch, backend, eager)
-    say(str(work.plan(lm)))
     seconds, table = run_profile(lm, work, which, trace)
+    say(str(work.plan(lm)))
     if table:
         print(table)
     say(f"{1e3 * seconds:.3f} ms a step" + (f"; trace in {trace}" if trace else ""))
@@ -216,14 +334,13 @@ def report(
     device: Device = "auto",
 ) -> None:  # fmt: skip
     """Write a run's tables and figures beside the paper's as one page that opens offline."""
-    for name, value in (("pairs", pairs), ("curve_steps", curve_steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: {value} is not a positive integer")
+    require_positive(pairs=pairs, curve_steps=curve_steps)
     if out.is_dir() or not out.suffix:
         raise ValueError(f"out: {out} is no name of a page, such as report.html")
-    from prototok.report.build import build
+    from prototok.report.build import build, require_place
     from prototok.report.results import read
 
+    require_place(out, out.with_suffix("") if files else None)
     results = read(run)
     if measure:
         from prototok.geometry.paths import BezierSettings

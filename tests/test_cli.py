@@ -89,14 +89,15 @@ def test_bad_usage_is_exit_code_2_and_writes_nothing(
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    found = prototok_cli(*arguments, cwd=tmp_path, env=offline, timeout=60)
+    found = prototok_cli(*arguments, cwd=tmp_path, env=offline, timeout=300)
     assert found.returncode == 2
     assert says in found.stderr
     assert "Traceback" not in found.stderr
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_interrupted_fit_keeps_what_had_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_fit_that_is_stopped_keeps_what_had_ended(how: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(HELD_OUT.read_text())
     command = [sys.executable, "-m", "prototok", "fit", "book.txt", "--length", "2", "-o", "tokens"]
     command += ["--batch-size", "4", "--limit", "2000"]
@@ -106,17 +107,25 @@ def test_interrupted_fit_keeps_what_had_ended(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
-        assert process.stderr is not None
-        process.stderr.readline()  # the model is loaded and the fit is about to start
-        time.sleep(15)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        end = time.monotonic() + 300
+        while len(list(tmp_path.glob("tokens/unfinished/*/fits.parquet"))) < 3:
+            assert time.monotonic() < end and process.poll() is None, "no chunk was kept"
+            time.sleep(0.05)
+        process.send_signal(how)
+        said = process.communicate(timeout=300)[1]
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    fit = FitResult.load(tmp_path / "tokens")
-    assert f"interrupted; {fit.tokens.texts} of " in said
+    kept = len(list(tmp_path.glob("tokens/unfinished/*/fits.parquet")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["book.txt", "tokens"]
+    if how is signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130, said
+        assert FitResult.load(tmp_path / "tokens").tokens.texts == kept
+        assert f"interrupted; {kept} of 2000 chunks are in tokens" in said
+    command[command.index("2000")] = str(kept)
+    other = prototok_cli(*command[3:], "--resume", cwd=tmp_path)
+    assert other.returncode == 2 and "tokens holds a fit of other texts" in other.stderr
 
 
 def test_env_and_help_answer_fast(tmp_path: Path) -> None:

@@ -191,9 +191,9 @@ def residual_norm(
     """
     require(backend, x)
     _check(x, delta, weight, bias)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if backend == "torch":
         return residual_norm_ref(x, delta, weight, bias, eps)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad)):
         return _ResidualNorm.apply(x, delta, weight, bias, eps, backend)
     total, normed, _ = _forward(x, delta, weight, bias, eps, backend)

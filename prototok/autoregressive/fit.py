@@ -16,7 +16,7 @@ from prototok.common.arguments import batch_size_of, is_count, seed_list
 from prototok.common.world import own_world
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import TeacherForced
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
@@ -96,8 +96,8 @@ def fit(
         provenance |= {"verified with": cache_of(lm), "prefix": in_front}
         return mem_fit_of(setup, rows, len(chosen), provenance)
 
-    units = make_units(targets, chosen, None, None)
-    return fit_all(setup, units, verify, collect, Watching("fit [mem]", progress, callback))
+    groups = make_groups(targets, chosen, None, None)
+    return fit_all(setup, groups, verify, collect, Watching("fit [mem]", progress, callback))
 
 
 def teacher_forced(

@@ -90,7 +90,6 @@ def require_room(lm: FrozenLM, leading: int, length: object) -> None:
     """ValueError unless `length` is a number of tokens that the context has room for behind K."""
     if not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
-    assert isinstance(length, int)
     positions = leading + length - 1
     if lm.context is not None and positions > lm.context:
         raise ValueError(

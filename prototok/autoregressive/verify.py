@@ -5,7 +5,7 @@ Letters: K vectors in front, N targets, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Generated:
     @property
     def exact(self) -> bool:
         return self.accuracy == 1.0
+
+    def as_failed(self) -> Generated:
+        """Return what counts of a row whose loss or gradient was not finite: nothing."""
+        none = float("-inf")
+        return replace(self, accuracy=0.0, correct=0, margin=none, teacher_forced=0.0)
 
 
 def verify(setup: Setup, targets: Tensor, mem: Tensor) -> Generated:

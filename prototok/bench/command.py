@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from prototok.common.command_line import SHAPE, Device, Dtype, say
+from prototok.common.command_line import SHAPE, Device, Dtype, require_positive, say
+from prototok.common.files import try_file
 
 _BENCH_MODEL = "May be given more than once. Default: both built-in models."
 _TEXT = "Where the texts come from. Default: a held-out book in the package."
 _VLLM = "An interpreter that has vLLM, to time it as well."
 _SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
 _PROFILE = "Profile steps a … b−1 of the first fit, as a:b; docs/profiling.md says how to read it."
+_FIGURE = b"One forward against autoregressive decoding"  # what an earlier figure of ours says
 _OUT = "The record; the figure goes beside it."
 
 
@@ -35,12 +37,17 @@ def bench(
     from prototok.bench.measure import BenchSettings, run_bench
     from prototok.bench.profile import step_range
     from prototok.bench.table import table, write
+    from prototok.fitting.recipe import recipe_of
     from prototok.model.load import BUILT_IN
 
     if shape is not None and model:
         raise ValueError("shape: give a model or a shape, not both")
-    if texts < 1:
-        raise ValueError(f"texts: {texts} is not a positive integer")
+    require_positive(texts=texts)
+    recipe_of(recipe)
+    if out.suffix == ".svg":
+        raise ValueError(f"out: {out} is the name of the figure, not of the record")
+    try_file(out, "out", lambda head: b'"measured_peaks"' in head)
+    try_file(out.with_suffix(".svg"), "out", lambda head: _FIGURE in head)
     settings = BenchSettings(
         tuple(model) if model else BUILT_IN, shape, _lengths(lengths), texts, text, recipe,
         device, dtype, None if profile is None else step_range(profile), vllm_python,
@@ -56,6 +63,9 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        lengths = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"lengths: {text!r} is not a list such as 32,64,128") from None
+    for length in lengths:
+        require_positive(length=length)
+    return lengths

@@ -32,7 +32,7 @@ from prototok.bench.timing import (
 from prototok.common.allocator import keep_freed_memory
 from prototok.decoding.decode import decode_ids, require_length
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import run
 from prototok.fitting.engine.runner import burst_of
 from prototok.fitting.engine.setup import Setup
@@ -328,9 +328,9 @@ def _step_seconds(
 
     burst = burst_of(lm.device)
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=6 * burst)
-    units = make_units(targets, [0], None, None)
+    groups = make_groups(targets, [0], None, None)
     setup = Setup(lm, OneForward(arrangement), recipe, "auto", len(targets))
-    for _ in run(setup, units, lambda finished: True, mark):
+    for _ in run(setup, groups, lambda finished: True, mark):
         pass
     return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
 

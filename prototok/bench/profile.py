@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from prototok.common.files import whole
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -35,6 +36,12 @@ def step_range(text: str) -> tuple[int, int]:
     if not first < end:
         raise ValueError(f"profile: {text!r} is not a range a:b of steps with a < b")
     return first, end
+
+
+def require_work(what: str) -> None:
+    """ValueError unless that is something to profile."""
+    if what not in ("fit", "decode"):
+        raise ValueError(f"what: {what!r} is not 'fit' or 'decode'")
 
 
 class Capture:
@@ -73,7 +80,8 @@ class Capture:
             self.profiler.stop()
             if self.trace is not None:
                 self.trace.parent.mkdir(parents=True, exist_ok=True)
-                self.profiler.export_chrome_trace(str(self.trace))
+                with whole(self.trace) as temporary:
+                    self.profiler.export_chrome_trace(str(temporary))
 
     def report(self, rows: int = 25) -> str:
         """The table of the most expensive operations; empty where Nsight has the figures."""
@@ -133,8 +141,7 @@ def profile(
     Raises:
         ValueError: an unknown kind of work, or a length the model has no room for.
     """
-    if work.what not in ("fit", "decode"):
-        raise ValueError(f"what: {work.what!r} is not 'fit' or 'decode'")
+    require_work(work.what)
     arrangement = Arrangement.parse("e m*")
     require_length(work.length, lm, arrangement)
     advance = _fit(lm, work, arrangement) if work.what == "fit" else _decode(lm, work, arrangement)
@@ -150,11 +157,11 @@ def profile(
 def _fit(lm: FrozenLM, work: Work, arrangement: Arrangement) -> Callable[[int], None]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (work.batch, work.length), generator=generator, device="cpu")
-    units = make_units(list(ids), [0], None, None)
+    groups = make_groups(list(ids), [0], None, None)
     endless = Recipe(margin=1e9, max_steps=10**9)
     setup = Setup(lm, OneForward(arrangement), endless, work.backend, work.batch)
     slots = Slots(setup, Room(work.batch, work.batch, work.length))
-    slots.admit(units)
+    slots.admit(groups)
     make = StepRunner if work.eager else step_runner
     return make(lm, slots, work.batch).advance
 

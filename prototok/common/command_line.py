@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -22,17 +27,53 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def require_positive(**values: int | None) -> None:
+    """ValueError where an option that was given is less than 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value} is not a positive integer")
+
+
 def run(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
-    """Run a command line called `name`; a ValueError becomes one sentence and exit code 2."""
+    """Run a command line called `name`; a ValueError becomes one sentence and exit code 2.
+
+    SIGTERM does what Ctrl-C does, so that whoever stops us finds the work saved. Characters that
+    the terminal's encoding lacks are shown as question marks rather than ending the command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    with _terminated_like_interrupted():
+        try:
+            app(args=arguments, prog_name=name)
+        except ValueError as error:
+            say(f"prototok: {error}")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            say("prototok: interrupted")
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our output went away, as `| head` does; nothing is wrong or lost.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            say(f"prototok: {error.strerror or error}{where}")
+            sys.exit(2)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, where signals can be handled: on the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(args=arguments, prog_name=name)
-    except ValueError as error:
-        say(f"prototok: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        say("prototok: interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does; nothing is wrong, nothing is lost.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -26,7 +26,7 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
     body = lm.body
     assert isinstance(body, DecoderBody) and body.head is not None
     model = _model(lm, body)
-    found = _decoders.of.get(lm)
+    found: Decoder | None = _decoders.of.get(lm)
     if (
         found is None
         or found.model is not model

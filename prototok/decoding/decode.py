@@ -136,7 +136,7 @@ def decode(
     arrangement = Arrangement.parse(tokens.arrangement)
     if length is not None:
         require_length(length, lm, arrangement)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
     if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
         raise ValueError(

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import batch_size_of, is_count
+from prototok.common.arguments import batch_size_of, is_count, listed_items
 from prototok.common.progress import Progress
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
-from prototok.fitting.driver import fit_units
-from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.driver import fit_groups
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
@@ -88,9 +88,10 @@ def capacity(
     """
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
-    grid = tuple(lengths)
+    grid = tuple(listed_items(lengths) or ())
     if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
+    grid = tuple(int(n) for n in grid)
     if not is_count(restarts) and restarts != 0:
         raise ValueError(f"restarts: {restarts!r} is not an integer of at least 0")
     if init is not None:
@@ -115,9 +116,9 @@ def capacity(
     growing = [growth for growth in growing if growth.reaches]
     with Progress(count, "capacity", progress) as bar:
         while growing:
-            units = [growth.unit(room) for growth in growing]
-            for unit, (one,) in fit_units(setup, units, verify, lambda event: None):
-                growth = next(g for g in growing if g.text == unit.group)
+            groups = [growth.next_group(room) for growth in growing]
+            for group, (one,) in fit_groups(setup, groups, verify, lambda event: None):
+                growth = next(g for g in growing if g.text == group.index)
                 check = one.check
                 t, n = growth.text, room[growth.stage]
                 steps[t] += one.steps
@@ -153,6 +154,6 @@ class _Growth:
     failed: int = 0  # fits of this prefix that failed
     start: Tensor | None = None  # (slots, d), vectors of the prefix before
 
-    def unit(self, grid: Sequence[int]) -> Unit:
+    def next_group(self, grid: Sequence[int]) -> Group:
         row = Row(self.text, self.text, self.failed, self.ids[: grid[self.stage]], self.start)
-        return Unit(self.text, (row,), None)
+        return Group(self.text, (row,), None)

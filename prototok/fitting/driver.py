@@ -1,4 +1,4 @@
-"""One driver for every fit: units through the engine, each row verified alone, results collected.
+"""One driver for every fit: groups through the engine, each row verified alone, results collected.
 
 Fits of [e, m, …, m] and of [mem] differ in the inputs of their `Setup`, in how a row is verified,
 and in what is collected. Letters: N targets of a row, d hidden size.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from prototok.common.progress import Progress
-from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
 from prototok.results.fit_result import FitInterrupted, FitResult
@@ -30,6 +30,8 @@ class Check(Protocol):
 
     @property
     def exact(self) -> bool: ...
+
+    def as_failed(self) -> Self: ...
 
 
 C = TypeVar("C", bound=Check)
@@ -47,6 +49,7 @@ class EndedRow(Generic[C]):
     accuracy_in_batch  token accuracy in the batch that they were fitted in
     steps              updates made
     seconds            the row's share of the wall time of its batches
+    failed             its loss or gradient was not finite: it ended there, and that is all it is
     """
 
     row: Row
@@ -56,76 +59,85 @@ class EndedRow(Generic[C]):
     accuracy_in_batch: float
     steps: int
     seconds: float
+    failed: bool
 
 
-def fit_units(
-    setup: Setup, units: list[Unit], verify: Verify[C], observe: Callable[[FitEvent], None]
-) -> Iterator[tuple[Unit, list[EndedRow[C]]]]:
-    """Fit units and yield each with its rows as it ends, every row verified alone."""
+def fit_groups(
+    setup: Setup, groups: list[Group], verify: Verify[C], observe: Callable[[FitEvent], None]
+) -> Iterator[tuple[Group, list[EndedRow[C]]]]:
+    """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
     def confirm(finished: Finished) -> bool:
-        rows = zip(finished.unit.rows, _vectors_by_row(finished), strict=True)
+        rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
         checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
-        verified[finished.unit.group] = checks
+        verified[finished.group.index] = checks
         return all(check.accuracy >= setup.recipe.accuracy for check in checks)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
-    for finished in run(setup, units, confirm, observe):
-        checks = verified.pop(finished.unit.group)
-        yield finished.unit, list(_ended(finished, checks))
+    for finished in run(setup, groups, confirm, observe):
+        if finished.failed:
+            confirm(finished)
+        checks = verified.pop(finished.group.index)
+        yield finished.group, list(_ended(finished, checks))
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
     vectors = _vectors_by_row(finished)
-    for r, row in enumerate(finished.unit.rows):
+    for r, row in enumerate(finished.group.rows):
         yield EndedRow(
             row=row,
-            group=finished.unit.group,
+            group=finished.group.index,
             vectors=vectors[r],
-            check=checks[r],
-            accuracy_in_batch=finished.correct[r] / len(row.targets),
+            check=checks[r].as_failed() if finished.failed else checks[r],
+            accuracy_in_batch=0.0 if finished.failed else finished.correct[r] / len(row.targets),
             steps=finished.steps,
             seconds=finished.seconds,
+            failed=finished.failed,
         )
 
 
 def _vectors_by_row(finished: Finished) -> list[Tensor]:
-    """(slots, d) for each row of a unit."""
-    rows = len(finished.unit.rows)
+    """(slots, d) for each row of a group."""
+    rows = len(finished.group.rows)
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
     return list(torch.cat(parts, dim=1))
 
 
 @dataclass(frozen=True)
 class Watching:
-    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callback."""
+    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callbacks.
+
+    `on_text` gets the place of a text and what is collected of it as soon as its rows have ended.
+    """
 
     what: str
     progress: bool | None
     callback: Callable[[FitEvent], None] | None
+    on_text: Callable[[int, Any], None] | None = None
 
 
 def fit_all(
     setup: Setup,
-    units: list[Unit],
+    groups: list[Group],
     verify: Verify[C],
     collect: Callable[[list[EndedRow[C]]], R],
     watching: Watching,
 ) -> R:
-    """Fit all units and collect their rows, text by text.
+    """Fit all groups and collect their rows, text by text.
 
     Raises:
         FitInterrupted: Ctrl-C; carries what was collected of the texts whose rows had all ended.
     """
-    asked = Counter(row.text for unit in units for row in unit.rows)
+    asked = Counter(row.text for group in groups for row in group.rows)
     bar = Progress(asked.total(), watching.what, watching.progress)
     ended: list[EndedRow[C]] = []
-    exact = 0
+    exact = failed = 0
 
     def observe(event: FitEvent) -> None:
         steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
-        bar.update(len(ended), f"{exact} exact, {steps}")
+        lost = f"{failed} failed, not finite; " if failed else ""
+        bar.update(len(ended), f"{lost}{exact} exact, {steps}")
         if watching.callback is not None:
             watching.callback(event)
 
@@ -134,9 +146,15 @@ def fit_all(
 
     try:
         with bar:
-            for _, rows in fit_units(setup, units, verify, observe):
+            for group, rows in fit_groups(setup, groups, verify, observe):
                 ended += rows
+                if watching.on_text is not None and group.share is None:
+                    text = rows[0].row.text
+                    mine = [one for one in ended if one.row.text == text]
+                    if len(mine) == asked[text]:
+                        watching.on_text(text, collect(in_order(mine)))
                 exact += sum(one.check.exact for one in rows)
+                failed += sum(one.failed for one in rows)
     except KeyboardInterrupt:
         there = Counter(one.row.text for one in ended)
         texts = sorted(text for text, rows in there.items() if rows == asked[text])
@@ -158,4 +176,4 @@ def columns_of(
     rows: list[EndedRow[C]], seeds: int, read: Callable[[EndedRow[C]], float], dtype: torch.dtype
 ) -> Tensor:
     """(texts, seeds): one number of each row, rows text by text."""
-    return torch.tensor([read(one) for one in rows], dtype=dtype).view(-1, seeds)
+    return torch.tensor([read(one) for one in rows], dtype=dtype, device="cpu").view(-1, seeds)

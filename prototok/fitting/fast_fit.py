@@ -15,7 +15,7 @@ from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
@@ -50,6 +50,7 @@ def fast_fit(
     batch_size: int | str = "auto",
     progress: bool | None = None,
     callback: Callable[[FitEvent], None] | None = None,
+    on_text: Callable[[int, FitResult], None] | None = None,
 ) -> FitResult:
     """Fit proto-tokens: vectors that make the frozen model emit each text in one forward pass.
 
@@ -76,6 +77,8 @@ def fast_fit(
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
         progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
         callback: called with a `FitEvent` after every look at the device (every step on the CPU).
+        on_text: called with the place of a text and its result as soon as all of its seeds have
+            ended, to keep it; not for texts that share a vector, which end together.
 
     Rows do not influence each other: a text's result is that of fitting it alone, up to the
     rounding of the kernels at another batch size.
@@ -87,10 +90,7 @@ def fast_fit(
     layout = Arrangement.parse(arrangement)
     settings = recipe_of(recipe)
     require_frozen(lm)
-    if share not in (None, "m", "e"):
-        raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
-    if share == "m" and not layout.has_m:
-        raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement!r} has none")
+    require_share(share, layout)
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     if init is not None:
@@ -112,9 +112,17 @@ def fast_fit(
         return _result(tokens, rows)
 
     setup = one_forward(lm, layout, settings, init, backend, rows_at_once)
-    units = make_units(targets, chosen, share, group_size)
+    groups = make_groups(targets, chosen, share, group_size)
     what = "fit" if lm.prefix is None else f"fit behind {in_front}"
-    return fit_all(setup, units, verify, collect, Watching(what, progress, callback))
+    return fit_all(setup, groups, verify, collect, Watching(what, progress, callback, on_text))
+
+
+def require_share(share: str | None, arrangement: Arrangement) -> None:
+    """ValueError unless `share` is None, or a vector that the arrangement has."""
+    if share not in (None, "m", "e"):
+        raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
+    if share == "m" and not arrangement.has_m:
+        raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement.name!r} has none")
 
 
 def one_forward(
@@ -152,14 +160,17 @@ def tokens_of(
     groups = None
     if share is not None:
         place: dict[int, int] = {}  # of a group among those that are here
-        groups = torch.tensor([place.setdefault(one.group, len(place)) for one in first_rows])
+        of_text = [place.setdefault(one.group, len(place)) for one in first_rows]
+        groups = torch.tensor(of_text, dtype=torch.int64, device="cpu")
         texts = [groups.tolist().index(g) for g in place.values()]
         stored[share] = stored[share][texts, 0]  # the same in all rows of a group
     kept: dict[str, Tensor] = {name: part.contiguous() for name, part in stored.items()}
     return ProtoTokens(
         e=kept["e"],
         m=kept.get("m"),
-        lengths=torch.tensor([len(one.row.targets) for one in first_rows], dtype=torch.int64),
+        lengths=torch.tensor(
+            [len(one.row.targets) for one in first_rows], dtype=torch.int64, device="cpu"
+        ),
         arrangement=arrangement.name,
         model=setup.lm.identity,
         seeds=seeds,

@@ -18,6 +18,7 @@ from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.prefix import Prefix, PrefixLike
+from prototok.model.sample import sample
 from prototok.results.provenance import as_json
 from prototok.texts.targets import Texts, targets_of
 
@@ -59,7 +60,7 @@ def learn_shared(
         raise ValueError(f"length: {length!r} is not a positive integer")
     lengths = _LENGTHS if length is None else (length,)
     if texts is None:
-        texts = sample(lm, 32, lengths[0], backend)
+        texts = own_texts(lm, 32, lengths[0])
     targets = targets_of(lm, texts, lengths[0])
     if len(targets) < 2:
         raise ValueError("texts: one text has nothing in common with others; pass two or more")
@@ -96,18 +97,14 @@ def learn_shared(
     )
 
 
-@torch.no_grad()
-def sample(lm: FrozenLM, count: int, length: int, backend: str, seed: int = 0) -> Tensor:
-    """(count, length) token ids drawn from the model at temperature 1, behind its BOS.
+def own_texts(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:
+    """Return (count, length) token ids that the model makes up behind its BOS.
 
     A model without a BOS starts from one id of its vocabulary a text, drawn evenly, which is not
     part of the text.
     """
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(lm.vocab_size, (count, 1), generator=generator, device="cpu")
-    ids = first if lm.bos_id is None else torch.full_like(first, lm.bos_id)
-    for _ in range(length):
-        logits = lm.logits(lm.embed(ids), backend)[:, -1].float().cpu()
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-        ids = torch.cat([ids, drawn], dim=1)
-    return ids[:, 1:]
+    if lm.bos_id is not None:
+        first = torch.full_like(first, lm.bos_id)
+    return sample(lm, first, length, seed)

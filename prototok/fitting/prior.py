@@ -5,12 +5,9 @@ Letters: d hidden size.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
@@ -23,7 +20,14 @@ from prototok.results.prefix_file import (
     prefix_tensors,
     require_prefix,
 )
-from prototok.results.tensor_file import require_model, write_tensors
+from prototok.results.tensor_file import (
+    Shapes,
+    identity_of,
+    provenance_of,
+    read_tensors,
+    require_model,
+    write_tensors,
+)
 
 FILE = "prior.safetensors"
 _FORMAT = "prototok.prior"
@@ -72,37 +76,26 @@ class Prior:
         Raises:
             ValueError: no such file, or not one of a prior.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"path: there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["prototok"])
-                if header["format"] != _FORMAT or header["version"] != _VERSION:
-                    raise ValueError(f"format {header['format']} {header['version']}")
-                model = ModelIdentity(**header["model"])
-                d = model.hidden_size
-                expected = {"mean": [2, d], "std": [2, d], "basis": [2, d, d]}
-                names = set(file.keys())
-                if not {"mean", "std"} <= names <= {*expected, "prefix"}:
-                    raise ValueError(f"it holds {sorted(names)}")
-                if "prefix" in names:
-                    front = file.get_slice("prefix")
-                    shapes = {"prefix": (front.get_dtype(), tuple(front.get_shape()))}
-                    require_prefix(header, shapes, d, model.vocab_size)
-                for name in sorted(names & set(expected)):
-                    part = file.get_slice(name)
-                    if part.get_dtype() != "F32" or part.get_shape() != expected[name]:
-                        raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}")
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path: {path} is not a prior ({error})") from error
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise ValueError(f"path: {path} holds numbers that are not finite")
+        header, tensors = read_tensors(path, "a prior", (_FORMAT, _VERSION), _require_consistent)
         return cls(
-            tensors["mean"], tensors["std"], tensors.get("basis"), model, header["provenance"],
-            prefix_in(header, tensors),
+            tensors["mean"], tensors["std"], tensors.get("basis"), identity_of(header),
+            provenance_of(header), prefix_in(header, tensors),
         )  # fmt: skip
+
+
+def _require_consistent(header: dict, shapes: Shapes) -> None:
+    """The shapes in the file are those of a prior of its model."""
+    identity = identity_of(header)
+    d = identity.hidden_size
+    provenance_of(header)
+    require_prefix(header, shapes, d, identity.vocab_size)
+    expected = {"mean": (2, d), "std": (2, d), "basis": (2, d, d)}
+    if not {"mean", "std"} <= set(shapes) <= {*expected, "prefix"}:
+        raise ValueError(f"it holds {sorted(shapes)}")
+    for name in shapes.keys() & expected.keys():
+        dtype, shape = shapes[name]
+        if dtype != "F32" or shape != expected[name]:
+            raise ValueError(f"{name} is {dtype} {shape} where F32 {expected[name]} is expected")
 
 
 def shipped_prior(lm: FrozenLM) -> Prior | None:

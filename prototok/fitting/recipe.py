@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import is_integer
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -86,8 +87,9 @@ class Recipe:
             value = getattr(self, name)
             if name in ("patience", "cycle") and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
+            object.__setattr__(self, name, int(value))  # results store it as JSON
 
     @property
     def adamw(self) -> AdamWSettings:

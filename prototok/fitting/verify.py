@@ -5,7 +5,7 @@ Letters: N targets, d hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -34,6 +34,11 @@ class Verified:
     @property
     def exact(self) -> bool:
         return self.accuracy == 1.0
+
+    def as_failed(self) -> Verified:
+        """Return what counts of a row whose loss or gradient was not finite: nothing."""
+        none, never = float("-inf"), float("inf")
+        return replace(self, accuracy=0.0, correct=0, margin=none, loss=never)
 
 
 def verify(setup: Setup, targets: Tensor, vectors: Tensor) -> Verified:

@@ -29,8 +29,10 @@ from prototok.model import gguf
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, embedding_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
+from prototok.model.names import require_known
 
 BUILT_IN = ("tiny-llama", "tiny-neox")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -129,7 +131,10 @@ def path_of(model: str) -> str:
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` would take, without the weights; ValueError where there is none."""
-    found = _tokenizer_of(path_of(model), revision)
+    path = path_of(model)
+    if not Path(path).is_dir():
+        require_known(path, revision, BUILT_IN)
+    found = _tokenizer_of(path, revision)
     if found is None:
         raise ValueError(f"model: {model!r} has no tokenizer here or on the hub")
     return found
@@ -153,7 +158,7 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, _SHORT.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype: {dtype!r} is not 'auto' or a floating-point torch dtype")
     return found
@@ -170,6 +175,8 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
         if not any(Path(path).glob("*.safetensors")):
             what = "only pickled weights" if any(Path(path).glob("*.bin")) else "no weights"
             raise ValueError(f"model: folder {path} has {what}; safetensors is what is read")
+    else:
+        require_known(path, revision, BUILT_IN)
     try:
         if not local:
             # The commit first, then everything at that commit: a branch may move meanwhile.
@@ -260,11 +267,16 @@ def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
     """The model's tokenizer; None where the folder, file or repository has none."""
     if gguf.is_gguf(path):
         return gguf.read_tokenizer(path)
-    try:
-        cached_file(path, "tokenizer_config.json", revision=revision)
-    except OSError:
+    if not any(_has(path, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model: the tokenizer of {path} could not be loaded ({error})") from error
+
+
+def _has(path: str, name: str, revision: str | None) -> bool:
+    try:
+        return cached_file(path, name, revision=revision) is not None
+    except OSError:
+        return False

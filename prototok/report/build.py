@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prototok.common.files import try_file, write_text
 from prototok.common.version import VERSION
 from prototok.report import raster
 from prototok.report.chart import svg
@@ -22,6 +22,7 @@ from prototok.report.section import Section
 from prototok.report.tables import to_csv, to_latex
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_PRINTED, _LIST = "report.pdf", "files.json"  # the page as PDF; what the folder may hold of ours
 
 
 @dataclass
@@ -58,14 +59,63 @@ def build(
         f"prototok · {results.run.path.resolve().name}", _origin(results), findings(results), parts,
         gallery(results, exhibits), folder.name if folder else None,
     )  # fmt: skip
+    require_place(out, folder)
+    if folder is not None:
+        _require_names(folder, _names(parts))
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(out, html)
     written = Written(out, folder)
     if folder is not None:
         folder.mkdir(exist_ok=True)
+        _write(folder / _LIST, json.dumps(_names(parts), indent=1) + "\n")
         _write_files(folder, parts, written)
         _print_page(out, folder, browser, written)
     return written
+
+
+def require_place(out: Path, folder: Path | None) -> None:
+    """ValueError unless a page may be written to `out` and its files to `folder`.
+
+    A page of ours is replaced; another file, and a folder that is a run, stay as they are.
+    """
+    try_file(out, "out", lambda head: b"<title>prototok" in head)
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"out: the files of {out} would go to {folder}, which is a file")
+    if (folder / "run.json").exists():
+        raise ValueError(
+            f"out: the files of {out} would go to {folder}, which is a sweep; choose another name"
+        )
+
+
+def _names(parts: list[Section]) -> list[str]:
+    """Every file that may be written beside the page."""
+    tables = [
+        t.name + suffix
+        for part in parts
+        for t in part.content.tables
+        for suffix in (".csv", ".tex")
+    ]
+    charts = [
+        f"{c.name}.{suffix}" for part in parts for c in part.content.charts
+        for suffix in ("svg", "png", "pdf")
+    ]  # fmt: skip
+    return [*tables, *charts, _PRINTED]
+
+
+def _require_names(folder: Path, names: list[str]) -> None:
+    """ValueError where a file that we would write is there and not on the list of what we wrote."""
+    try:
+        listed = json.loads((folder / _LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        listed = []
+    for name in names:
+        if (folder / name).exists() and name not in listed:
+            raise ValueError(
+                f"out: {folder / name} was not written by prototok and is left as it is; choose "
+                "another name"
+            )
 
 
 def _write_files(folder: Path, parts: list[Section], written: Written) -> None:
@@ -90,7 +140,7 @@ def _print_page(out: Path, folder: Path, browser: str | None, written: Written) 
     if found is None:
         written.skipped.append("the page as PDF: there is no Chromium on the path")
         return
-    target = folder / "report.pdf"
+    target = folder / _PRINTED
     with tempfile.TemporaryDirectory() as profile:
         command = [
             found, "--headless", "--disable-gpu", "--no-sandbox", f"--user-data-dir={profile}",
@@ -127,7 +177,5 @@ def _versions(text: str) -> str:
 
 def _write(path: Path, text: str) -> Path:
     """The file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return path

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from prototok.common.files import write_text
 from prototok.geometry.paths import BezierSettings, Paths, connect, interpolate
 from prototok.geometry.robustness import decodings, perturbations
 from prototok.geometry.text import semantic_embeddings
@@ -225,7 +224,5 @@ def _keep(results: Results, name: str, found: dict[str, Any]) -> None:
     """Write RUN/analysis/NAME.json whole, and into `results`."""
     folder = results.run.path / "analysis"
     folder.mkdir(exist_ok=True)
-    temporary = Path(folder / f"{name}.json.tmp")
-    temporary.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / f"{name}.json")
+    write_text(folder / f"{name}.json", json.dumps(found, ensure_ascii=False) + "\n")
     results.measured[name] = found

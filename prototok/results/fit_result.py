@@ -5,9 +5,10 @@ Letters: T texts, S seeds, N targets of a text.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import os
-import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from prototok.common.files import flush, whole
 from prototok.results.proto_tokens import ProtoTokens
+from prototok.results.tensor_file import is_tensor_file, parse_json
 
 if TYPE_CHECKING:
     import pandas
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from prototok.results.mem_fit import MemFit
 
 _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
+_SHA256 = b"prototok.tensors_sha256"  # of the vectors' file, so that the two go together
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
 )  # fmt: skip
@@ -40,7 +44,7 @@ class FitResult:
     exact     bool: the text comes back whole from both of these decodings
     margin    fp32, smallest (target logit − best other logit) over positions and both decodings
     correct   int64, C_tokens behind `accuracy`
-    loss      fp32, cross-entropy of the decoding in float32, nats per token
+    loss      fp32, cross-entropy of the decoding, nats per token; the higher of both
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
@@ -57,6 +61,14 @@ class FitResult:
     seconds: Tensor
     accuracy_in_batch: Tensor
 
+    @property
+    def failed(self) -> Tensor:
+        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+
+        Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
+        """
+        return torch.isneginf(self.margin)
+
     def best(self) -> FitResult:
         """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""
         score = self.correct.double() + torch.sigmoid(self.margin.double()) / 2
@@ -72,51 +84,79 @@ class FitResult:
         """One row a (text, seed), with the target ids."""
         return self._table().to_pandas()
 
-    def save(self, folder: str | Path) -> None:
-        """Write `proto_tokens.safetensors` and `fits.parquet` into a folder that appears whole.
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write `proto_tokens.safetensors` and `fits.parquet` into a folder.
 
-        A folder that is already there is replaced only if it holds an earlier FitResult.
+        Both are written whole and flushed to the disk before the first of them gets its name, the
+        measurements last: a folder with `fits.parquet` is a whole fit. Nothing else in the folder
+        is touched.
+
+        Args:
+            folder: to write to; it is made where it is missing.
+            overwrite: replace an earlier fit even if that one has more texts.
+
+        Raises:
+            ValueError: the folder is a file, holds something else than a fit, or a larger fit.
+            OSError: the files cannot be written, as on a full disk.
         """
         folder = Path(folder)
         require_writable(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        self.tokens.save(temporary / _TOKENS)
-        pq.write_table(self._table(), temporary / _FITS)
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if not overwrite and (folder / _FITS).exists():
+            texts = FitResult.load(folder).tokens.texts
+            if texts > self.tokens.texts:
+                raise ValueError(
+                    f"folder: {folder} holds a fit of {texts} texts, and this one has "
+                    f"{self.tokens.texts}; pass overwrite=True to replace it"
+                )
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole(folder / _FITS) as fits, whole(folder / _TOKENS) as tokens:
+                self.tokens.save(tokens)
+                pq.write_table(self._table(_sha256_of(tokens)), fits)
+                flush(fits)
+        except BaseException:
+            if is_new:
+                (folder / _TOKENS).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
 
     @classmethod
     def load(cls, folder: str | Path) -> FitResult:
-        """Read what `save` wrote; ValueError where the folder does not hold a whole fit."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the folder does not hold a whole fit, or its two files do not go together.
+        """
         folder = Path(folder)
         if not (folder / _FITS).is_file():
-            raise ValueError(f"folder: {folder} holds no fit ({_FITS} is missing)")
+            unfinished = (folder / "unfinished" / "fit.json").is_file()
+            why = "it is unfinished; `prototok fit --resume` goes on" if unfinished else (
+                f"{_FITS} is missing"
+            )  # fmt: skip
+            raise ValueError(f"folder: {folder} holds no fit ({why})")
         tokens = ProtoTokens.load(folder / _TOKENS)
-        try:
-            table = pq.read_table(folder / _FITS)
-            columns = {name: table[name].to_pylist() for name in (*_MEASURED, "targets")}
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise ValueError(f"folder: {folder / _FITS} could not be read ({error})") from error
-        if table.num_rows != len(tokens):
-            raise ValueError(f"folder: {folder} has {table.num_rows} fits, {len(tokens)} vectors")
+        table = _read_table(folder / _FITS, tokens)
+        recorded = parse_json((table.schema.metadata or {}).get(_SHA256, b"null"))
+        if recorded is not None and recorded != _sha256_of(folder / _TOKENS):
+            raise ValueError(
+                f"folder: {folder} holds the vectors of one fit and the measurements of another; "
+                "a save was cut short, or one of the files was replaced"
+            )
         shape = (tokens.texts, tokens.seeds)
         measured = {
-            name: torch.tensor(columns[name], dtype=_DTYPES[name], device="cpu").view(shape)
-            for name in _MEASURED
+            name: torch.tensor(table[name].to_pylist(), dtype=dtype, device="cpu").view(shape)
+            for name, dtype in _DTYPES.items()
         }
-        targets = [
-            torch.tensor(ids, dtype=torch.int64, device="cpu")
-            for ids in columns["targets"][:: tokens.seeds]
-        ]
+        rows = table["targets"].to_pylist()[:: tokens.seeds]
+        targets = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in rows]
+        for ids, length in zip(targets, tokens.lengths.tolist(), strict=True):
+            if len(ids) != length or not _are_tokens(ids, tokens.model.vocab_size):
+                raise ValueError(f"folder: {folder} has targets that are not those of its vectors")
         return cls(tokens=tokens, targets=targets, **measured)
 
-    def _table(self) -> pa.Table:
+    def _table(self, sha256: str | None = None) -> pa.Table:
         texts, seeds = self.accuracy.shape
         columns: dict[str, list] = {
             "text": [t for t in range(texts) for _ in range(seeds)],
@@ -125,7 +165,9 @@ class FitResult:
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
-        metadata = {"prototok": json.dumps(self.tokens.provenance)}
+        metadata = {b"prototok": json.dumps(self.tokens.provenance)}
+        if sha256 is not None:
+            metadata[_SHA256] = json.dumps(sha256)
         return pa.table(columns).replace_schema_metadata(metadata)
 
 
@@ -136,12 +178,98 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
 }
 
 
+def join(parts: Sequence[FitResult]) -> FitResult:
+    """Put fits of different texts, made alike and sharing nothing, one behind another."""
+    first = parts[0].tokens
+    for part in parts:
+        tokens = part.tokens
+        alike = all(
+            getattr(tokens, name) == getattr(first, name)
+            for name in ("arrangement", "model", "seeds", "share")
+        )
+        alike &= (tokens.prefix and tokens.prefix.key) == (first.prefix and first.prefix.key)
+        if not alike or tokens.share is not None:
+            raise ValueError("parts: these fits were not made alike, or share a vector")
+    ms = [part.tokens.m for part in parts if part.tokens.m is not None]
+    tokens = replace(
+        first,
+        e=torch.cat([part.tokens.e for part in parts]),
+        m=torch.cat(ms) if ms else None,
+        lengths=torch.cat([part.tokens.lengths for part in parts]),
+    )
+    return FitResult(
+        tokens=tokens,
+        targets=[ids for part in parts for ids in part.targets],
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _MEASURED},
+    )
+
+
 def require_writable(folder: Path) -> None:
     """ValueError unless a FitResult may be written there: nothing else must be in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file")
-    if folder.exists() and not (folder / _FITS).exists() and any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any((folder / name).exists() for name in (_FITS, "unfinished/fit.json")):
         raise ValueError(f"folder: {folder} exists and holds something else than a fit")
+    for name, ours in ((_FITS, _is_ours), (_TOKENS, is_tensor_file)):
+        path = folder / name
+        if (path.exists() or path.is_symlink()) and not ours(path):
+            raise ValueError(f"folder: {path} was not written by prototok and is left as it is")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return b"prototok" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _read_table(path: Path, tokens: ProtoTokens) -> pa.Table:
+    """The rows of the fits, after their number and sizes were held against the vectors."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.metadata.num_rows
+            if rows != len(tokens):
+                raise ValueError(f"folder: {path.parent} has {rows} fits, {len(tokens)} vectors")
+            schema = file.schema_arrow
+            for name, kind in _COLUMNS.items():
+                if name not in schema.names or not kind(schema.field(name).type):
+                    raise ValueError(f"folder: {path} has no {name} as a fit has it")
+            values = sum(
+                file.metadata.row_group(g).column(c).num_values
+                for g in range(file.metadata.num_row_groups)
+                for c in range(file.metadata.num_columns)
+                if file.metadata.row_group(g).column(c).path_in_schema.startswith("targets.")
+            )
+            if values > int(tokens.lengths.sum()) * tokens.seeds:
+                raise ValueError(f"folder: {path} has more targets than there are tokens")
+            table = file.read(columns=list(_COLUMNS))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"folder: {path} could not be read ({error})") from error
+    if any(table[name].null_count for name in _COLUMNS):
+        raise ValueError(f"folder: {path} lacks values")
+    return table
+
+
+def _are_tokens(ids: Tensor, vocabulary: int) -> bool:
+    return bool(((ids >= 0) & (ids < vocabulary)).all())
+
+
+def _sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_ids(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)
+
+
+_COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
+    **dict.fromkeys(_MEASURED, pa.types.is_floating),
+    "exact": pa.types.is_boolean, "correct": pa.types.is_integer, "steps": pa.types.is_integer,
+    "targets": _is_ids,
+}  # fmt: skip
 
 
 class FitInterrupted(KeyboardInterrupt):

@@ -5,12 +5,10 @@ Letters: T texts, S seeds, K vectors in front, d hidden size, N targets of a tex
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
@@ -22,7 +20,14 @@ from prototok.results.prefix_file import (
     prefix_tensors,
     require_prefix,
 )
-from prototok.results.tensor_file import require_model, write_tensors
+from prototok.results.tensor_file import (
+    Shapes,
+    identity_of,
+    provenance_of,
+    read_tensors,
+    require_model,
+    write_tensors,
+)
 
 _FORMAT = "prototok.mem_fit"
 _VERSION = 1
@@ -69,6 +74,14 @@ class MemFit:
     provenance: dict[str, str]
     prefix: Prefix | None = None
 
+    @property
+    def failed(self) -> Tensor:
+        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+
+        Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
+        """
+        return torch.isneginf(self.margin)
+
     def require_model(self, lm: FrozenLM) -> None:
         """ValueError unless these were fitted on the model that `lm` holds."""
         require_model("mem", self.model, lm)
@@ -94,35 +107,43 @@ class MemFit:
     @classmethod
     def load(cls, path: str | Path) -> MemFit:
         """Read what `save` wrote; ValueError for anything else."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"path: there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("prototok", "null"))
-                if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                    raise ValueError(f"path: {path} is a safetensors file, but not one of a MemFit")
-                if header.get("version") != _VERSION:
-                    raise ValueError(
-                        f"path: {path} has format version {header.get('version')}; "
-                        f"this prototok reads {_VERSION}"
-                    )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from error
-        try:
-            mem, lengths = tensors["mem"], tensors["lengths"].tolist()
-            model, first = ModelIdentity(**header["model"]), header["first"]
-            measured = {name: tensors[name].to(dtype) for name, dtype in _MEASURED.items()}
-            targets = list(tensors["targets"].split(lengths))
-            found = {name: ("F32", tuple(t.shape)) for name, t in tensors.items()}
-            require_prefix(header, found, model.hidden_size, model.vocab_size)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"path: {path} is inconsistent ({error})") from None
-        texts = mem.shape[:2] if mem.ndim == 4 else ()
-        if len(lengths) != len(mem) or any(column.shape != texts for column in measured.values()):
-            raise ValueError(f"path: {path} is inconsistent, its tensors are of different fits")
+        header, tensors = read_tensors(
+            path, "one of a MemFit", (_FORMAT, _VERSION), _require_consistent
+        )
+        lengths = tensors["lengths"].tolist()
+        if not all(n >= 1 for n in lengths) or sum(lengths) != len(tensors["targets"]):
+            raise ValueError(f"path: {path} is inconsistent, its lengths are not of its targets")
+        model = identity_of(header)
+        ids = tensors["targets"]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
+            raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
         return cls(
-            mem=mem, targets=targets, first=first, model=model,
-            provenance=header.get("provenance", {}), prefix=prefix_in(header, tensors), **measured,
+            mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
+            model=model, provenance=provenance_of(header), prefix=prefix_in(header, tensors),
+            **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
+
+
+_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+def _require_consistent(header: dict, shapes: Shapes) -> None:
+    """The shapes in the file are those of one fit."""
+    identity = identity_of(header)
+    width = identity.hidden_size
+    provenance_of(header)
+    require_prefix(header, shapes, width, identity.vocab_size)
+    if header["first"] not in ("predicted", "given"):
+        raise ValueError(f"it says that the first token is {header['first']!r}")
+    if set(shapes) - {"prefix"} != {"mem", "targets", "lengths", *_MEASURED}:
+        raise ValueError(f"it holds {sorted(shapes)}")
+    dtype, shape = shapes["mem"]
+    if dtype != "F32" or len(shape) != 4 or shape[3] != width:
+        raise ValueError(f"mem is {dtype} {shape} where F32 (texts, seeds, K, {width}) is expected")
+    for name, kind in _MEASURED.items():
+        if shapes[name] != (_NAMES[kind], shape[:2]):
+            raise ValueError(f"{name} is {shapes[name]} where one value a fit is expected")
+    if shapes["lengths"] != ("I64", shape[:1]):
+        raise ValueError(f"lengths is {shapes['lengths']} where one int64 a text is expected")
+    if shapes["targets"][0] != "I64" or len(shapes["targets"][1]) != 1:
+        raise ValueError(f"targets is {shapes['targets']} where one row of int64 is expected")

@@ -5,14 +5,13 @@ Letters: T texts, S seeds, K leading vectors, d hidden size, G sharing groups, N
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prototok.common.arguments import is_count
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
@@ -23,10 +22,18 @@ from prototok.results.prefix_file import (
     prefix_tensors,
     require_prefix,
 )
-from prototok.results.tensor_file import require_model, write_tensors
+from prototok.results.tensor_file import (
+    Shapes,
+    identity_of,
+    provenance_of,
+    read_tensors,
+    require_model,
+    write_tensors,
+)
 
 _FORMAT = "prototok.proto_tokens"
 _VERSION = 1
+_MOST_TOKENS = 1 << 24  # of one text; no model has room for as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,29 +132,22 @@ class ProtoTokens:
         Raises:
             ValueError: no such file, damaged, not written by prototok, or inconsistent.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"path: there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                header = _header(path, file.metadata())
-                shapes = {}
-                for key in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
-                    part = file.get_slice(key)
-                    shapes[key] = (part.get_dtype(), tuple(part.get_shape()))
-                _require_consistent(path, header, shapes)
-                tensors = {key: file.get_tensor(key) for key in shapes}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from error
-        for name, stored in tensors.items():
-            if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
-                raise ValueError(f"path: {path} holds values in {name} that are not finite")
+        header, tensors = read_tensors(
+            path, "one of proto-tokens", (_FORMAT, _VERSION), _require_consistent
+        )
+        lengths, groups = tensors["lengths"], tensors.get("groups")
+        if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= _MOST_TOKENS:
+            raise ValueError(f"path: {path} is inconsistent, a text of it has no possible length")
+        if groups is not None and len(groups):
+            last = len(tensors[header["share"]]) - 1
+            if not 0 <= int(groups.min()) <= int(groups.max()) <= last:
+                raise ValueError(f"path: {path} is inconsistent, a text of it is in no group")
         return cls(
             e=tensors["e"],
             m=tensors.get("m"),
             lengths=tensors["lengths"],
             arrangement=header["arrangement"],
-            model=ModelIdentity(**header["model"]),
+            model=identity_of(header),
             seeds=header["seeds"],
             share=header["share"],
             groups=tensors.get("groups"),
@@ -156,42 +156,21 @@ class ProtoTokens:
         )
 
 
-def _header(path: Path, metadata: dict[str, str] | None) -> dict:
-    foreign = ValueError(f"path: {path} is a safetensors file, but not one of proto-tokens")
-    try:
-        header = json.loads((metadata or {})["prototok"])
-    except (KeyError, ValueError):
-        raise foreign from None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise foreign
-    if header.get("version") != _VERSION:
-        raise ValueError(
-            f"path: {path} has format version {header.get('version')}; "
-            f"this prototok reads {_VERSION}"
-        )
-    return header
-
-
-def _require_consistent(path: Path, header: dict, shapes: dict) -> None:
+def _require_consistent(header: dict, shapes: Shapes) -> None:
     """The shapes in the file are the ones its header implies."""
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"path: {path} is inconsistent, {what}")
-
-    try:
-        arrangement = Arrangement.parse(header["arrangement"])
-        identity = ModelIdentity(**header["model"])
-        seeds, share, _ = header["seeds"], header["share"], header["provenance"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise refuse(f"its header does not parse ({error})") from None
+    arrangement = Arrangement.parse(header["arrangement"])
+    identity = identity_of(header)
+    provenance_of(header)
+    seeds, share = header["seeds"], header["share"]
+    if not is_count(seeds):
+        raise ValueError(f"it has {seeds!r} seeds")
+    if share not in (None, "e", "m"):
+        raise ValueError(f"it shares {share!r}")
     names = {"e", "lengths"} | ({"m"} if arrangement.has_m else set())
     names |= {"groups"} if share else set()
-    try:
-        require_prefix(header, shapes, identity.hidden_size, identity.vocab_size)
-    except ValueError as error:
-        raise refuse(str(error)) from None
-    if set(shapes) - {"prefix"} != names or share not in (None, "e", "m"):
-        raise refuse(f"it holds {sorted(shapes)} where {sorted(names)} are expected")
+    require_prefix(header, shapes, identity.hidden_size, identity.vocab_size)
+    if set(shapes) - {"prefix"} != names or share not in (None, *names):
+        raise ValueError(f"it holds {sorted(shapes)} where {sorted(names)} are expected")
     (texts,) = shapes["lengths"][1] if len(shapes["lengths"][1]) == 1 else (-1,)
     inner = {"e": (arrangement.leading,) if arrangement.leading > 1 else (), "m": ()}
     for name in names & {"e", "m"}:
@@ -199,7 +178,7 @@ def _require_consistent(path: Path, header: dict, shapes: dict) -> None:
         tail = (*inner[name], identity.hidden_size)
         expected = (shape[0] if shape else 0, *tail) if share == name else (texts, seeds, *tail)
         if dtype != "F32" or shape != expected:
-            raise refuse(f"{name} is {dtype} {shape} where F32 {expected} is expected")
+            raise ValueError(f"{name} is {dtype} {shape} where F32 {expected} is expected")
     for name in names & {"lengths", "groups"}:
         if shapes[name] != ("I64", (texts,)):
-            raise refuse(f"{name} is {shapes[name]} where one int64 a text is expected")
+            raise ValueError(f"{name} is {shapes[name]} where one int64 a text is expected")

@@ -2,29 +2,121 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prototok.common.files import whole
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 
+KEY = "prototok"  # of our JSON header among a safetensors file's metadata
+
+_VECTORS = (
+    "e",
+    "m",
+    "mem",
+    "mean",
+    "std",
+    "basis",
+    "prefix",
+)  # what a model reads, so it must be finite
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name to its dtype, as F32, and shape
+
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header: dict) -> None:
-    """One safetensors file with a JSON header, there whole or not at all; None is left out."""
+    """Write one safetensors file with a JSON header; it is there whole or not at all.
+
+    A tensor that is None is left out. An earlier file of ours is replaced.
+
+    Raises:
+        ValueError: something else than a file of ours is in the way.
+        OSError: the file cannot be written, as on a full disk.
+    """
     path = Path(path)
+    if (path.exists() or path.is_symlink()) and not is_tensor_file(path):
+        raise ValueError(f"path: {path} was not written by prototok and is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items() if t is not None},
-        temporary,
-        metadata={"prototok": json.dumps(header)},
-    )
-    os.replace(temporary, path)
+    stored = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    with whole(path) as temporary:
+        try:
+            save_file(stored, temporary, metadata={KEY: json.dumps(header)})
+        except SafetensorError as error:  # its own kind for what the system refuses
+            raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def read_tensors(
+    path: str | Path, what: str, form: tuple[str, int], check: Callable[[dict, Shapes], None]
+) -> tuple[dict, dict[str, Tensor]]:
+    """Return the header and the tensors of a file that `write_tensors` wrote.
+
+    Args:
+        path: of the file.
+        what: it should be, for messages, such as "a prior".
+        form: name and version of the format, as the header has them.
+        check: raises ValueError unless header and shapes go together. It runs before any tensor is
+            allocated; safetensors has held the shapes against the size of the file by then.
+
+    Raises:
+        ValueError: no such file, damaged, not of this format, or inconsistent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = _header(path, what, form, file.metadata())
+            shapes: Shapes = {}
+            for key in file.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+                part = file.get_slice(key)
+                shapes[key] = (part.get_dtype(), tuple(part.get_shape()))
+            try:
+                check(header, shapes)
+            except (KeyError, TypeError, ValueError) as error:
+                says = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"path: {path} is inconsistent, {says}") from None
+            tensors = {key: file.get_tensor(key) for key in shapes}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from error
+    for name, stored in tensors.items():
+        if name in _VECTORS and not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"path: {path} holds values in {name} that are not finite")
+    return header, tensors
+
+
+def identity_of(header: dict) -> ModelIdentity:
+    """Return the model that a header names; ValueError where a field is missing or mistyped."""
+    found = header["model"]
+    fields = {f.name: str(f.type) for f in dataclasses.fields(ModelIdentity)}
+    if not isinstance(found, dict) or not set(found) <= set(fields):
+        raise ValueError("its model is not one that this prototok knows")
+    for name, value in found.items():
+        kinds = tuple(_KINDS[kind] for kind in fields[name].split(" | "))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"its model has {value!r} as {name}")
+    try:
+        identity = ModelIdentity(**found)
+    except TypeError as error:
+        raise ValueError(f"its model does not parse ({error})") from None
+    if identity.hidden_size < 1 or identity.vocab_size < 1:
+        raise ValueError("its model has no size")
+    return identity
+
+
+def provenance_of(header: dict) -> dict[str, str]:
+    """Return where the vectors come from; ValueError where it is not names with texts."""
+    found = header["provenance"]
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("its provenance is not names with texts")
+    return found
 
 
 def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
@@ -34,3 +126,38 @@ def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "
             f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
         )
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int, "None": type(None)}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says; ValueError for whatever is none, nested without end included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _header(path: Path, what: str, form: tuple[str, int], metadata: dict[str, str] | None) -> dict:
+    try:
+        header = parse_json((metadata or {})[KEY])
+    except (KeyError, ValueError):
+        header = None
+    if not isinstance(header, dict) or header.get("format") != form[0]:
+        raise ValueError(f"path: {path} is a safetensors file, but not {what}")
+    if header.get("version") != form[1]:
+        raise ValueError(
+            f"path: {path} has format version {header.get('version')!r}; this prototok reads "
+            f"{form[1]}"
+        )
+    return header
+
+
+def is_tensor_file(path: Path) -> bool:
+    """Return True if `write_tensors` wrote the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

@@ -1,11 +1,9 @@
-"""Files of a run folder: Parquet, JSON and hashes, flushed to the disk."""
+"""Files of a run folder: Parquet, JSON and hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,28 +45,3 @@ def table_writer(table: pa.Table) -> Callable[[Path], None]:
 def dump_json(value: object, path: Path) -> None:
     """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def flush(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def host() -> str:
-    """Return a short name of this host that does not give it away."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def is_alive(pid: int) -> bool:
-    """Return True if a process of this host has that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

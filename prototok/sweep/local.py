@@ -191,7 +191,9 @@ def _bury(worker: _Process, lots: Lots) -> None:
     """Take back the lot of a worker that died."""
     code = worker.process.exitcode
     how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-    if worker.lot is not None:
+    if worker.lot is not None and code == -signal.SIGTERM:
+        lots.put_back(worker.lot)  # somebody stopped it; no unit is to blame
+    elif worker.lot is not None:
         lots.died(worker.lot, how)
     elif not worker.ready:
         worker.failed_starts += 1

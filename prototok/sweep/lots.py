@@ -52,6 +52,12 @@ class Lots:
                 return lot
         return self.queue.popleft() if self.queue else None
 
+    def put_back(self, lot: list[Unit]) -> None:
+        """Take back what is left of a lot whose worker was stopped."""
+        left = [unit for unit in lot if not self.run.is_done(unit.key)]
+        if left:
+            self.queue.appendleft(left)
+
     def died(self, lot: list[Unit], how: str) -> None:
         """Take back a lot whose worker died."""
         left = [unit for unit in lot if not self.run.is_done(unit.key)]

@@ -22,12 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.files import (
     dump_json,
-    flush,
-    host,
-    is_alive,
     keys_of,
     read_table,
     sha256_of,
@@ -231,6 +229,7 @@ class RunFolder:
             save: writes the unit's tensors to the path it is given.
         """
         tensors = self._temporary(key + ".safetensors")
+        tensors.unlink(missing_ok=True)  # left by a dead process of our number, before a reboot
         save(tensors)
         flush(tensors)
         sha256 = sha256_of(tensors)
@@ -283,13 +282,7 @@ class RunFolder:
 
     def sweep_up(self) -> int:
         """Remove what processes of this host that no longer live left in tmp/; how many files."""
-        mine, removed = host(), 0
-        for path in (self.path / "tmp").glob("*~*"):
-            name, _, pid = path.name.partition("~")[2].rpartition(".")
-            if name == mine and pid.isdigit() and not is_alive(int(pid)):
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+        return remove_orphans(self.path / "tmp")
 
     def compact(self) -> dict[str, int]:
         """Merge shards into one file an experiment; rows by experiment.
@@ -353,9 +346,7 @@ class RunFolder:
         target = self.path / name
         temporary = self._temporary(target.name)
         write(temporary)
-        flush(temporary)
-        os.replace(temporary, target)
-        flush(target.parent)
+        put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
         try:

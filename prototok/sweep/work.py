@@ -19,9 +19,8 @@ from torch import Tensor
 from prototok.common.arguments import batch_size_of
 from prototok.common.clock import timed
 from prototok.decoding.information import information
-from prototok.fitting.driver import EndedRow, fit_units
-from prototok.fitting.engine.rows import Row
-from prototok.fitting.engine.rows import Unit as EngineUnit
+from prototok.fitting.driver import EndedRow, fit_groups
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.front import front_of
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.mem_fit import MemFit
@@ -105,8 +104,8 @@ class Worker:
             "versions": json.dumps(versions()),
         }
         queue = list(self._groups(units))
-        for group, rows in fit_units(mode.setup, queue, mode.verify, lambda event: None):
-            unit = units[group.group]
+        for group, rows in fit_groups(mode.setup, queue, mode.verify, lambda event: None):
+            unit = units[group.index]
             records = [
                 same | self._record(mode, unit, r, one) | self._time(mode, unit, one)
                 for r, one in enumerate(rows)
@@ -116,7 +115,7 @@ class Worker:
             self.run.commit(unit.key, records, mode.saving(rows, provenance))
             yield unit.key
 
-    def _groups(self, units: list[Unit]) -> Iterator[EngineUnit]:
+    def _groups(self, units: list[Unit]) -> Iterator[Group]:
         """The rows of each unit, as the engine takes them: every row is a text of its own."""
         numbers = itertools.count()
         for g, unit in enumerate(units):
@@ -124,7 +123,7 @@ class Worker:
                 Row(index := next(numbers), index, seed, self._target(text, unit.length))
                 for text, seed in zip(unit.texts, unit.seeds, strict=True)
             ]
-            yield EngineUnit(g, tuple(rows), unit.share)
+            yield Group(g, tuple(rows), unit.share)
 
     def _record(self, mode: Mode, unit: Unit, r: int, one: EndedRow) -> dict[str, Any]:
         check = one.check

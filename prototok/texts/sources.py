@@ -1,7 +1,4 @@
-"""Where target texts come from: books, documents, random words, a model's own continuations.
-
-Letters: R rows, P tokens of a prompt, N tokens of a text.
-"""
+"""Where target texts come from: books, documents, random words, a model's own continuations."""
 
 from __future__ import annotations
 
@@ -9,22 +6,18 @@ import itertools
 import json
 import random
 import re
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
-from transformers.utils import logging
 
-from prototok.model.frozen_lm import FrozenLM, twin_of
+from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, path_of
+from prototok.model.sample import sample
 from prototok.texts.files import read_text
 
 KINDS = ("held-out", "folder", "dataset", "random", "generated")
@@ -182,31 +175,6 @@ def continuations(
         TargetText(i, ids, f"{source.of.name} {i // each}", origins[i // each])
         for i, ids in enumerate(rows.tolist())
     ]
-
-
-@torch.no_grad()
-def sample(lm: FrozenLM, prompts: Tensor, length: int, seed: int) -> Tensor:
-    """(R, P) prompts to (R, N) ids drawn from the model's own distribution, an EOS among them."""
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=0
-    )
-    model: Any = twin_of(lm, lm.dtype)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    made = []
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            for part in prompts.to(lm.device).split(16):
-                ids = model.generate(
-                    input_ids=part, attention_mask=torch.ones_like(part),
-                    generation_config=settings,
-                )  # fmt: skip
-                made.append(ids[:, part.shape[1] :].cpu())
-    finally:
-        logging.set_verbosity(level)
-    return torch.cat(made)
 
 
 def passages(source: Source, seed: int = 0) -> Iterator[Passage]:

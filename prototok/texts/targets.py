@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, listed_items
 from prototok.model.frozen_lm import FrozenLM
 
-Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
+# A column of numpy, pandas or Arrow is taken as well; none of these is imported for its type.
+Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | Any
 
 
 def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Tensor]:
     """Target ids of each text, (N,) int64 on the CPU, cut to `length` where it is given.
 
     Args:
-        texts: strings, ragged lists of token ids, or a LongTensor (texts, N). A tokenizer's BOS is
-            dropped.
+        texts: strings, ragged lists of token ids, or a LongTensor (texts, N); a numpy array, a
+            pandas Series or an Arrow column of such. A tokenizer's BOS is dropped.
         length: N for every text; a shorter text is refused, not padded.
 
     Raises:
@@ -28,11 +30,13 @@ def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Te
         raise ValueError(f"length: {length!r} is not a positive integer")
     if isinstance(texts, str):
         raise ValueError("texts: one string was passed; pass a list of strings")
-    if not isinstance(texts, Sequence | Tensor):
-        raise ValueError(f"texts: {type(texts).__name__} is not a list or a tensor")
-    if len(texts) == 0:
+    listed = list(texts) if isinstance(texts, Tensor) and texts.ndim else listed_items(texts)
+    if listed is None:
+        raise ValueError(f"texts: {type(texts).__name__} is not a list, a column or a tensor")
+    if not listed:
         raise ValueError("texts: the list is empty")
-    return [_target(lm, i, text, length) for i, text in enumerate(texts)]
+    cut = None if length is None else int(length)
+    return [_target(lm, i, text, cut) for i, text in enumerate(listed)]
 
 
 def _target(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:

@@ -49,9 +49,9 @@ def vectors(lm: FrozenLM, seed: int) -> Tensor:
 
 
 def decoded(lm: FrozenLM, thread: int, length: int, times: int) -> list[tuple[Tensor, ...]]:
-    found = []
+    found, arrangement = [], Arrangement.parse("e m*")
     for i in range(times):
-        d = decode_vectors(lm, vectors(lm, 100 * thread + i), Arrangement.parse("e m*"), length)
+        d = decode_vectors(lm, vectors(lm, 100 * thread + i), arrangement, length, None, "auto")
         found.append((d.ids, d.margin, d.loss))
     return found
 

@@ -13,7 +13,7 @@ import prototok
 from prototok import FrozenLM, Prior, Recipe
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import FitEvent
-from prototok.fitting.learn_shared import sample
+from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.prior import shipped_prior
 from prototok.fitting.recipe import FAST
 from prototok.model.load import BUILT_IN, load
@@ -40,7 +40,7 @@ def test_learned_from_the_models_own_samples_and_better_than_noise(
     assert prior.mean.shape == prior.std.shape == (2, small_lm.hidden_size)
     assert float(prior.std[0].min()) > 0 and not prior.std[1].any()
     assert torch.equal(prior.basis, eigenbasis(small_lm, "auto").cpu())
-    unseen = list(sample(small_lm, 8, 3, "auto", seed=9))
+    unseen = list(own_texts(small_lm, 8, 3, seed=9))
     informed, blind = (sum(first_losses(small_lm, unseen, init=p)) for p in (prior, None))
     assert informed < 0.95 * blind
 
@@ -118,8 +118,9 @@ def test_other_files_are_refused(prior: Prior, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^path: there is no file"):
         Prior.load(path)
     save_file({"mean": torch.zeros(2, 3)}, path)
-    with pytest.raises(ValueError, match="is not a prior"):
+    with pytest.raises(ValueError, match="but not a prior"):
         Prior.load(path)
+    path.unlink()
     dataclasses.replace(prior, std=prior.std[:, :-1]).save(path)
     with pytest.raises(ValueError, match="std is F32"):
         Prior.load(path)
@@ -150,7 +151,7 @@ def test_built_in_models_bring_theirs(name: str) -> None:
 
 def test_the_fast_recipe_uses_it_and_needs_fewer_steps() -> None:
     lm = load("tiny-neox")
-    texts = list(sample(lm, 8, 6, "auto", seed=9))
+    texts = list(own_texts(lm, 8, 6, seed=9))
     plain = dataclasses.replace(FAST, shipped_prior=False)
     informed, blind = (prototok.fast_fit(lm, texts, recipe=r) for r in (FAST, plain))
     assert informed.exact.all() and blind.exact.all()

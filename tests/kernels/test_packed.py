@@ -54,7 +54,7 @@ def results(lm: FrozenLM) -> list[Tensor]:
     ids = torch.randint(lm.vocab_size, (2, LENGTH), generator=generator)
     losses = losses_by_step(lm, list(ids), recipe=Recipe(max_steps=2))
     vectors = torch.randn(1, 2, lm.hidden_size, generator=generator)
-    decoded = decode_vectors(lm, vectors, Arrangement.parse("e m*"), LENGTH)
+    decoded = decode_vectors(lm, vectors, Arrangement.parse("e m*"), LENGTH, None, "auto")
     # Its margins say more than ids, which a small change leaves as they are.
     generated = autoregressive.generate(lm, vectors, LENGTH)
     return [torch.tensor(list(losses[0].values())), decoded.margin, generated]

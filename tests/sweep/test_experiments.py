@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from prototok.fitting.capacity import GRID
 from prototok.sweep.experiments import (
     ARRANGEMENTS,
     EXPERIMENTS,
-    PREFIXES,
     expand,
     plan,
     settings_of,
@@ -59,7 +59,7 @@ def test_what_the_paper_says_of_each_experiment() -> None:
         (share, size) for share in "em" for size in (1, 4, 16, 64, 256)
     }
     assert {u.length for u in expanded("table2")} == {256}
-    assert tuple(sorted({u.length for u in expanded("table3")})) == PREFIXES
+    assert tuple(sorted({u.length for u in expanded("table3")})) == GRID
     assert {u.share for u in expanded("table3")} == {None, "m"}
     assert {(u.length, u.alone) for u in expanded("table4")} == {
         (n, True) for n in (32, 64, 128, 256, 512)

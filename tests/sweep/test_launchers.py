@@ -100,7 +100,7 @@ def test_a_unit_that_kills_its_worker_is_recorded_and_can_be_retried(tmp_path: P
             for pid in workers_past_their_start(driver.pid):
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
-        said = driver.communicate(timeout=60)[1]
+        said = driver.communicate(timeout=300)[1]
     finally:
         driver.kill()
     assert driver.returncode == 3, said
@@ -134,7 +134,7 @@ def test_an_interrupted_run_keeps_what_was_committed(tmp_path: Path) -> None:
     try:
         until(lambda: len(run.done()) > 0)
         driver.send_signal(signal.SIGTERM)  # becomes what Ctrl-C is
-        said = driver.communicate(timeout=60)[1]
+        said = driver.communicate(timeout=300)[1]
     finally:
         driver.kill()
     assert driver.returncode == 130, said

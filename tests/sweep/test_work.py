@@ -222,3 +222,14 @@ def test_models_by_revision_and_with_random_weights(tmp_path: Path) -> None:
     ids = trained.encode("It was a dark and stormy night; the rain fell in torrents")
     held = prototok.information(trained, [ids]).nats
     assert float(prototok.information(control, [ids]).nats) > 1.3 * float(held)
+
+
+def test_a_unit_is_not_blamed_for_a_worker_that_was_stopped(tmp_path: Path) -> None:
+    units = [Unit("one-forward", "tiny-llama", "held-out", ("t",), (0,), n) for n in (1, 2)]
+    run = RunFolder.create(tmp_path / "run")
+    lots = Lots(run, units, 1, 64, attempts=1)
+    for _ in range(5):
+        lot = lots.take()
+        assert lot is not None
+        lots.put_back(lot)
+    assert sum(map(len, lots.queue)) == 2 and not list((run.path / "failed").iterdir())

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from prototok import FrozenLM
+from prototok.model.sample import sample
 from prototok.texts.sources import (
     Source,
     chunks_of_sentences,
     continuations,
     documents,
     passages,
-    sample,
     target_texts,
     word_list,
 )

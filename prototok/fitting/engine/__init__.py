@@ -1,1 +1,1 @@
-"""The engine behind `fast_fit`: recipe, rows and units, slots on the device, the step, the loop."""
+"""The engine behind every fit: rows and groups, slots on the device, the step, the loop."""

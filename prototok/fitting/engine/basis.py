@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import step
@@ -69,7 +69,7 @@ def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
     ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator, device="cpu")
     setup = Setup(lm, OneForward(Arrangement.parse("e m*")), _RECIPE, backend, _ROWS)
     slots = Slots(setup, Room(_ROWS, _ROWS, length))
-    slots.admit([Unit(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
+    slots.admit([Group(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
     total = torch.zeros(2, lm.hidden_size, lm.hidden_size, device=lm.device, dtype=torch.float32)
     for _ in range(_STEPS):
         step(lm, slots, _ROWS)

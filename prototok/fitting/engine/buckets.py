@@ -1,6 +1,6 @@
-"""Which units run together, and how many rows of them at once.
+"""Which groups run together, and how many rows of them at once.
 
-All rows of a forward run at the length of its longest, so units are put into buckets of similar
+All rows of a forward run at the length of its longest, so groups are put into buckets of similar
 length. Letters: N targets, L input positions.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prototok.fitting.engine.rows import Row, Unit
+from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import forward_backward
@@ -22,22 +22,22 @@ from prototok.fitting.engine.step import forward_backward
 _FULL = {"cpu": 2048, "cuda": 65536}
 # Positions below which another row costs next to nothing: fewer than these make no bucket.
 _FEW = {"cpu": 512, "cuda": 4096}
-# Units of less than this share of a bucket's length get one of their own.
+# Groups of less than this share of a bucket's length get one of their own.
 _SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
 class Bucket:
-    units: tuple[Unit, ...]  # longest first
+    groups: tuple[Group, ...]  # longest first
     length: int  # N of the longest
     rows: int  # a forward
 
 
-def make_buckets(setup: Setup, units: list[Unit]) -> Iterator[Bucket]:
-    """Put units into buckets of similar length, the longest first; sharing groups stay whole."""
+def make_buckets(setup: Setup, groups: list[Group]) -> Iterator[Bucket]:
+    """Put groups into buckets of similar length, the longest first; sharing groups stay whole."""
     few = _FEW.get(setup.lm.device.type, 0)
     inputs = setup.inputs
-    queue = sorted(units, key=lambda unit: -unit.length)
+    queue = sorted(groups, key=lambda group: -group.length)
     while queue:
         length = queue[0].length
         positions = inputs.input_length(length)
@@ -80,7 +80,7 @@ def _peak(setup: Setup, length: int, rows: int) -> int:
     torch.cuda.reset_peak_memory_stats(lm.device)
     slots = Slots(setup, Room(rows, rows, length))
     ids = torch.zeros(length, dtype=torch.int64, device="cpu")
-    slots.admit([Unit(r, (Row(r, r, 0, ids),), None) for r in range(rows)])
+    slots.admit([Group(r, (Row(r, r, 0, ids),), None) for r in range(rows)])
     leaves = [bank.values.detach().requires_grad_() for bank in slots.banks]
     forward_backward(lm, slots, leaves, slice(0, rows))
     return torch.cuda.max_memory_allocated(lm.device) - before

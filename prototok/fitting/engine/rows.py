@@ -1,6 +1,6 @@
-"""Rows and units: what is fitted, and what enters and leaves the device together.
+"""Rows and groups: what is fitted, and what enters and leaves the device together.
 
-A row is one text with one seed. A unit is the rows that share a vector, one row where nothing is
+A row is one text with one seed. A group is the rows that share a vector, one row where nothing is
 shared. Letters: N targets, K leading vectors, d hidden size.
 """
 
@@ -24,8 +24,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Unit:
-    group: int  # of the sharing groups; the row's index where nothing is shared
+class Group:
+    index: int  # among the groups; the row's index where nothing is shared
     rows: tuple[Row, ...]
     share: str | None
 
@@ -34,9 +34,9 @@ class Unit:
         return max(len(row.targets) for row in self.rows)
 
 
-def make_units(
+def make_groups(
     targets: list[Tensor], seeds: list[int], share: str | None, group_size: int | None
-) -> list[Unit]:
+) -> list[Group]:
     """Rows text by text; a group is `group_size` texts in their order with all of their seeds."""
     rows = [
         Row(t * len(seeds) + s, t, seed, ids)
@@ -44,21 +44,21 @@ def make_units(
         for s, seed in enumerate(seeds)
     ]
     if share is None:
-        return [Unit(row.index, (row,), None) for row in rows]
-    per_unit = (group_size or len(targets)) * len(seeds)
+        return [Group(row.index, (row,), None) for row in rows]
+    per_group = (group_size or len(targets)) * len(seeds)
     return [
-        Unit(g, tuple(rows[start : start + per_unit]), share)
-        for g, start in enumerate(range(0, len(rows), per_unit))
+        Group(g, tuple(rows[start : start + per_group]), share)
+        for g, start in enumerate(range(0, len(rows), per_group))
     ]
 
 
-def initial_vectors(unit: Unit, leading: int, width: int, std: float) -> tuple[Tensor, Tensor]:
+def initial_vectors(group: Group, leading: int, width: int, std: float) -> tuple[Tensor, Tensor]:
     """e (n_e, K, d) and m (n_m, d), fp32: one a row, or one in all for the shared vector.
 
     A row's vectors depend on its seed and its targets alone: not on the batch, the order of the
-    texts, the device or the number of other rows. A shared vector depends on those of its unit.
+    texts, the device or the number of other rows. A shared vector depends on those of its group.
     """
-    rows = [(row.seed, row.targets.numpy().tobytes()) for row in unit.rows]
+    rows = [(row.seed, row.targets.numpy().tobytes()) for row in group.rows]
     digest = hashlib.sha256()
     for seed, ids in sorted(rows):
         digest.update(f"{seed} {len(ids)} ".encode() + ids)
@@ -67,7 +67,7 @@ def initial_vectors(unit: Unit, leading: int, width: int, std: float) -> tuple[T
     def draw(name: str, size: int) -> Tensor:
         drawn = [
             _normal(f"{name} {seed} ".encode() + key, size)
-            for seed, key in (together if unit.share == name else rows)
+            for seed, key in (together if group.share == name else rows)
         ]
         return torch.from_numpy(np.stack(drawn)) * std
 

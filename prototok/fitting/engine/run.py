@@ -1,4 +1,4 @@
-"""The loop: units from a queue through the slots to their results."""
+"""The loop: groups from a queue through the slots to their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from prototok.common.allocator import keep_freed_memory
 from prototok.fitting.engine.basis import with_basis
 from prototok.fitting.engine.buckets import Bucket, make_buckets
-from prototok.fitting.engine.rows import Unit
+from prototok.fitting.engine.rows import Group
 from prototok.fitting.engine.runner import Poll, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -21,9 +21,9 @@ from prototok.fitting.engine.slots import Room, Slots
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit that ended: the vectors that scored, on the CPU, and what it took."""
+    """A group that ended: the vectors that scored, on the CPU, and what it took."""
 
-    unit: Unit
+    group: Group
     vectors: list[Tensor]  # e (n_e, K, d) and, where there is one, m (n_m, 1, d); fp32
     correct: list[int]  # right tokens in the batch it was fitted in, row by row
     steps: int
@@ -49,19 +49,19 @@ class FitEvent:
 
 def run(
     setup: Setup,
-    units: list[Unit],
+    groups: list[Group],
     confirm: Callable[[Finished], bool],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
-    """Fit all units and yield each as it ends, bucket by bucket, the longest first.
+    """Fit all groups and yield each as it ends, bucket by bucket, the longest first.
 
-    A unit that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
+    A group that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
     on with a higher margin to clear, until its updates are spent.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
     setup = with_basis(setup)
-    for bucket in make_buckets(setup, units):
+    for bucket in make_buckets(setup, groups):
         yield from _run_bucket(setup, bucket, confirm, observe)
 
 
@@ -71,16 +71,16 @@ def _run_bucket(
     confirm: Callable[[Finished], bool],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
-    queue = deque(bucket.units)
-    # A unit of more rows than a forward takes stands alone, and its rows take turns.
-    rows = max(bucket.rows, *(len(unit.rows) for unit in queue), 0)
+    queue = deque(bucket.groups)
+    # A group of more rows than a forward takes stands alone, and its rows take turns.
+    rows = max(bucket.rows, *(len(group.rows) for group in queue), 0)
     room = Room(rows, min(rows, len(queue)), bucket.length)
     slots = Slots(setup, room, queue[0].share)
     runner = step_runner(setup.lm, slots, bucket.rows)
     seconds: dict[int, float] = {}
     clock = time.perf_counter()
     try:
-        while queue or slots.units:
+        while queue or slots.groups:
             entering, rows = [], slots.rows
             while queue and (
                 rows == 0 or rows + len(queue[0].rows) <= runner.rows_per_forward
@@ -93,23 +93,23 @@ def _run_bucket(
             runner.advance(runner.burst)
             poll = runner.poll()
             clock, before = time.perf_counter(), clock
-            for unit in slots.units:
-                seconds[unit.group] = seconds.get(unit.group, 0.0) + (clock - before) / slots.rows
+            for group in slots.groups:
+                seconds[group.index] = seconds.get(group.index, 0.0) + (clock - before) / slots.rows
             if poll is None:
                 continue
             observe(_event(poll))
-            place = {unit.group: u for u, unit in enumerate(slots.units)}
+            place = {group.index: g for g, group in enumerate(slots.groups)}
             leaving = []
             for p in (poll.done | poll.spent | poll.failed).nonzero()[:, 0].tolist():
-                u = place.get(poll.units[p].group)
-                if u is None:  # left after the poll before
+                g = place.get(poll.groups[p].index)
+                if g is None:  # left after the poll before
                     continue
-                finished = _finished(poll, p, runner.best_of(u), seconds)
+                finished = _finished(poll, p, runner.best_of(g), seconds)
                 if confirm(finished) or finished.failed or poll.spent[p]:
-                    leaving.append(u)
+                    leaving.append(g)
                     yield finished
                 else:
-                    runner.reopen(u, max(0.05, 2 * float(poll.best_margin[p])))
+                    runner.reopen(g, max(0.05, 2 * float(poll.best_margin[p])))
             if leaving:
                 with runner.changing():
                     slots.release(leaving)
@@ -118,20 +118,20 @@ def _run_bucket(
 
 
 def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, float]) -> Finished:
-    unit = poll.units[p]
-    start = sum(len(other.rows) for other in poll.units[:p])
+    group = poll.groups[p]
+    start = sum(len(other.rows) for other in poll.groups[:p])
     return Finished(
-        unit=unit,
+        group=group,
         vectors=vectors,
-        correct=poll.row_correct[start : start + len(unit.rows)].tolist(),
+        correct=poll.row_correct[start : start + len(group.rows)].tolist(),
         steps=int(poll.step[p]),
-        seconds=seconds[unit.group],
+        seconds=seconds[group.index],
         failed=bool(poll.failed[p]),
     )
 
 
 def _event(poll: Poll) -> FitEvent:
     rows = torch.tensor(
-        [row.index for unit in poll.units for row in unit.rows], dtype=torch.int64, device="cpu"
+        [row.index for group in poll.groups for row in group.rows], dtype=torch.int64, device="cpu"
     )
     return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin)

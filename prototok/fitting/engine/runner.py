@@ -1,7 +1,7 @@
 """Steps in a row, and what they led to: directly on the CPU, by CUDA graphs on a GPU.
 
 Both run the same `step`. On CUDA the host stays ahead of the device: it queues a burst of steps and
-looks meanwhile at the flags of the burst before. Letters: R rows, U units.
+looks meanwhile at the flags of the burst before. Letters: R rows, G groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.ranges import named_range
-from prototok.fitting.engine.rows import Unit
+from prototok.fitting.engine.rows import Group
 from prototok.fitting.engine.slots import Slots, Window
 from prototok.fitting.engine.step import step
 from prototok.model.frozen_lm import FrozenLM
@@ -27,17 +27,17 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Poll:
-    """The flags of the units and the scores of the rows as they were after some step, on the host.
+    """The flags of the groups and the scores of the rows as they were after some step, on the host.
 
-    units       those in flight, in the order of what follows
-    done        (U,) bool, reached the goal; spent (U,) bool, out of updates
-    failed      (U,) bool, ended by a loss or a gradient that is not finite
-    step        (U,) updates made; best_margin (U,) of the vectors kept
+    groups      those in flight, in the order of what follows
+    done        (G,) bool, reached the goal; spent (G,) bool, out of updates
+    failed      (G,) bool, ended by a loss or a gradient that is not finite
+    step        (G,) updates made; best_margin (G,) of the vectors kept
     row_correct (R,) right tokens of the vectors kept
     scored_at   (R,) updates made before the last score: loss, correct and margin, all (R,)
     """
 
-    units: list[Unit]
+    groups: list[Group]
     done: Tensor
     spent: Tensor
     failed: Tensor
@@ -82,26 +82,26 @@ class StepRunner:
             return None
         if poll.written is not None:
             poll.written.synchronize()
-        for u, unit in enumerate(poll.units):
-            if unit.group in reopened:
-                poll.done[u] = False
+        for g, group in enumerate(poll.groups):
+            if group.index in reopened:
+                poll.done[g] = False
         return poll
 
-    def best_of(self, unit: int) -> list[Tensor]:
-        """The best vectors of a unit that is done or spent, fp32, on the CPU."""
-        return [vectors.cpu().clone() for vectors in self.slots.best_of(unit)]
+    def best_of(self, group: int) -> list[Tensor]:
+        """The best vectors of a group that is done or spent, fp32, on the CPU."""
+        return [vectors.cpu().clone() for vectors in self.slots.best_of(group)]
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Around every change of the slots from outside."""
         yield
 
-    def reopen(self, unit: int, margin: float) -> None:
-        """Let a unit that was done go on, now with `margin` to clear."""
+    def reopen(self, group: int, margin: float) -> None:
+        """Let a group that was done go on, now with `margin` to clear."""
         with self.changing():
-            self.slots.reopen(unit, margin)
+            self.slots.reopen(group, margin)
         if self.last is not None:
-            self.reopened.add(self.slots.units[unit].group)
+            self.reopened.add(self.slots.groups[group].index)
 
     def finish(self) -> None:
         """To be called before the slots are let go."""
@@ -126,7 +126,7 @@ class StepRunner:
 
     def _look(self) -> Poll:
         slots = self.slots
-        units, rows = len(slots.units), slots.rows
+        groups, rows = len(slots.groups), slots.rows
 
         def copied(tensor: Tensor, count: int) -> Tensor:
             # To pinned memory, so that the copy from CUDA waits for nothing.
@@ -134,12 +134,12 @@ class StepRunner:
             return part.to("cpu", non_blocking=True) if part.is_cuda else part.clone()
 
         return Poll(
-            units=list(slots.units),
-            done=copied(slots.done, units),
-            spent=copied(slots.spent(), units),
-            failed=copied(slots.failed, units),
-            step=copied(slots.step, units),
-            best_margin=copied(slots.best_margin, units),
+            groups=list(slots.groups),
+            done=copied(slots.done, groups),
+            spent=copied(slots.spent(), groups),
+            failed=copied(slots.failed, groups),
+            step=copied(slots.step, groups),
+            best_margin=copied(slots.best_margin, groups),
             row_correct=copied(slots.row_correct, rows),
             scored_at=copied(slots.scored_at, rows),
             loss=copied(slots.loss, rows),
@@ -154,8 +154,8 @@ class CapturedStep(StepRunner):
 
     All of it happens on a stream of its own, where capturing is allowed and where a poll can lag
     one burst behind: `poll` gives the flags of the burst before the last, so that the device has
-    work while the host looks. A unit that is done or spent no longer changes, so its vectors can be
-    read meanwhile; `changing` waits for such reads.
+    work while the host looks. A group that is done or spent no longer changes, so its vectors can
+    be read meanwhile; `changing` waits for such reads.
     """
 
     burst = 10
@@ -179,9 +179,9 @@ class CapturedStep(StepRunner):
         with torch.cuda.stream(self.stream):
             super().advance(steps)
 
-    def best_of(self, unit: int) -> list[Tensor]:
+    def best_of(self, group: int) -> list[Tensor]:
         torch.cuda.current_stream(self.lm.device).wait_event(self.changed)
-        return super().best_of(unit)
+        return super().best_of(group)
 
     @contextmanager
     def changing(self) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """The rows in flight: vectors, optimiser state, targets, best vectors so far, in static buffers.
 
-Units enter and leave while others go on (continuous batching), yet no buffer ever moves: rows in
-flight stand at the front, a unit that leaves is closed up from behind, one that enters is written
+Groups enter and leave while others go on (continuous batching), yet no buffer ever moves: rows in
+flight stand at the front, a group that leaves is closed up from behind, one that enters is written
 after the last. So a step captured as a CUDA graph reads and writes the right memory for as long as
-its `Window` stays the same. Letters: R rows, U units, n vectors of one kind, K leading vectors, d
+its `Window` stays the same. Letters: R rows, G groups, n vectors of one kind, K leading vectors, d
 hidden size, N targets (of the longest row), L input positions; buffers have room for more.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.fitting.engine.rows import Unit, initial_vectors
+from prototok.fitting.engine.rows import Group, initial_vectors
 from prototok.fitting.engine.setup import Setup
 from prototok_kernels.adamw_rows import AdamWState
 
@@ -24,7 +24,7 @@ class Room:
     """How much the buffers hold."""
 
     rows: int
-    units: int
+    groups: int
     length: int  # targets of a row
 
 
@@ -33,7 +33,7 @@ class Window:
     """The front of the buffers that a step computes; the free places inside it change nothing."""
 
     rows: int
-    units: int
+    groups: int
     length: int
 
 
@@ -41,7 +41,7 @@ class Window:
 class Bank:
     """All vectors of one kind, e or m, with what AdamW knows of them.
 
-    There is one to each unit where the kind is shared, else one to each row, in their order.
+    There is one to each group where the kind is shared, else one to each row, in their order.
     """
 
     shared: bool
@@ -68,14 +68,14 @@ class Slots:
             inputs, setup.recipe, setup.backend, room,
         )  # fmt: skip
         self.device, self.width = lm.device, lm.hidden_size
-        self.units: list[Unit] = []
-        rows, units, length = room.rows, room.units, room.length
+        self.groups: list[Group] = []
+        rows, groups, length = room.rows, room.groups, room.length
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=lm.device)
 
         def bank(name: str, vectors: int) -> Bank:
-            shape = units if share == name else rows, vectors, self.width
+            shape = groups if share == name else rows, vectors, self.width
             values, best, grad = (full(*shape, dtype=torch.float32) for _ in range(3))
             basis = None
             if inputs.prior is not None and inputs.prior.basis is not None:
@@ -84,17 +84,17 @@ class Slots:
             return Bank(share == name, values, best, grad, adam, basis)
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
-        # by unit
-        self.step = full(units)  # updates made
-        self.best_correct = full(units, value=-1)
-        self.improved_at = full(units)  # step of the best correct
-        self.best_margin = full(units, value=float("-inf"), dtype=torch.float32)
-        self.margin_bound = full(units, dtype=torch.float32)
-        self.done = full(units, value=True, dtype=torch.bool)  # free places are
-        # A loss or a gradient was not finite: the unit ends, and is nothing but failed.
-        self.failed = full(units, dtype=torch.bool)
+        # by group
+        self.step = full(groups)  # updates made
+        self.best_correct = full(groups, value=-1)
+        self.improved_at = full(groups)  # step of the best correct
+        self.best_margin = full(groups, value=float("-inf"), dtype=torch.float32)
+        self.margin_bound = full(groups, dtype=torch.float32)
+        self.done = full(groups, value=True, dtype=torch.bool)  # free places are
+        # A loss or a gradient was not finite: the group ends, and is nothing but failed.
+        self.failed = full(groups, dtype=torch.bool)
         # by row
-        self.unit_of_row = full(rows)
+        self.group_of_row = full(rows)
         self.targets = full(rows, length)  # padded with 0
         self.scored = full(rows, length, dtype=torch.bool)
         self.wanted = full(rows)  # right targets asked for
@@ -110,7 +110,7 @@ class Slots:
     @property
     def rows(self) -> int:
         """Rows in flight."""
-        return sum(len(unit.rows) for unit in self.units)
+        return sum(len(group.rows) for group in self.groups)
 
     @property
     def window(self) -> Window:
@@ -120,11 +120,11 @@ class Slots:
         that the buffers hold, halved as often as what is in flight still fits.
         """
         if self.device.type == "cpu":
-            longest = max((unit.length for unit in self.units), default=0)
-            return Window(self.rows, len(self.units), longest)
+            longest = max((group.length for group in self.groups), default=0)
+            return Window(self.rows, len(self.groups), longest)
         return Window(
             _halved(self.room.rows, self.rows),
-            _halved(self.room.units, len(self.units)),
+            _halved(self.room.groups, len(self.groups)),
             self.room.length,
         )
 
@@ -133,22 +133,22 @@ class Slots:
         beyond = self.room.length - length
         return self.layout[part, : self.layout.shape[1] - beyond]
 
-    def admit(self, units: list[Unit]) -> None:
-        """Put units in behind the others, with fresh vectors and optimiser state."""
-        drawn = [self._initial(unit) for unit in units]
-        rows = [row.targets for unit in units for row in unit.rows]
-        old_rows, old_units = self.rows, len(self.units)
-        owners = [old_units + u for u, unit in enumerate(units) for _ in unit.rows]
-        self.units = self.units + units
-        here, there = slice(old_rows, self.rows), slice(old_units, len(self.units))
+    def admit(self, groups: list[Group]) -> None:
+        """Put groups in behind the others, with fresh vectors and optimiser state."""
+        drawn = [self._initial(group) for group in groups]
+        rows = [row.targets for group in groups for row in group.rows]
+        old_rows, old_groups = self.rows, len(self.groups)
+        owners = [old_groups + g for g, group in enumerate(groups) for _ in group.rows]
+        self.groups = self.groups + groups
+        here, there = slice(old_rows, self.rows), slice(old_groups, len(self.groups))
         for b, bank in enumerate(self.banks):
             place = there if bank.shared else here
             values = self._sent(torch.cat([vectors[b] for vectors in drawn]))
             bank.values[place] = bank.best[place] = values.view_as(bank.values[place])
             for zeroed in bank.buffers()[2:]:
                 zeroed[place] = 0
-        self._reset_units(there, done=False)
-        self.unit_of_row[here] = self._sent(torch.tensor(owners, dtype=torch.int64, device="cpu"))
+        self._reset_groups(there, done=False)
+        self.group_of_row[here] = self._sent(torch.tensor(owners, dtype=torch.int64, device="cpu"))
         lengths = [len(ids) for ids in rows]
         targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64, device="cpu")
         for r, ids in enumerate(rows):
@@ -163,32 +163,32 @@ class Slots:
         self.layout[here] = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
         self.row_correct[here] = 0
 
-    def _initial(self, unit: Unit) -> tuple[Tensor, Tensor]:
-        """e (n_e, K, d) and m (n_m, d) of a unit, fp32, on the CPU."""
-        prior, start = self.inputs.prior, unit.rows[0].start
+    def _initial(self, group: Group) -> tuple[Tensor, Tensor]:
+        """e (n_e, K, d) and m (n_m, d) of a group, fp32, on the CPU."""
+        prior, start = self.inputs.prior, group.rows[0].start
         if start is not None:
             return start[None, : self.inputs.leading], start[-1:]
         if prior is None:
-            return initial_vectors(unit, self.inputs.leading, self.width, self.recipe.init_std)
-        e, m = initial_vectors(unit, self.inputs.leading, self.width, 1.0)
+            return initial_vectors(group, self.inputs.leading, self.width, self.recipe.init_std)
+        e, m = initial_vectors(group, self.inputs.leading, self.width, 1.0)
         return prior.mean[0] + prior.std[0] * e, prior.mean[1] + prior.std[1] * m
 
     def release(self, leaving: list[int]) -> None:
-        """Take units out, by their position; those behind them move up, in their order."""
+        """Take groups out, by their position; those behind them move up, in their order."""
         gone = set(leaving)
-        kept_units = [u for u in range(len(self.units)) if u not in gone]
-        owners = [u for u, unit in enumerate(self.units) for _ in unit.rows]
-        kept_rows = [r for r, u in enumerate(owners) if u not in gone]
-        self.units = [self.units[u] for u in kept_units]
+        kept_groups = [g for g in range(len(self.groups)) if g not in gone]
+        owners = [g for g, group in enumerate(self.groups) for _ in group.rows]
+        kept_rows = [r for r, g in enumerate(owners) if g not in gone]
+        self.groups = [self.groups[g] for g in kept_groups]
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
-        by_unit = [
+        by_group = [
             self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
             self.done, self.failed,
         ]  # fmt: skip
         for bank in self.banks:
-            (by_unit if bank.shared else by_row).extend(bank.buffers())
-        rows, units = len(owners), slice(len(kept_units), len(kept_units) + len(gone))
-        for buffers, kept in ((by_row, kept_rows), (by_unit, kept_units)):
+            (by_group if bank.shared else by_row).extend(bank.buffers())
+        rows, groups = len(owners), slice(len(kept_groups), len(kept_groups) + len(gone))
+        for buffers, kept in ((by_row, kept_rows), (by_group, kept_groups)):
             index = self._sent(torch.tensor(kept, dtype=torch.int64, device="cpu"))
             for buffer in buffers:
                 buffer[: len(kept)] = buffer.index_select(0, index)
@@ -198,50 +198,50 @@ class Slots:
             buffer[len(kept_rows) : rows] = 0
         for bank in self.banks:
             if bank.shared:
-                bank.values[units] = 0
-        self._reset_units(units, done=True)
-        place = {u: i for i, u in enumerate(kept_units)}
+                bank.values[groups] = 0
+        self._reset_groups(groups, done=True)
+        place = {g: i for i, g in enumerate(kept_groups)}
         moved = [place[owners[r]] for r in kept_rows]
-        self.unit_of_row[: len(moved)] = self._sent(
+        self.group_of_row[: len(moved)] = self._sent(
             torch.tensor(moved, dtype=torch.int64, device="cpu")
         )
-        self.unit_of_row[len(moved) : rows] = 0
+        self.group_of_row[len(moved) : rows] = 0
 
-    def reopen(self, unit: int, margin: float) -> None:
-        """Let a unit that was done go on, now with `margin` to clear.
+    def reopen(self, group: int, margin: float) -> None:
+        """Let a group that was done go on, now with `margin` to clear.
 
         Where less than all tokens are asked for no margin counts: then it is one more right token
         than it had, or the same vectors would be done again before they are updated.
         """
-        self.done[unit] = False
-        self.margin_bound[unit] = margin
+        self.done[group] = False
+        self.margin_bound[group] = margin
         if self.recipe.accuracy < 1.0:
-            mine = self.unit_of_row == unit
+            mine = self.group_of_row == group
             self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
 
     def spent(self) -> Tensor:
-        """(room.units,) bool: units that have made all the updates their recipe grants them."""
+        """(room.groups,) bool: groups that have made all the updates their recipe grants them."""
         over = self.step >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience
         return over
 
-    def best_of(self, unit: int) -> list[Tensor]:
-        """e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a unit at their best."""
-        start = sum(len(other.rows) for other in self.units[:unit])
-        rows = slice(start, start + len(self.units[unit].rows))
+    def best_of(self, group: int) -> list[Tensor]:
+        """e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a group at their best."""
+        start = sum(len(other.rows) for other in self.groups[:group])
+        rows = slice(start, start + len(self.groups[group].rows))
         return [
-            bank.best[unit : unit + 1] if bank.shared else bank.best[rows] for bank in self.banks
+            bank.best[group : group + 1] if bank.shared else bank.best[rows] for bank in self.banks
         ]
 
-    def _reset_units(self, units: slice, done: bool) -> None:
-        self.step[units] = 0
-        self.best_correct[units] = -1
-        self.improved_at[units] = 0
-        self.best_margin[units] = float("-inf")
-        self.margin_bound[units] = self.recipe.margin
-        self.done[units] = done
-        self.failed[units] = False
+    def _reset_groups(self, groups: slice, done: bool) -> None:
+        self.step[groups] = 0
+        self.best_correct[groups] = -1
+        self.improved_at[groups] = 0
+        self.best_margin[groups] = float("-inf")
+        self.margin_bound[groups] = self.recipe.margin
+        self.done[groups] = done
+        self.failed[groups] = False
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for what the device is doing."""

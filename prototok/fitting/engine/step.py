@@ -1,8 +1,8 @@
 """One step for all rows in flight: forward, head, backward, score, keep the best, update.
 
 It reads and writes the buffers of `Slots` and nothing else, rebinds none of them and reads nothing
-back to the host, so that it can be captured as a CUDA graph. Letters: R rows, U units, N targets, L
-input positions, d hidden size.
+back to the host, so that it can be captured as a CUDA graph. Letters: R rows, G groups, N targets,
+L input positions, d hidden size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
     """
     window = slots.window
     backend = lm.plan(window.rows, window.length, slots.backend).update.taken
-    counts = [window.units if bank.shared else window.rows for bank in slots.banks]
+    counts = [window.groups if bank.shared else window.rows for bank in slots.banks]
     leaves = [
         bank.values[:n].detach().requires_grad_()
         for bank, n in zip(slots.banks, counts, strict=True)
@@ -75,7 +75,7 @@ def forward_backward(
 def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan: Plan) -> Tensor:
     """(R, L, d) hidden states of some rows, from the vectors they use."""
     body, length = lm.body, slots.window.length
-    owner = slots.unit_of_row[part]
+    owner = slots.group_of_row[part]
     if plan.first_layer.taken != "in full":
         assert isinstance(body, DecoderBody)
         (e, m), (e_bank, m_bank) = leaves, slots.banks
@@ -93,11 +93,11 @@ def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan:
 
 
 def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
-    """Snapshot units that scored better than ever, flag those that end; (U,) still active."""
-    rows, units = slice(window.rows), slice(window.units)
-    owner, correct_of_row = slots.unit_of_row[rows], slots.correct[rows]
-    step, done = slots.step[units], slots.done[units]
-    best_correct, best_margin = slots.best_correct[units], slots.best_margin[units]
+    """Snapshot groups that scored better than ever, flag those that end; (G,) still active."""
+    rows, groups = slice(window.rows), slice(window.groups)
+    owner, correct_of_row = slots.group_of_row[rows], slots.correct[rows]
+    step, done = slots.step[groups], slots.done[groups]
+    best_correct, best_margin = slots.best_correct[groups], slots.best_margin[groups]
     slots.scored_at[rows] = step[owner]
 
     correct = torch.zeros_like(best_correct).index_add_(0, owner, correct_of_row)
@@ -106,12 +106,12 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     reached = torch.ones_like(step)
     reached.scatter_reduce_(0, owner, (correct_of_row >= slots.wanted[rows]).long(), "amin")
 
-    failed = slots.failed[units]
+    failed = slots.failed[groups]
     failed |= ~done & ~_finite(slots, owner, grads)
     moving = ~done & ~failed & (step <= slots.recipe.max_steps)
     more = correct > best_correct
     improved = (more | ((correct == best_correct) & (margin > best_margin))) & moving
-    _put(slots.improved_at[units], improved & more, step)
+    _put(slots.improved_at[groups], improved & more, step)
     _put(best_correct, improved, correct)
     _put(best_margin, improved, margin)
     _put(slots.row_correct[rows], improved[owner], correct_of_row)
@@ -121,14 +121,14 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
         _put(bank.best[:n], of_vector[:, None, None], bank.values[:n])
     goal = moving & (reached > 0)
     if slots.recipe.accuracy == 1.0:
-        goal &= margin >= slots.margin_bound[units]
+        goal &= margin >= slots.margin_bound[groups]
     done |= goal
-    return ~done & ~failed & ~slots.spent()[units]
+    return ~done & ~failed & ~slots.spent()[groups]
 
 
 def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
-    """(U,) bool: the losses and the gradients of all of a unit's rows are finite."""
-    good = torch.ones_like(slots.done[: slots.window.units])
+    """(G,) bool: the losses and the gradients of all of a group's rows are finite."""
+    good = torch.ones_like(slots.done[: slots.window.groups])
     loss = slots.loss[: len(owner)].isfinite()
     for bank, grad in zip(slots.banks, grads, strict=True):
         of_vector = grad.flatten(1).isfinite().all(1)
@@ -141,8 +141,8 @@ def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
 
 
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
-    """AdamW for the vectors of active units; each unit is at a step of its own."""
-    step, owner = slots.step[: window.units], slots.unit_of_row[: window.rows]
+    """AdamW for the vectors of active groups; each group is at a step of its own."""
+    step, owner = slots.step[: window.groups], slots.group_of_row[: window.rows]
     rate_of_e = slots.recipe.lr_at(step)
     for name, bank, n in zip("em", slots.banks, counts, strict=False):
         rate = rate_of_e if name == "e" else rate_of_e * slots.recipe.m_rate

@@ -95,7 +95,9 @@ def semantic_of(results: Results, fits: list[Fit]) -> torch.Tensor | None:
     """(R, d) sentence embeddings of the fits' texts, where they were measured."""
     known = results.measured.get("semantic", {}).get("vectors", {})
     found = [known.get(f"{f['text_id']}-{f['length']}") for f in fits]
-    return None if any(v is None for v in found) else torch.tensor(found, dtype=torch.float64)
+    if any(v is None for v in found):
+        return None
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def _spread(values: torch.Tensor) -> Cell:

@@ -10,7 +10,7 @@ import torch
 import prototok
 from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.basis import eigenbasis, gradient_covariance
-from prototok.fitting.engine.rows import initial_vectors, make_units
+from prototok.fitting.engine.rows import initial_vectors, make_groups
 from prototok.fitting.recipe import PAPER
 from prototok.model.load import load
 from prototok_kernels.adamw_rows import AdamWState, adamw_rows_ref_
@@ -46,7 +46,7 @@ def test_update_is_adamw_in_turned_coordinates(small_lm: FrozenLM) -> None:
         small_lm, [ids], recipe=recipe, callback=lambda event: seen.append(event.loss.item())
     )
     basis = eigenbasis(small_lm, "auto")
-    start = initial_vectors(make_units([ids], [0], None, None)[0], 1, small_lm.hidden_size, 1.0)
+    start = initial_vectors(make_groups([ids], [0], None, None)[0], 1, small_lm.hidden_size, 1.0)
     # By hand: the turned vectors are the parameters, decay included.
     z = torch.stack([start[0][0, 0] @ basis[0], start[1][0] @ basis[1]])
     state = AdamWState.zeros(z)

@@ -14,7 +14,7 @@ from prototok.fitting.engine import buckets as module
 from prototok.fitting.engine import step as step_module
 from prototok.fitting.engine.buckets import Bucket, make_buckets
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Slots
 from prototok.results.arrangement import Arrangement
@@ -31,8 +31,8 @@ def texts_of(lengths: list[int], vocabulary: int) -> list[torch.Tensor]:
 def buckets_of(
     lm: FrozenLM, lengths: list[int], batch_size: int | None, share: str | None = None
 ) -> list[Bucket]:
-    units = make_units(texts_of(lengths, 97), [0], share, 2 if share else None)
-    return list(make_buckets(Setup(lm, PAIR, RECIPE, "auto", batch_size), units))
+    groups = make_groups(texts_of(lengths, 97), [0], share, 2 if share else None)
+    return list(make_buckets(Setup(lm, PAIR, RECIPE, "auto", batch_size), groups))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def no_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lengths_that_differ_part(small_lm: FrozenLM, no_few: None) -> None:
     found = buckets_of(small_lm, [8, 30, 32, 9, 31, 7, 4, 16], 4)
-    assert [[unit.length for unit in b.units] for b in found] == [
+    assert [[group.length for group in b.groups] for b in found] == [
         [32, 31, 30], [16], [9, 8, 7], [4],
     ]  # fmt: skip
     assert [b.length for b in found] == [32, 16, 9, 4]
@@ -55,16 +55,16 @@ def test_few_positions_stay_together(small_lm: FrozenLM) -> None:
     mixed = buckets_of(small_lm, [32] * 4 + [8] * 4, None)
     assert len(mixed) == 1
     many = buckets_of(small_lm, [32] * 16 + [8] * 4, None)
-    assert [len(b.units) for b in many] == [16, 4]
+    assert [len(b.groups) for b in many] == [16, 4]
     # Where the caller allows no more rows than these, waiting for others is worth nothing.
     narrow = buckets_of(small_lm, [32] * 4 + [8] * 4, 4)
-    assert [len(b.units) for b in narrow] == [4, 4]
+    assert [len(b.groups) for b in narrow] == [4, 4]
 
 
 def test_sharing_groups_stay_whole(small_lm: FrozenLM, no_few: None) -> None:
     found = buckets_of(small_lm, [32, 4, 32, 4, 4, 4, 5, 5], 8, "m")
-    assert [[len(unit.rows) for unit in b.units] for b in found] == [[2, 2], [2, 2]]
-    assert [unit.group for b in found for unit in b.units] == [0, 1, 3, 2]
+    assert [[len(group.rows) for group in b.groups] for b in found] == [[2, 2], [2, 2]]
+    assert [group.index for b in found for group in b.groups] == [0, 1, 3, 2]
 
 
 def test_short_rows_take_more_at_once(small_lm: FrozenLM) -> None:

@@ -64,10 +64,10 @@ def test_slots_refill_without_changing_results(any_lm: FrozenLM) -> None:
 
 def test_losses_are_those_of_torch_adamw(any_lm: FrozenLM) -> None:
     """The paper's loop, written out with torch's own optimiser."""
-    from prototok.fitting.engine.rows import initial_vectors, make_units
+    from prototok.fitting.engine.rows import initial_vectors, make_groups
 
     ids = targets(1, 6, any_lm.vocab_size)[0]
-    e, m = initial_vectors(make_units([ids], [0], None, None)[0], 1, any_lm.hidden_size, 1.0)
+    e, m = initial_vectors(make_groups([ids], [0], None, None)[0], 1, any_lm.hidden_size, 1.0)
     e, m = e[0].requires_grad_(), m.requires_grad_()
     optimizer = torch.optim.AdamW([e, m], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     expected = []

@@ -26,9 +26,9 @@ class Lagging(StepRunner):
 
 def as_on_cuda(patch: pytest.MonkeyPatch) -> None:
     def window(slots: Slots) -> Window:
-        room = slots.capacity
+        room = slots.room
         return Window(
-            _halved(room.rows, slots.rows), _halved(room.units, len(slots.units)), room.length
+            _halved(room.rows, slots.rows), _halved(room.groups, len(slots.groups)), room.length
         )
 
     patch.setattr(run_module, "step_runner", Lagging)

@@ -1,4 +1,4 @@
-"""A unit that reached its goal in the batch and does not hold alone goes on, and further."""
+"""A group that reached its goal in the batch and does not hold alone goes on, and further."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import Finished, run
 from prototok.fitting.engine.setup import Setup
 from prototok.results.arrangement import Arrangement
@@ -26,7 +26,7 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
-        make_units([targets], [0], None, None),
+        make_groups([targets], [0], None, None),
         confirm,
         lambda event: None,
     )

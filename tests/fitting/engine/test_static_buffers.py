@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import prototok
 from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.inputs import Inputs, OneForward, TeacherForced
-from prototok.fitting.engine.rows import make_units
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import CapturedStep, StepRunner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Bank, Room, Slots, Window
@@ -41,15 +41,15 @@ def buffers(slots: Slots) -> Iterator[tuple[str, Tensor]]:
 def filled(
     lm: FrozenLM, share: str | None, inputs: Inputs, recipe: Recipe = RECIPE
 ) -> tuple[Slots, list]:
-    """Room for eight rows, six of them taken, and the units that still wait."""
+    """Room for eight rows, six of them taken, and the groups that still wait."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (12, 8), generator=generator)
     texts = [row[: 8 - i % 4] for i, row in enumerate(ids)]
-    units = make_units(texts, [0], share, 2 if share else None)
+    groups = make_groups(texts, [0], share, 2 if share else None)
     slots = Slots(Setup(lm, inputs, recipe, "auto", 8), Room(8, 8, 8), share)
-    first = 6 // len(units[0].rows)
-    slots.admit(units[:first])
-    return slots, units[first:]
+    first = 6 // len(groups[0].rows)
+    slots.admit(groups[:first])
+    return slots, groups[first:]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -90,7 +90,7 @@ def test_buffers_stay_where_they_are(small_lm: FrozenLM, share: str | None) -> N
     runner = StepRunner(small_lm, slots, 8)
     places = {name: tensor.data_ptr() for name, tensor in buffers(slots)}
     assert len(places) > 25
-    while slots.units:
+    while slots.groups:
         runner.advance(3)
         slots.release([0])
         if waiting:
@@ -117,7 +117,7 @@ def test_free_places_inside_the_window_change_nothing(
         runner.advance(5)
         results.append(runner.poll())
     tight, loose = results
-    assert [unit.group for unit in tight.units] == [unit.group for unit in loose.units]
+    assert [group.index for group in tight.groups] == [group.index for group in loose.groups]
     assert torch.equal(tight.step, loose.step) and torch.equal(tight.done, loose.done)
     torch.testing.assert_close(tight.loss, loose.loss, rtol=1e-4, atol=1e-5)
     assert torch.equal(tight.scored_at, loose.scored_at)
@@ -127,10 +127,10 @@ def test_windows_halve_with_what_is_in_flight(small_lm: FrozenLM) -> None:
     slots, _ = filled(small_lm, None, OneForward(Arrangement.parse("e m*")))
     assert (slots.window.rows, slots.window.length) == (6, 8)  # the CPU computes what is there
     slots.device = torch.device("cuda")
-    assert (slots.window.rows, slots.window.units, slots.window.length) == (8, 8, 8)
-    slots.units = slots.units[:4]
+    assert (slots.window.rows, slots.window.groups, slots.window.length) == (8, 8, 8)
+    slots.groups = slots.groups[:4]
     assert slots.window.rows == 4
-    slots.units = slots.units[:1]
+    slots.groups = slots.groups[:1]
     assert slots.window.rows == 1
 
 

@@ -1,0 +1,230 @@
+"""The folder of `prototok fit`: a fit that is kept text by text, so that an end loses none of them.
+
+    F/unfinished/fit.json            what is being fitted
+    F/unfinished/00000012/           text 12, a FitResult of its own; once whole it is the record
+    F/proto_tokens.safetensors, F/fits.parquet    all texts, or those that had ended by Ctrl-C
+
+Nothing else in F is ever touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prototok.common.files import remove_orphans, try_folder, write_text
+from prototok.model.frozen_lm import FrozenLM
+from prototok.model.prefix import Prefix
+from prototok.results.fit_result import FitResult, join, require_writable
+from prototok.results.tensor_file import parse_json
+
+_FORMAT, _VERSION = "prototok.unfinished_fit", 1
+_TEXT = re.compile(r"\d{8}")
+
+
+@dataclass(frozen=True)
+class FitFolder:
+    """One fit on its way to a folder; `resume` and `overwrite` are what the user allowed."""
+
+    path: Path
+    resume: bool = False
+    overwrite: bool = False
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[FitFolder]:
+        """Make the folder and try to write there, before the work.
+
+        A block that raises before a text was kept leaves the folder as it was.
+
+        Raises:
+            ValueError: the folder cannot be written, or holds what may not be replaced.
+        """
+        if self.resume and self.overwrite:
+            raise ValueError("resume: give --resume to go on or --overwrite to start again")
+        require_writable(self.path)
+        if not (self.resume or self.overwrite):
+            if self._plan_file.is_file():
+                raise ValueError(
+                    f"out: {self.path} holds an unfinished fit of {len(self.done())} texts; give "
+                    "--resume to go on or --overwrite to start again"
+                )
+            earlier = self.earlier()
+            if earlier is not None:
+                raise ValueError(
+                    f"out: {self.path} holds an earlier fit of {earlier.tokens.texts} texts; give "
+                    "--overwrite to replace it"
+                )
+        with try_folder(self.path, "out"):
+            remove_orphans(self.path)
+            try:
+                yield self
+            except BaseException:
+                if not self.done():
+                    self._clear()
+                raise
+
+    def begin(self, plan: dict[str, Any], need: int) -> list[int]:
+        """Return the texts that are done already; from here on the folder is of this fit.
+
+        Args:
+            plan: what is fitted, from `plan_of`.
+            need: bytes that the fit will take on the disk, about.
+
+        Raises:
+            ValueError: the disk is too small, or what is to be resumed is another fit.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise ValueError(
+                f"out: {self.path} has room for {free / 1e6:.1f} MB, and this fit takes about "
+                f"{need / 1e6:.1f} MB"
+            )
+        if self.overwrite:
+            self._clear()
+        if self._plan_file.is_file():
+            _require_same(self._stored_plan(), plan, self.path)
+        elif self.resume and (earlier := self.earlier()) is not None:
+            _require_same(plan_of_result(earlier), plan, self.path)
+            return list(range(plan["texts"]))
+        else:
+            self._unfinished.mkdir(exist_ok=True)
+            write_text(self._plan_file, json.dumps(plan, indent=1) + "\n")
+        for folder in self._texts():
+            remove_orphans(folder)
+        return self.done()
+
+    def commit(self, text: int, result: FitResult) -> None:
+        """Keep a text that has ended; when this returns it is on the disk."""
+        result.save(self._unfinished / f"{text:08d}")
+
+    def done(self) -> list[int]:
+        """Texts that are kept, in their order."""
+        return [int(path.name) for path in self._texts() if (path / "fits.parquet").is_file()]
+
+    def finish(self, whole: FitResult | None = None) -> FitResult:
+        """Write the whole fit, clear what was kept on the way, and return it.
+
+        Args:
+            whole: the result where no text was kept on its own, as with a shared vector.
+        """
+        if whole is None and not self._plan_file.is_file():
+            earlier = self.earlier()  # resumed, and it was whole already
+            assert earlier is not None
+            return earlier
+        result = whole if whole is not None else self._joined(self.done())
+        result.save(self.path, overwrite=True)
+        self._clear()
+        return result
+
+    def interrupt(self) -> int:
+        """Write the texts that are kept as a fit that can be decoded; return how many these are.
+
+        An earlier fit of more texts stays in its place. What was kept stays, too, to be resumed.
+        """
+        done = self.done()
+        earlier = self.earlier()
+        if done and (earlier is None or earlier.tokens.texts < len(done)):
+            self._joined(done).save(self.path, overwrite=True)
+        return len(done)
+
+    def earlier(self) -> FitResult | None:
+        """The fit that the folder holds, unfinished texts aside."""
+        return FitResult.load(self.path) if (self.path / "fits.parquet").is_file() else None
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.path / "unfinished"
+
+    @property
+    def _plan_file(self) -> Path:
+        return self._unfinished / "fit.json"
+
+    def _texts(self) -> list[Path]:
+        if not self._unfinished.is_dir() or self._unfinished.is_symlink():
+            return []
+        return sorted(
+            path for path in self._unfinished.iterdir()
+            if _TEXT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        )  # fmt: skip
+
+    def _joined(self, texts: Sequence[int]) -> FitResult:
+        return join([FitResult.load(self._unfinished / f"{text:08d}") for text in texts])
+
+    def _stored_plan(self) -> dict[str, Any]:
+        try:
+            found = parse_json(self._plan_file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"out: {self._plan_file} is damaged ({error})") from None
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (
+            _FORMAT, _VERSION,
+        ):  # fmt: skip
+            raise ValueError(f"out: {self._plan_file} is not of an unfinished fit of this prototok")
+        return found
+
+    def _clear(self) -> None:
+        """Remove what was kept on the way, file by file, as a user may have put others there."""
+        if not self._plan_file.is_file():
+            return
+        self._stored_plan()
+        for folder in self._texts():
+            remove_orphans(folder)
+            for name in ("fits.parquet", "proto_tokens.safetensors"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._plan_file.unlink()
+        remove_orphans(self._unfinished)
+        with contextlib.suppress(OSError):
+            self._unfinished.rmdir()
+
+
+def plan_of(
+    lm: FrozenLM, targets: Sequence[Sequence[int]], arrangement: str, share: str | None,
+    seeds: Sequence[int], recipe: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Describe a fit by everything that its result depends on.
+
+    `lm` is the model behind the prefix of the fit; `recipe` is its settings as JSON.
+    """
+    return _plan(
+        texts=len(targets), targets=targets, model=lm.identity.fingerprint,
+        dtype=str(lm.dtype).removeprefix("torch."), arrangement=arrangement, share=share,
+        seeds=list(seeds), recipe=recipe, prefix=_named(lm.prefix),
+    )  # fmt: skip
+
+
+def plan_of_result(result: FitResult) -> dict[str, Any]:
+    """Describe the fit that a result came from, as `plan_of` does."""
+    tokens = result.tokens
+    return _plan(
+        texts=tokens.texts, targets=[ids.tolist() for ids in result.targets],
+        model=tokens.model.fingerprint, dtype=tokens.provenance.get("dtype"),
+        arrangement=tokens.arrangement, share=tokens.share,
+        seeds=parse_json(tokens.provenance.get("seeds", "null")),
+        recipe=tokens.provenance.get("recipe"), prefix=_named(tokens.prefix),
+    )  # fmt: skip
+
+
+def _named(prefix: Prefix | None) -> str | None:
+    return None if prefix is None else hashlib.sha256(prefix.key).hexdigest()
+
+
+def _plan(targets: Sequence[Sequence[int]], **rest: Any) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps([list(ids) for ids in targets]).encode()).hexdigest()
+    return {"format": _FORMAT, "version": _VERSION, **rest, "targets": digest}
+
+
+def _require_same(stored: dict[str, Any], plan: dict[str, Any], path: Path) -> None:
+    other = [name for name in plan if stored.get(name) != plan[name]]
+    if other:
+        raise ValueError(
+            f"resume: {path} holds a fit of other {', '.join(other)}; give --overwrite to start "
+            "again"
+        )
