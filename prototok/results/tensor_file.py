@@ -19,7 +19,8 @@ from prototok.model.identity import ModelIdentity
 
 KEY = "prototok"  # of our JSON header among a safetensors file's metadata
 
-_VECTORS = (
+# What a model reads, so it must be finite.
+_VECTORS = ("e", "m", "mem", "mean", "std", "basis", "prefix")
     "e",
     "m",
     "mem",
