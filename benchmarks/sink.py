@@ -3,10 +3,10 @@
     python benchmarks/get_smollm2.py
     python benchmarks/sink.py --text NOVEL.txt
 
-fits the same texts by the recipes `paper` and `fast`, without and behind a prefix. It prints for each
-how many are exact, the steps that those took, and the mean token accuracy. A fit that does not end is
-counted as not exact; the median of the steps is over the exact ones alone, so read both. `--prefix`
-may be given more than once, to compare prefixes.
+fits the same texts by the recipes `paper` and `fast`, without and behind a prefix. It prints for
+each how many are exact, the steps that those took, and the mean token accuracy. A fit that does not
+end is counted as not exact; the median of the steps is over the exact ones alone, so read both.
+`--prefix` may be given more than once, to compare prefixes.
 """
 
 from __future__ import annotations
