@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError, CompileError
+
+# Neither changes a result: errno is never read, and contraction is GCC's own default.
+FLAGS = ["-fno-math-errno", "-ffp-contract=fast"]
+# The environment's flags come first on the command line; where they choose, as for a build with
+# sanitizers, this must not choose again.
+# Which of the two variables reaches the compiler differs between versions of setuptools.
+CHOSEN = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
+if not any(flag.startswith("-O") for flag in CHOSEN):
+    FLAGS.insert(0, "-O3")
 
 MISSING = """
 prototok: the C++ kernels were NOT built ({error}, see above).
@@ -36,8 +47,7 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
             cxx_std=17,
-            # Neither changes a result: errno is never read, and contraction is GCC's own default.
-            extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast"],
+            extra_compile_args=FLAGS,
         )
     ],
     cmdclass={"build_ext": OptionalBuild},

@@ -1,7 +1,8 @@
 #include "engines/decoder.h"
 
-#include "ops/ops.h"
+#include "simd/arena.h"
 #include "simd/parallel.h"
+#include "targets/dispatch.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -12,19 +13,6 @@ namespace {
 
 // Products of a weight and an input that are worth a thread's waking, some microseconds.
 constexpr std::int64_t kWorthAThread = 16384;
-
-const DecoderKernelSets& kernel_sets(const std::string& instruction_set) {
-  const std::vector<std::string> available = instruction_sets();
-  const std::string& name = instruction_set.empty() ? available.front() : instruction_set;
-  if (std::find(available.begin(), available.end(), name) == available.end())
-    throw std::invalid_argument("instruction_set: this processor does not have '" + name + "'");
-#if defined(__x86_64__)
-  if (name == "avx512bf16") return avx512bf16_decoder_kernels();
-  if (name == "avx512") return avx512_decoder_kernels();
-  if (name == "avx2") return avx2_decoder_kernels();
-#endif
-  return baseline_decoder_kernels();
-}
 
 // Rows a range, so that ranges are worth their hand-over and shared evenly.
 std::int64_t even_grain(std::int64_t rows, std::int64_t work_a_row, int threads, int multiple) {
@@ -41,8 +29,8 @@ Decoder::Decoder(std::shared_ptr<const DecoderModel> model, const DecoderRoom& r
                  const std::string& instruction_set)
     : shared_model_(std::move(model)),
       model_(*shared_model_),
-      kernels_(model_.is_bf16 ? kernel_sets(instruction_set).bf16
-                              : kernel_sets(instruction_set).f32),
+      kernels_(model_.is_bf16 ? kernels_for(instruction_set).decoder_bf16
+                              : kernels_for(instruction_set).decoder_f32),
       room_(room),
       element_(model_.is_bf16 ? 2 : 4) {
   const std::int64_t rows = room.rows, positions = room.positions;
@@ -90,7 +78,7 @@ void Decoder::block(const DecoderBlock& block, std::int64_t layer, std::int64_t 
   parallel_rows(tokens(), even_grain(tokens(), 4 * up, threads, 1), threads,
                 [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token)
-      kernels_.activate(wide_.data() + token * up, m.activation, m.gated, m.inner,
+      kernels_.activate(wide_.data() + token * up, {m.inner, m.activation, m.gated},
                         narrow_.data() + token * m.inner * element_);
   });
   linear(block.down, block.down_bias, narrow_, x_.data(), {tokens(), m.inner, m.hidden, true},
@@ -102,6 +90,7 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
                         int threads) {
   const DecoderModel& m = model_;
   const std::int64_t c = m.head_size, heads = m.heads + 2 * m.kv_heads;
+  const RotaryTable table{room_.cos, room_.sin, room_.table_row, m.rotated};
   const auto cached = [&](std::vector<unsigned char>& cache, std::int64_t row, std::int64_t head) {
     return cache.data() + ((layer * room_.rows + row) * m.kv_heads + head) * c * room_.positions * element_;
   };
@@ -110,12 +99,10 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
     float* q = wide_.data() + token * heads * c;
     float* k = q + m.heads * c;
     const float* v = k + m.kv_heads * c;
-    const float* cos = room_.cos + position * room_.table_row;
-    const float* sin = room_.sin + position * room_.table_row;
     for (std::int64_t head = 0; head < m.heads; ++head)
-      kernels_.turn(q + head * c, block.q_norm, m.eps, cos, sin, c, m.rotated);
+      kernels_.turn(q + head * c, block.q_norm, m.eps, c, table, position);
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
-      kernels_.turn(k + head * c, block.k_norm, m.eps, cos, sin, c, m.rotated);
+      kernels_.turn(k + head * c, block.k_norm, m.eps, c, table, position);
       kernels_.keep(k + head * c, v + head * c, cached(keys_, row, head), cached(values_, row, head),
                     c, room_.positions, position);
     }
@@ -123,8 +110,8 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
   const std::int64_t units = tokens() * m.heads;
   parallel_rows(units, even_grain(units, 2 * c * (start + length_), threads, 1), threads,
                 [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<float> scores;  // grows once
-    if (std::int64_t(scores.size()) < room_.positions) scores.resize(std::size_t(room_.positions));
+    const ScratchFrame frame(std::size_t(room_.positions) * sizeof(float));
+    float* scores = frame.arena().take<float>(room_.positions);
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t token = unit / m.heads, head = unit % m.heads;
       const std::int64_t row = token / length_, kv_head = head / (m.heads / m.kv_heads);
@@ -132,7 +119,7 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
       const std::int64_t first = block.window > 0 ? std::max<std::int64_t>(0, seen - block.window) : 0;
       kernels_.attend(wide_.data() + (token * heads + head) * c, cached(keys_, row, kv_head),
                       cached(values_, row, kv_head), m.scaling, c, room_.positions, first, seen,
-                      scores.data(), narrow_.data() + unit * c * element_);
+                      scores, narrow_.data() + unit * c * element_);
     }
   });
 }

@@ -1,7 +1,8 @@
 #include "engines/decoder_blocks.h"
 
-#include "ops/ops.h"
+#include "simd/arena.h"
 #include "simd/parallel.h"
+#include "targets/dispatch.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -10,42 +11,46 @@
 namespace prototok {
 namespace {
 
-// Hands out pieces of one memory, each on a cache line of its own.
-struct Area {
-  std::uintptr_t next;
-  template <class T>
-  T* take(std::int64_t count) {
-    T* taken = reinterpret_cast<T*>(next);
-    next += (std::uintptr_t(count) * sizeof(T) + 63) / 64 * 64;
-    return taken;
-  }
-};
-
 const bf16* of(const void* weight) { return static_cast<const bf16*>(weight); }
 
 }  // namespace
 
-// Of one block and a tile of M positions. Behind the last block there is the stream alone.
+// Of one block and a tile of M positions, kept for the way back. The stream comes first: behind the
+// last block there is nothing else.
 struct DecoderBlocks::Saved {
   NormStatistics* statistics;  // (M,) in front of the attention
   bf16* stream;                // (M, d); not written for the first block, which has its input
-  NormStatistics* middle_statistics;  // (M,) in front of the MLP
-  bf16* middle;                       // (M, d), sequential residual only
-  bf16* qkv;                          // (M, (H + 2 K) c)
-  bf16* z;                            // (M, f), gated (M, 2 f)
-  std::uintptr_t end_of_stream, end;
+  NormStatistics* middle_statistics = nullptr;  // (M,) in front of the MLP
+  bf16* middle = nullptr;                       // (M, d), sequential residual only
+  bf16* qkv = nullptr;                          // (M, (H + 2 K) c)
+  bf16* z = nullptr;                            // (M, f), gated (M, 2 f)
+
+  Saved(Arena& arena, const DecoderBlocks& of, std::int64_t M, bool behind_last)
+      : statistics(arena.take<NormStatistics>(M)), stream(arena.take<bf16>(M * of.model_.hidden)) {
+    if (behind_last) return;
+    middle_statistics = arena.take<NormStatistics>(M);
+    middle = arena.take<bf16>(of.model_.parallel ? 0 : M * of.model_.hidden);
+    qkv = arena.take<bf16>(M * of.stacked());
+    z = arena.take<bf16>(M * of.up());
+  }
 };
 
 // What a thread needs for a tile of M positions beside it.
-struct DecoderBlocks::Scratch {
+struct DecoderBlocks::TileScratch {
   bf16* narrow[2];  // (M, d)
   bf16* heads;      // (M, H c)
   bf16* inner;      // (M, f)
   bf16* wide;       // (M, widest of qkv and z)
+
+  TileScratch(Arena& arena, const DecoderBlocks& of, std::int64_t M)
+      : narrow{arena.take<bf16>(M * of.model_.hidden), arena.take<bf16>(M * of.model_.hidden)},
+        heads(arena.take<bf16>(M * of.mixed())),
+        inner(arena.take<bf16>(M * of.model_.inner)),
+        wide(arena.take<bf16>(M * std::max(of.stacked(), of.up()))) {}
 };
 
 DecoderBlocks::DecoderBlocks(DecoderModel model)
-    : model_(std::move(model)), kernels_(kernels_for("avx512bf16")) {
+    : model_(std::move(model)), kernels_(kernels_with_pairs()) {
   const DecoderModel& m = model_;
   for (const DecoderBlock& block : m.blocks)
     if (block.q_norm != nullptr || block.k_norm != nullptr)
@@ -58,52 +63,31 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
                         packed(of(block.down), m.hidden, m.inner)});
 }
 
-// Where a block's part of a tile's memory lies; the stream comes first, for the norm behind the last.
-DecoderBlocks::Saved DecoderBlocks::saved_at(std::int64_t M, std::uintptr_t memory) const {
-  Area area{memory};
-  Saved saved;
-  saved.statistics = area.take<NormStatistics>(M);
-  saved.stream = area.take<bf16>(M * model_.hidden);
-  saved.end_of_stream = area.next;
-  saved.middle_statistics = area.take<NormStatistics>(M);
-  saved.middle = area.take<bf16>(model_.parallel ? 0 : M * model_.hidden);
-  saved.qkv = area.take<bf16>(M * stacked());
-  saved.z = area.take<bf16>(M * up());
-  saved.end = area.next;
-  return saved;
-}
-
 DecoderBlocks::Saved DecoderBlocks::saved_of(const BlocksInput& tile, std::int64_t block,
                                              unsigned char* memory) const {
   const std::int64_t M = tile.texts * tile.length;
-  return saved_at(M, reinterpret_cast<std::uintptr_t>(memory) +
-                         std::uintptr_t(block - tile.first) * saved_at(M, 0).end);
+  const bool behind_last = block == std::int64_t(model_.blocks.size());
+  const std::size_t of_block = bytes_of<Saved>(*this, M, false);
+  Arena arena(memory + std::size_t(block - tile.first) * of_block,
+              behind_last ? bytes_of<Saved>(*this, M, true) : of_block);
+  return {arena, *this, M, behind_last};
 }
 
 std::int64_t DecoderBlocks::tile_bytes(const BlocksInput& input) const {
   const std::int64_t M = input.tile * input.length;
   const std::int64_t blocks = std::int64_t(model_.blocks.size()) - input.first;
-  return blocks * std::int64_t(saved_at(M, 0).end) + std::int64_t(saved_at(M, 0).end_of_stream);
+  return blocks * std::int64_t(bytes_of<Saved>(*this, M, false)) +
+         std::int64_t(bytes_of<Saved>(*this, M, true));
 }
 
 std::int64_t DecoderBlocks::saved_bytes(const BlocksInput& input) const {
   return (input.texts + input.tile - 1) / input.tile * tile_bytes(input);
 }
 
-DecoderBlocks::Scratch DecoderBlocks::scratch_of(std::int64_t M) const {
-  static thread_local std::vector<unsigned char> memory;
-  const auto carved = [&](std::uintptr_t begin, Scratch& scratch) {
-    Area area{begin};
-    for (bf16*& narrow : scratch.narrow) narrow = area.take<bf16>(M * model_.hidden);
-    scratch.heads = area.take<bf16>(M * mixed());
-    scratch.inner = area.take<bf16>(M * model_.inner);
-    scratch.wide = area.take<bf16>(M * std::max(stacked(), up()));
-    return area.next;
-  };
-  Scratch scratch;
-  const std::uintptr_t bytes = carved(0, scratch);
-  carved(reinterpret_cast<std::uintptr_t>(at_least(memory, bytes)), scratch);
-  return scratch;
+void DecoderBlocks::multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias,
+                             bf16* out, std::int64_t M, bool add) const {
+  kernels_.pairs->product(
+      {inputs, weight.data(), of(bias), out, M, weight.inputs(), weight.outputs(), add});
 }
 
 void DecoderBlocks::norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed,
@@ -127,24 +111,23 @@ void DecoderBlocks::norm_backward(const bf16* grad_normed, const bf16* sum, cons
 }
 
 // Forward to (M, H c), or with `grad_mixed` backward to the gradient of qkv.
-void DecoderBlocks::attend(const BlocksInput& tile, const DecoderBlock& block, const bf16* qkv,
+void DecoderBlocks::attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
                            const bf16* grad_mixed, bf16* out) const {
-  static thread_local std::vector<unsigned char> memory;
   const DecoderModel& m = model_;
-  const std::int64_t N = tile.length;
+  const std::int64_t N = tile.length, keys = tile.front + N;
+  const std::int64_t window = m.blocks[std::size_t(block)].window;
   const AttentionShape shape{N, m.heads, m.kv_heads, m.head_size, m.rotated,
-                             block.window > 0 ? std::min(block.window, N) : N,
-                             m.scaling, tile.cos, tile.sin, tile.table_row};
-  float* scratch = reinterpret_cast<float*>(
-      at_least(memory, std::uintptr_t(attention_memory(shape)) * sizeof(float)));
+                             window > 0 ? std::min(window, keys) : keys,
+                             m.scaling, tile.cos, tile.sin, tile.table_row, tile.front,
+                             tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
   for (std::int64_t text = 0; text < tile.texts; ++text)
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
       const bf16* of_text = qkv + text * N * stacked();
       if (grad_mixed == nullptr)
-        kernels_.attention_bf16(shape, of_text, out + text * N * mixed(), head, scratch);
+        kernels_.attention_bf16(shape, of_text, out + text * N * mixed(), head);
       else
         kernels_.attention_backward_bf16(shape, of_text, grad_mixed + text * N * mixed(),
-                                         out + text * N * stacked(), head, scratch);
+                                         out + text * N * stacked(), head);
     }
 }
 
@@ -152,7 +135,8 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
   const DecoderModel& m = model_;
   const std::int64_t M = tile.texts * tile.length;
   const ActivationShape activation{m.inner, m.activation, m.gated};
-  const Scratch scratch = scratch_of(M);
+  const Scratch<TileScratch> memory_of_tile(*this, M);
+  const TileScratch& scratch = *memory_of_tile;
   bf16* normed = scratch.narrow[0];
   const bf16* x = tile.of.x;
   bf16* delta = nullptr;  // what is still to be added to x
@@ -166,11 +150,11 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     if (!given) {
       norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
       if (delta != nullptr) x = saved.stream;
-      multiply(normed, products.qkv, of(block.qkv_bias), saved.qkv, M);
+      multiply(normed, products.qkv, block.qkv_bias, saved.qkv, M);
     }
-    attend(tile, block, qkv, nullptr, scratch.heads);
+    attend(tile, b, qkv, nullptr, scratch.heads);
     delta = scratch.narrow[1];
-    multiply(scratch.heads, products.out, of(block.out_bias), delta, M);
+    multiply(scratch.heads, products.out, block.out_bias, delta, M);
     if (!given) {
       norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
            block.mlp_norm_bias, saved.middle_statistics, M);
@@ -180,7 +164,7 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     for (std::int64_t row = 0; row < M; ++row)
       kernels_.activation_bf16(z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
-    multiply(scratch.inner, products.down, of(block.down_bias), delta, M, m.parallel);
+    multiply(scratch.inner, products.down, block.down_bias, delta, M, m.parallel);
   }
   const Saved last = saved_of(tile, blocks, memory);
   norm(x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics, M);
@@ -191,7 +175,8 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
   const DecoderModel& m = model_;
   const std::int64_t M = tile.texts * tile.length;
   const ActivationShape activation{m.inner, m.activation, m.gated};
-  const Scratch scratch = scratch_of(M);
+  const Scratch<TileScratch> memory_of_tile(*this, M);
+  const TileScratch& scratch = *memory_of_tile;
   const std::int64_t blocks = std::int64_t(m.blocks.size());
   const auto stream = [&](std::int64_t b, const Saved& saved) {
     return b == tile.first ? tile.of.x : saved.stream;
@@ -219,7 +204,7 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
       norm_backward(of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true, M);
     multiply(grad, products.out, nullptr, scratch.heads, M);
-    attend(tile, block, qkv, scratch.heads, grad_qkv);
+    attend(tile, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
     multiply(grad_qkv, products.qkv, nullptr, of_norm, M);
     if (m.parallel)
@@ -243,14 +228,14 @@ void DecoderBlocks::tiles(const BlocksInput& input, unsigned char* saved, int th
   const std::int64_t bytes = tile_bytes(input);
   const std::int64_t count = (input.texts + input.tile - 1) / input.tile;
   parallel_rows(count, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<unsigned char> unsaved;
+    const ScratchFrame unsaved(saved == nullptr ? std::size_t(bytes) : 0);
     for (std::int64_t index = begin; index < end; ++index) {
       BlocksInput tile = input;
       const std::int64_t text = index * input.tile, position = text * input.length;
       tile.texts = std::min(input.tile, input.texts - text);
       tile.of = from_position(input.of, position);
       body(tile, position,
-           saved == nullptr ? at_least(unsaved, std::uintptr_t(bytes)) : saved + index * bytes);
+           saved == nullptr ? unsaved.memory() : saved + index * bytes);
     }
   });
 }

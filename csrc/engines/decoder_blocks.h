@@ -11,13 +11,15 @@
 #pragma once
 
 #include "engines/decoder.h"
-#include "products/packed_product.h"
+#include "products/packed_matrix.h"
 
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
 namespace prototok {
+
+struct Kernels;
 
 // What enters a block: the stream, and for a parallel block its products with qkv and up where they
 // are given instead of made; or the gradients of these.
@@ -36,6 +38,8 @@ struct BlocksInput {
   const float* sin;
   std::int64_t table_row;
   BlockInput<const bf16> of;
+  std::int64_t front = 0;      // F constant positions before the first, in front of every text
+  const bf16* front_kv = nullptr;  // (L, 2, K, F, c): keys, rotated, and values in every block
 };
 
 class DecoderBlocks {
@@ -55,7 +59,7 @@ class DecoderBlocks {
 
  private:
   struct Saved;
-  struct Scratch;
+  struct TileScratch;
   struct Products {
     PackedMatrix qkv, out, up, down;
   };
@@ -73,12 +77,12 @@ class DecoderBlocks {
   void norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight, const void* bias,
                      const NormStatistics* statistics, bf16* grad, bool along,
                      std::int64_t M) const;
-  void attend(const BlocksInput& tile, const DecoderBlock& block, const bf16* qkv,
+  void attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
               const bf16* grad_mixed, bf16* out) const;
-  Saved saved_at(std::int64_t M, std::uintptr_t memory) const;
+  void multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias, bf16* out,
+                std::int64_t M, bool add = false) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
   std::int64_t tile_bytes(const BlocksInput& input) const;
-  Scratch scratch_of(std::int64_t M) const;
   std::int64_t stacked() const {  // (H + 2 K) c
     return (model_.heads + 2 * model_.kv_heads) * model_.head_size;
   }
@@ -86,7 +90,7 @@ class DecoderBlocks {
   std::int64_t up() const { return model_.gated ? 2 * model_.inner : model_.inner; }
 
   DecoderModel model_;
-  const RowKernels& kernels_;
+  const Kernels& kernels_;
   std::vector<Products> forward_, backward_;
   std::once_flag packed_backward_;
 };

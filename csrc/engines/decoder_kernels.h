@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ops/row_kernels.h"
+#include "products/linear_shape.h"
 
 #include <cstdint>
 
@@ -13,11 +14,6 @@ namespace prototok {
 
 // Positions a cache has room for are a multiple of this, so that a pass may read whole vectors.
 constexpr std::int64_t kPositions = 64;
-
-struct LinearShape {
-  std::int64_t tokens, inputs, outputs;
-  bool add;  // to what `out` holds
-};
 
 // One set per instruction set and element type; `void` is that type.
 struct DecoderKernels {
@@ -27,9 +23,9 @@ struct DecoderKernels {
   // out[m, o] = inputs[m] . weight[o] + bias[o] for o in [begin, end) and all tokens.
   void (*linear)(const void* weight, const void* bias, const void* inputs, float* out,
                  const LinearShape& shape, std::int64_t begin, std::int64_t end);
-  // A head (c,) in place: RMSNorm where `norm` is not null, then the rotation by cos and sin (r/2,).
-  void (*turn)(float* head, const void* norm, float eps, const float* cos, const float* sin,
-               std::int64_t size, std::int64_t rotated);
+  // A head (c,) in place: RMSNorm where `norm` is not null, then the rotation.
+  void (*turn)(float* head, const void* norm, float eps, std::int64_t size,
+               const RotaryTable& table, std::int64_t position);
   // A key (c,) into column `position` of keys (c, T) and a value (c,) into its row of values (T, c).
   void (*keep)(const float* key, const float* value, void* keys, void* values, std::int64_t size,
                std::int64_t capacity, std::int64_t position);
@@ -38,23 +34,11 @@ struct DecoderKernels {
                  std::int64_t size, std::int64_t capacity, std::int64_t begin, std::int64_t end,
                  float* scores, void* out);
   // activation(x), or activation(x[:f]) * x[f:] where gated; out (f,).
-  void (*activate)(const float* x, Activation activation, bool gated, std::int64_t size, void* out);
+  void (*activate)(const float* x, const ActivationShape& shape, void* out);
   // Index of the largest of x (V,), the lowest among equals.
   std::int64_t (*argmax)(const float* x, std::int64_t count);
   // Element to fp32.
   void (*widen)(const void* from, float* to, std::int64_t count);
 };
-
-// f32 and bf16.
-struct DecoderKernelSets {
-  DecoderKernels f32, bf16;
-};
-
-const DecoderKernelSets& baseline_decoder_kernels();
-#if defined(__x86_64__)
-const DecoderKernelSets& avx2_decoder_kernels();
-const DecoderKernelSets& avx512_decoder_kernels();
-const DecoderKernelSets& avx512bf16_decoder_kernels();
-#endif
 
 }  // namespace prototok

@@ -1,17 +1,15 @@
 #include "engines/first_layer.h"
 
-#include "ops/ops.h"
 #include "simd/parallel.h"
+#include "targets/dispatch.h"
 
 #include <stdexcept>
-#include <vector>
 
 namespace prototok {
 namespace {
 
-constexpr std::int64_t kVector = 16;
-
-std::int64_t rounded(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
+// Up to whole vectors of the sets that have it.
+std::int64_t vectors_padded(std::int64_t count) { return (count + 15) / 16 * 16; }
 
 // What a direction does not use is null.
 template <class T>
@@ -29,29 +27,25 @@ FirstLayerSizes::FirstLayerSizes(const FirstLayerModel& model, std::int64_t leng
       wide(model.activation.gated ? 2 * model.activation.inner : model.activation.inner),
       stacked((model.heads + 2 * model.kv_heads) * model.head_size),
       mixed(model.heads * model.head_size),
-      coef_row(rounded(span, kVector) + kVector),  // the heads' vectors begin two behind its own
-      head_row(rounded(heads, kVector)),
-      hidden_row(rounded(hidden, kPanel)),
-      wide_row(rounded(wide, kPanel)),
-      stacked_row(rounded(stacked, kPanel)),
-      mixed_row(rounded(mixed, kPanel)),
-      table_row(rounded(model.head_size + 1, kVector)) {}
+      coef_row(vectors_padded(span + 16)),  // the heads' vectors begin two behind its own
+      head_row(vectors_padded(heads)),
+      hidden_row(panels_padded(hidden)),
+      wide_row(panels_padded(wide)),
+      stacked_row(panels_padded(stacked)),
+      mixed_row(panels_padded(mixed)),
+      table_row(vectors_padded(model.head_size + 1)) {}
 
-std::int64_t FirstLayerSizes::saved_floats() const {
-  return length * (coef_row + head_row) + rounded(length, kVector) +
-         span * (hidden_row + wide_row) + 2 * stacked_row + kVector;
-}
+FirstLayerSaved::FirstLayerSaved(Arena& arena, const FirstLayerSizes& size)
+    : coef(arena.take<float>(size.length * size.coef_row)),
+      shares(arena.take<float>(size.length * size.head_row)),
+      rms_inverse(arena.take<float>(size.length)),
+      span(arena.take<float>(size.span * size.hidden_row)),
+      projected(arena.take<float>(size.span * size.wide_row)),
+      qkv(arena.take<float>(2 * size.stacked_row)),
+      statistics(arena.take<NormStatistics>(2)) {}
 
-std::int64_t FirstLayerSizes::scratch_floats() const {
-  const std::int64_t of_span =
-      span * (3 * hidden_row + coef_row + 2 * wide_row + mixed_row + 4 * table_row);
-  const std::int64_t of_positions =
-      length * (2 * coef_row + hidden_row + wide_row + table_row + 2 * head_row);
-  return of_span + of_positions + 8 * (hidden_row + wide_row + stacked_row + mixed_row);
-}
-
-FirstLayer::FirstLayer(const FirstLayerModel& model) : model_(model) {
-  kernels_for("avx512bf16");
+FirstLayer::FirstLayer(const FirstLayerModel& model)
+    : kernels_(kernels_with_pairs()), model_(model) {
   const FirstLayerSizes size(model, 1);
   if (model.hidden % 2 || model.activation.inner % 2 || model.head_size % 2)
     throw std::invalid_argument("model: must be of even sizes");
@@ -61,38 +55,32 @@ FirstLayer::FirstLayer(const FirstLayerModel& model) : model_(model) {
 }
 
 std::int64_t FirstLayer::saved_floats(std::int64_t length) const {
-  return FirstLayerSizes(model_, length).saved_floats();
+  return std::int64_t(bytes_of<FirstLayerSaved>(FirstLayerSizes(model_, length)) / sizeof(float));
 }
 
 template <class Body>
 void FirstLayer::each_text(const FirstLayerTexts& texts, std::int64_t rows, std::int64_t length,
                            int threads, const Body& body) const {
-  const FirstLayerSizes size(model_, length);
-  const std::uintptr_t bytes = std::uintptr_t(size.scratch_floats()) * sizeof(float);
-  const std::int64_t d = size.hidden, of_text = length * d;
+  const std::int64_t d = model_.hidden, of_text = length * d, saved = saved_floats(length);
   parallel_rows(rows, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<unsigned char> memory;
-    float* scratch = reinterpret_cast<float*>(at_least(memory, bytes));
     for (std::int64_t row = begin; row < end; ++row) {
       FirstLayerTexts text = texts;
       text.e += row * d;
       text.m += row * d;
-      text.saved += row * size.saved_floats();
+      text.saved += row * saved;
       text.out = from(texts.out, row * of_text);
       text.grad = from(texts.grad, row * of_text);
       text.grad_e = from(texts.grad_e, row * d);
       text.grad_m = from(texts.grad_m, row * d);
-      body(text, scratch);
+      body(text);
     }
   });
 }
 
 void FirstLayer::forward(const FirstLayerTexts& texts, std::int64_t rows, std::int64_t length,
                          int threads) const {
-  each_text(texts, rows, length, threads, [&](const FirstLayerTexts& text, float* scratch) {
-#if defined(__x86_64__)
-    first_layer_forward_avx512bf16({model_, forward_, text, length, scratch});
-#endif
+  each_text(texts, rows, length, threads, [&](const FirstLayerTexts& text) {
+    kernels_.pairs->first_layer_forward({model_, forward_, text, length});
   });
 }
 
@@ -105,10 +93,8 @@ void FirstLayer::backward(const FirstLayerTexts& texts, std::int64_t rows, std::
                  packed_transposed(model_.up, size.wide, size.hidden),
                  packed_transposed(model_.down, size.hidden, model_.activation.inner)};
   });
-  each_text(texts, rows, length, threads, [&](const FirstLayerTexts& text, float* scratch) {
-#if defined(__x86_64__)
-    first_layer_backward_avx512bf16({model_, backward_, text, length, scratch});
-#endif
+  each_text(texts, rows, length, threads, [&](const FirstLayerTexts& text) {
+    kernels_.pairs->first_layer_backward({model_, backward_, text, length});
   });
 }
 

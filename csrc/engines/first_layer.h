@@ -6,13 +6,16 @@
 // gives: I, gated 2 I.
 #pragma once
 
-#include "products/packed_product.h"
 #include "ops/row_kernels.h"
+#include "products/packed_matrix.h"
+#include "simd/arena.h"
 
 #include <cstdint>
 #include <mutex>
 
 namespace prototok {
+
+struct Kernels;
 
 struct FirstLayerModel {
   std::int64_t hidden, heads, kv_heads, head_size;
@@ -47,6 +50,8 @@ struct FirstLayerTexts {
   const float* cos;   // (>= N, rotary), the halves of a row alike
   const float* sin;
   std::int64_t rotary;
+
+  RotaryTable table() const { return {cos, sin, rotary, rotary}; }
 };
 
 // Numbers of one text, and floats from row to row of its matrices, padded to vectors or panels.
@@ -54,8 +59,18 @@ struct FirstLayerSizes {
   std::int64_t length, heads, span, hidden, wide, stacked, mixed;  // N, H, S, d, W, Q, H c
   std::int64_t coef_row, head_row, hidden_row, wide_row, stacked_row, mixed_row, table_row;
   FirstLayerSizes(const FirstLayerModel& model, std::int64_t length);
-  std::int64_t saved_floats() const;
-  std::int64_t scratch_floats() const;  // in either direction
+};
+
+// What the way back needs of the way there.
+struct FirstLayerSaved {
+  float* coef;                 // (N, S)
+  float* shares;               // (N, H): exp a_i of the sum up to it
+  float* rms_inverse;          // (N,)
+  float* span;                 // (S, d): base of m, base of e, one U a head
+  float* projected;            // (S, W): the first product of the MLP, of the spanning vectors
+  float* qkv;                  // (2, Q)
+  NormStatistics* statistics;  // (2,)
+  FirstLayerSaved(Arena& arena, const FirstLayerSizes& size);
 };
 
 // The products of one direction.
@@ -80,23 +95,18 @@ class FirstLayer {
   void each_text(const FirstLayerTexts& texts, std::int64_t rows, std::int64_t length, int threads,
                  const Body& body) const;
 
+  const Kernels& kernels_;
   FirstLayerModel model_;
   FirstLayerProducts forward_, backward_;
   std::once_flag packed_backward_;
 };
 
-// One text, with what a thread needs beside it.
+// One text.
 struct FirstLayerText {
   const FirstLayerModel& model;
   const FirstLayerProducts& products;
   FirstLayerTexts text;
   std::int64_t length;
-  float* scratch;
 };
-
-#if defined(__x86_64__)
-void first_layer_forward_avx512bf16(const FirstLayerText& text);
-void first_layer_backward_avx512bf16(const FirstLayerText& text);
-#endif
 
 }  // namespace prototok

@@ -1,24 +1,34 @@
 #include "engines/packed_head.h"
 
+#include "simd/arena.h"
 #include "simd/parallel.h"
+#include "targets/dispatch.h"
 
 #include <algorithm>
 #include <stdexcept>
-#include <vector>
 
 namespace prototok {
+namespace {
+
+struct TileScratch {
+  bf16* logits;  // (tile, kHeadChunk)
+  float* sum;    // (tile, d rounded up to panels)
+  TileScratch(Arena& arena, std::int64_t tile, std::int64_t hidden)
+      : logits(arena.take<bf16>(tile * kHeadChunk)),
+        sum(arena.take<float>(tile * panels_padded(hidden))) {}
+};
+
+}  // namespace
 
 PackedHead::PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden)
-    : weight_(weight) {
-  kernels_for("avx512bf16");
+    : kernels_(kernels_with_pairs()), weight_(weight) {
   if (vocabulary % 2 || hidden % 2)
     throw std::invalid_argument("weight: must have an even number of rows and columns");
   to_logits_ = packed(weight, vocabulary, hidden);
 }
 
 std::int64_t PackedHead::workspace_bytes(std::int64_t tile) const {
-  const std::int64_t width = (to_logits_.inputs() + kPanel - 1) / kPanel * kPanel;
-  return tile * (kHeadChunk * std::int64_t(sizeof(bf16)) + width * std::int64_t(sizeof(float)));
+  return std::int64_t(bytes_of<TileScratch>(tile, to_logits_.inputs()));
 }
 
 void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads) {
@@ -29,21 +39,17 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
   if (grad != nullptr)
     std::call_once(packed_to_hidden_, [&] { to_hidden_ = packed_transposed(weight_, V, d); });
   parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<unsigned char> memory;
-    unsigned char* workspace = at_least(memory, std::uintptr_t(workspace_bytes(tile)));
+    const Scratch<TileScratch> scratch(tile, d);
     PackedHeadTile part{head, d, hidden + begin * d, weight_, to_logits_.data(), to_hidden_.data(),
-                        grad == nullptr ? nullptr : grad + begin * d,
-                        reinterpret_cast<bf16*>(workspace),
-                        reinterpret_cast<float*>(workspace + tile * kHeadChunk * sizeof(bf16))};
+                        grad == nullptr ? nullptr : grad + begin * d, scratch->logits,
+                        scratch->sum};
     part.head.rows = end - begin;
     part.head.targets += begin;
     if (head.token_weight != nullptr) part.head.token_weight += begin;
     part.head.loss += begin;
     part.head.predicted += begin;
     part.head.margin += begin;
-#if defined(__x86_64__)
-    packed_head_tile_avx512bf16(part);
-#endif
+    kernels_.pairs->head_tile(part);
   });
 }
 

@@ -4,12 +4,14 @@
 #pragma once
 
 #include "ops/ops.h"
-#include "products/packed_product.h"
+#include "products/packed_matrix.h"
 
 #include <cstdint>
 #include <mutex>
 
 namespace prototok {
+
+struct Kernels;
 
 constexpr std::int64_t kHeadTile = 128;   // rows that a thread takes at most at a time
 constexpr std::int64_t kHeadChunk = 1024;  // logits of a row alive at a time; whole panels
@@ -23,7 +25,7 @@ class PackedHead {
   std::int64_t vocabulary() const { return to_logits_.outputs(); }
   std::int64_t hidden() const { return to_logits_.inputs(); }
 
-  // Of one thread, for a tile of so many rows.
+  // Scratch bytes of a thread for a tile of so many rows.
   std::int64_t workspace_bytes(std::int64_t tile) const;
 
   // hidden, grad (R, d); grad may be null. Of `head` everything but logits, gradient and
@@ -31,6 +33,7 @@ class PackedHead {
   void run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads);
 
  private:
+  const Kernels& kernels_;
   const bf16* weight_;
   PackedMatrix to_logits_, to_hidden_;
   std::once_flag packed_to_hidden_;
@@ -48,9 +51,5 @@ struct PackedHeadTile {
   bf16* logits;  // (rows, kHeadChunk), overwritten
   float* sum;    // (rows, d rounded up to panels), overwritten
 };
-
-#if defined(__x86_64__)
-void packed_head_tile_avx512bf16(const PackedHeadTile& tile);
-#endif
 
 }  // namespace prototok

@@ -4,9 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
-#include <vector>
+#include <string>
 
 namespace prototok {
 namespace {
@@ -20,33 +19,6 @@ std::int64_t grain_for(std::int64_t row_length) {
 }
 
 }  // namespace
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512bf16");
-    names.emplace_back("avx512");
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.emplace_back("avx2");
-#endif
-  names.emplace_back("baseline");
-  return names;
-}
-
-const RowKernels& kernels_for(const std::string& instruction_set) {
-  static const std::vector<std::string> available = instruction_sets();
-  const std::string& name = instruction_set.empty() ? available.front() : instruction_set;
-  if (std::find(available.begin(), available.end(), name) == available.end())
-    throw std::invalid_argument("instruction_set: this processor does not have '" + name + "'");
-#if defined(__x86_64__)
-  if (name == "avx512bf16") return avx512bf16_kernels();
-  if (name == "avx512") return avx512_kernels();
-  if (name == "avx2") return avx2_kernels();
-#endif
-  return baseline_kernels();
-}
 
 void check_targets(const Head& head) {
   for (std::int64_t row = 0; row < head.rows; ++row)
@@ -149,37 +121,28 @@ void activation(const ActivationPass& pass, const RowKernels& kernels, int threa
   });
 }
 
-std::int64_t attention_memory(const AttentionShape& shape) {
-  // Of attention.inl and of attention_pairs.inl, whichever takes more.
-  const std::int64_t wide = (shape.length + 15) / 16 * 16, size = (shape.size + 31) / 32 * 32;
-  return 5 * wide * size + kQueryBlock * (3 * size + 2 * wide);
-}
-
 void attention(const Attention& attention, const RowKernels& kernels, int threads) {
   const AttentionShape& shape = attention.shape;
   const std::int64_t out_row = shape.length * shape.heads * shape.size;
   const std::int64_t qkv_row = shape.length * (shape.heads + 2 * shape.kv_heads) * shape.size;
-  const auto run = [&](auto forward, auto backward, auto zero, std::int64_t task, float* memory) {
+  const auto run = [&](auto forward, auto backward, auto zero, std::int64_t task) {
     using T = decltype(zero);
     const std::int64_t row = task / shape.kv_heads, kv_head = task % shape.kv_heads;
     const T* qkv = static_cast<const T*>(attention.qkv) + row * qkv_row;
     const T* grad_out = static_cast<const T*>(attention.grad_out);
     T* out = static_cast<T*>(attention.out);
     if (grad_out == nullptr)
-      forward(shape, qkv, out + row * out_row, kv_head, memory);
+      forward(shape, qkv, out + row * out_row, kv_head);
     else
-      backward(shape, qkv, grad_out + row * out_row, out + row * qkv_row, kv_head, memory);
+      backward(shape, qkv, grad_out + row * out_row, out + row * qkv_row, kv_head);
   };
-  const std::uintptr_t bytes = std::uintptr_t(attention_memory(shape)) * sizeof(float);
   parallel_rows(attention.rows * shape.kv_heads, 1, threads,
                 [&](std::int64_t begin, std::int64_t end) {
-    static thread_local std::vector<unsigned char> memory;
-    float* aligned = reinterpret_cast<float*>(at_least(memory, bytes));
     for (std::int64_t task = begin; task < end; ++task) {
       if (attention.element == Element::f32)
-        run(kernels.attention_f32, kernels.attention_backward_f32, float{}, task, aligned);
+        run(kernels.attention_f32, kernels.attention_backward_f32, float{}, task);
       else
-        run(kernels.attention_bf16, kernels.attention_backward_bf16, bf16{}, task, aligned);
+        run(kernels.attention_bf16, kernels.attention_backward_bf16, bf16{}, task);
     }
   });
 }

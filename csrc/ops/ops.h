@@ -5,16 +5,8 @@
 #include "ops/row_kernels.h"
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace prototok {
-
-// The instruction sets that this processor can run, best first; the names `kernels_for` takes.
-std::vector<std::string> instruction_sets();
-
-// Throws std::invalid_argument for a name that `instruction_sets` does not list; "" is the best.
-const RowKernels& kernels_for(const std::string& instruction_set);
 
 enum class Element { f32, bf16 };
 
@@ -101,9 +93,6 @@ struct Attention {
   AttentionShape shape;
   Element element;
 };
-
-// Floats of scratch memory for one key-value head in either pass, rows padded to the widest vectors.
-std::int64_t attention_memory(const AttentionShape& shape);
 
 void attention(const Attention& attention, const RowKernels& kernels, int threads);
 

@@ -1,16 +1,14 @@
 // What the CPU does beside large matrix products: passes over a row of logits, of AdamW, of a norm
 // or of an activation, and attention of one key-value head.
-// Letters: V vocabulary, D coordinates a row, N positions, H heads, K key-value heads, c head size.
+// Letters: V vocabulary, D coordinates a row, N positions, F constant positions in front of them, H
+// heads, K key-value heads, c head size.
 #pragma once
+
+#include "simd/bf16.h"
 
 #include <cstdint>
 
 namespace prototok {
-
-// bfloat16 as it lies in memory: the upper half of a float.
-struct bf16 {
-  std::uint16_t bits;
-};
 
 struct HeadResult {
   float loss;              // nats
@@ -40,7 +38,13 @@ struct ActivationShape {
   bool gated;  // a row holds what is activated, then what it multiplies
 };
 
-constexpr std::int64_t kQueryBlock = 64;  // queries that attention takes at a time
+// Cosines and sines of the positions, (>= N, >= rotary / 2), rows `row` apart.
+struct RotaryTable {
+  const float* cos;
+  const float* sin;
+  std::int64_t row;
+  std::int64_t rotary;  // r, the leading part of a head that is rotated
+};
 
 struct AttentionShape {
   std::int64_t length, heads, kv_heads, size, rotary;
@@ -49,6 +53,12 @@ struct AttentionShape {
   const float* cos;         // (>= N, >= r / 2), rows `table_row` apart
   const float* sin;
   std::int64_t table_row;
+  // F constant positions that stand before the first, whose rows the tables leave out: their keys,
+  // rotated, and their values, (2, K, F, c) of the tensors' type. No gradient goes to them.
+  std::int64_t front = 0;
+  const void* front_kv = nullptr;
+
+  RotaryTable table() const { return {cos, sin, table_row, rotary}; }
 };
 
 // One set per instruction set. `gradient` may be null (not wanted) or equal `logits` (in place).
@@ -83,24 +93,14 @@ struct RowKernels {
   void (*activation_backward_bf16)(const bf16* grad, const bf16* z, const bf16* bias, bf16* grad_z,
                                    const ActivationShape& shape);
   // One row (N, (H + 2 K) c) of the stacked product: the H / K query heads of one key-value head.
-  // `memory` (see ops.cpp) is overwritten.
   void (*attention_f32)(const AttentionShape& shape, const float* qkv, float* out,
-                        std::int64_t kv_head, float* memory);
+                        std::int64_t kv_head);
   void (*attention_bf16)(const AttentionShape& shape, const bf16* qkv, bf16* out,
-                         std::int64_t kv_head, float* memory);
+                         std::int64_t kv_head);
   void (*attention_backward_f32)(const AttentionShape& shape, const float* qkv,
-                                 const float* grad_out, float* grad_qkv, std::int64_t kv_head,
-                                 float* memory);
+                                 const float* grad_out, float* grad_qkv, std::int64_t kv_head);
   void (*attention_backward_bf16)(const AttentionShape& shape, const bf16* qkv,
-                                  const bf16* grad_out, bf16* grad_qkv, std::int64_t kv_head,
-                                  float* memory);
+                                  const bf16* grad_out, bf16* grad_qkv, std::int64_t kv_head);
 };
-
-const RowKernels& baseline_kernels();
-#if defined(__x86_64__)
-const RowKernels& avx2_kernels();
-const RowKernels& avx512_kernels();
-const RowKernels& avx512bf16_kernels();
-#endif
 
 }  // namespace prototok

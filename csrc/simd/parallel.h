@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace prototok {
 
@@ -17,14 +16,6 @@ void parallel_rows(std::int64_t rows, std::int64_t grain, int threads, const Bod
                   [](const void* body, std::int64_t begin, std::int64_t end) {
                     (*static_cast<const Body*>(body))(begin, end);
                   });
-}
-
-// `bytes` of a thread's own memory, which outlives the call, on a cache line: a vector across two of
-// them is read at half the speed.
-inline unsigned char* at_least(std::vector<unsigned char>& memory, std::uintptr_t bytes) {
-  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
-  const auto misplaced = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
-  return memory.data() + (misplaced == 0 ? 0 : 64 - misplaced);
 }
 
 }  // namespace prototok

@@ -1,39 +1,17 @@
 // Compiled for AVX2 whatever the build's flags; called only where the processor has it.
-#include "engines/decoder_kernels.h"
-#include "ops/row_kernels.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
 #if defined(__x86_64__)
 
-// After the standard headers, whose inline functions must stay fit for every processor.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#define PROTOTOK_TARGET avx2
+#define PROTOTOK_ATTRIBUTES "avx2,fma"
+#define PROTOTOK_LANES 8
+
+#include "targets/dispatch.h"
+#include "targets/kernels_of_target.h"
 
 namespace prototok {
-namespace {
-constexpr int kLanes = 8;
-#include "targets/all_kernels.inl"
-#include "engines/decoder_kernels.inl"
-}  // namespace
 
-const RowKernels& avx2_kernels() { return kKernels; }
-const DecoderKernelSets& avx2_decoder_kernels() { return kDecoderKernels; }
+const Kernels& avx2_kernels() { return avx2::kKernels; }
 
 }  // namespace prototok
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 
 #endif  // __x86_64__

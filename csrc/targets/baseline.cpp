@@ -1,21 +1,12 @@
 // What every processor of the architecture can run.
-#include "engines/decoder_kernels.h"
-#include "ops/row_kernels.h"
+#define PROTOTOK_TARGET baseline
+#define PROTOTOK_LANES 4
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
+#include "targets/dispatch.h"
+#include "targets/kernels_of_target.h"
 
 namespace prototok {
-namespace {
-constexpr int kLanes = 4;
-#include "targets/all_kernels.inl"
-#include "engines/decoder_kernels.inl"
-}  // namespace
 
-const RowKernels& baseline_kernels() { return kKernels; }
-const DecoderKernelSets& baseline_decoder_kernels() { return kDecoderKernels; }
+const Kernels& baseline_kernels() { return baseline::kKernels; }
 
 }  // namespace prototok

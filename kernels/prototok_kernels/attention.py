@@ -135,6 +135,7 @@ def _cpu_pass(
     grad: Tensor | None,  # (B, N, H·c); None: forward
     cos: Tensor,
     sin: Tensor,
+    prefix: Tensor | None,  # (2, K, P, c)
     shape: tuple[int, ...],  # N, H, K, c, r, window
     scaling: float,
 ) -> Tensor:
@@ -146,7 +147,7 @@ def _cpu_pass(
         grad = grad.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     _cpu.attention(
-        **views(qkv=qkv, grad_out=grad, out=out, cos=cos, sin=sin), heads=heads,
+        **views(qkv=qkv, grad_out=grad, out=out, cos=cos, sin=sin, prefix=prefix), heads=heads,
         kv_heads=kv_heads, window=window, scaling=scaling, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -155,17 +156,19 @@ def _cpu_pass(
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], scaling: float
-    ) -> Tensor:
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, prefix: Tensor | None,
+        shape: tuple[int, ...], scaling: float,
+    ) -> Tensor:  # fmt: skip
         qkv = qkv.contiguous()
-        ctx.save_for_backward(qkv, cos, sin)
+        ctx.save_for_backward(qkv, cos, sin, prefix)
         ctx.shape, ctx.scaling = shape, scaling
-        return _cpu_pass(qkv, None, cos, sin, shape, scaling)
+        return _cpu_pass(qkv, None, cos, sin, prefix, shape, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin = ctx.saved_tensors
-        return _cpu_pass(qkv, grad, cos, sin, ctx.shape, ctx.scaling), None, None, None, None
+        qkv, cos, sin, prefix = ctx.saved_tensors
+        grad_qkv = _cpu_pass(qkv, grad, cos, sin, prefix, ctx.shape, ctx.scaling)
+        return grad_qkv, None, None, None, None, None
 
 
 def causal_attention(
@@ -175,7 +178,7 @@ def causal_attention(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
-    prefix: tuple[Tensor, Tensor] | None = None,  # keys and values, each (K, P, c)
+    prefix: Tensor | None = None,  # (2, K, P, c), keys and values
 ) -> Tensor:  # (B, N, H·c)
     """Causal (sliding-window where given) attention by torch or by flash-attn, heads merged."""
     mask, dtype = None, v.dtype
@@ -231,7 +234,7 @@ def attention(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
-    prefix: tuple[Tensor, Tensor] | None = None,  # keys, rotated, and values, each (K, P, c)
+    prefix: Tensor | None = None,  # (2, K, P, c), keys, rotated, and values
     backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (B, N, H·c)
     """Causal self-attention with rotary positions, differentiable in qkv.
@@ -251,7 +254,7 @@ def attention(
     _check_prefix(prefix, qkv, heads, kv_heads)
     if flash and backend == "cpu":
         raise ValueError("flash: backend 'cpu' attends by itself")
-    if backend == "torch" or (prefix is not None and backend == "cpu"):
+    if backend == "torch":
         return attention_ref(
             qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window,
             flash=flash, prefix=prefix,
@@ -264,12 +267,14 @@ def attention(
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return causal_attention(q, k, v, scaling, window, flash, prefix)
     size = qkv.shape[2] // (heads + 2 * kv_heads)
-    # Beyond the length a window hides nothing.
-    seen = length if window is None else min(window, length)
+    prefix = None if prefix is None else prefix.contiguous()
+    keys = length if prefix is None else prefix.shape[2] + length
+    # Beyond the keys a window hides nothing.
+    seen = keys if window is None else min(window, keys)
     shape = (length, heads, kv_heads, size, cos.shape[1], max(1, seen))
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _CpuAttention.apply(qkv, cos, sin, shape, scaling)
-    return _cpu_pass(qkv.contiguous(), None, cos, sin, shape, scaling)
+        return _CpuAttention.apply(qkv, cos, sin, prefix, shape, scaling)
+    return _cpu_pass(qkv.contiguous(), None, cos, sin, prefix, shape, scaling)
 
 
 def _check(
@@ -293,19 +298,14 @@ def _check(
         raise ValueError(f"window: must be at least 1 position, saw {window}")
 
 
-def _check_prefix(
-    prefix: tuple[Tensor, Tensor] | None, qkv: Tensor, heads: int, kv_heads: int
-) -> None:
+def _check_prefix(prefix: Tensor | None, qkv: Tensor, heads: int, kv_heads: int) -> None:
     if prefix is None:
         return
-    size = qkv.shape[-1] // (heads + 2 * kv_heads)
-    for part in prefix:
-        shape = tuple(part.shape)
-        if part.dtype != qkv.dtype or len(shape) != 3 or (shape[0], shape[2]) != (kv_heads, size):
-            raise ValueError(
-                f"prefix: must be two of {qkv.dtype} ({kv_heads}, P, {size}), saw {part.dtype} "
-                f"{shape}"
-            )
+    size, shape = qkv.shape[-1] // (heads + 2 * kv_heads), tuple(prefix.shape)
+    if prefix.dtype != qkv.dtype or shape != (2, kv_heads, *shape[2:3], size):
+        raise ValueError(
+            f"prefix: must be {qkv.dtype} (2, {kv_heads}, P, {size}), saw {prefix.dtype} {shape}"
+        )
 
 
 def attention_ref(
@@ -318,7 +318,7 @@ def attention_ref(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
-    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch."""
     length = qkv.shape[1]

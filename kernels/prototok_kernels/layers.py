@@ -48,8 +48,7 @@ class DecoderLayer:
     activation: str  # one of ACTIVATIONS
     window: int | None = None  # positions a query sees, its own included; None: all before it
     flash: bool = False  # attend by the flash-attn package
-    prefix_k: Tensor | None = None  # (K, P, c): keys of a constant prefix, rotated to 0 … P − 1
-    prefix_v: Tensor | None = None  # (K, P, c)
+    prefix: Tensor | None = None  # (2, K, P, c): keys, rotated to 0 … P − 1, and values of a prefix
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -85,16 +84,9 @@ class DecoderLayer:
         return self._projection(self.heads + self.kv_heads, self.kv_heads)
 
     @property
-    def prefix(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the constant prefix, each (K, P, c); None where there is none."""
-        if self.prefix_k is None or self.prefix_v is None:
-            return None
-        return self.prefix_k, self.prefix_v
-
-    @property
     def prefix_length(self) -> int:
         """P; 0 without a prefix."""
-        return 0 if self.prefix_k is None else self.prefix_k.shape[1]
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
     @cached_property
     def tensors(self) -> list[Tensor]:

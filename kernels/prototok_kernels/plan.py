@@ -232,8 +232,8 @@ def _plan_of(
         ),
         blocks=_choose(
             (
-                "cpu", run_elsewhere, behind, no_cpp, no_products, shape.unpacked, few_texts,
-                normed_heads, is_flash, None if rows * length else "there is nothing to do",
+                "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, few_texts, normed_heads,
+                is_flash, None if rows * length else "there is nothing to do",
             ),
             ("one by one",),
         ),

@@ -40,6 +40,6 @@ def behind_prefix(
         heads = stacked_heads(normed, layer)[0].unflatten(-1, (-1, layer.head_size))
         _, k, v = heads.transpose(0, 1).split([layer.heads, layer.kv_heads, layer.kv_heads])
         turned = rotary(k, cos[: len(vectors)].to(k.dtype), sin[: len(vectors)].to(k.dtype))
-        found.append(replace(layer, prefix_k=turned.contiguous(), prefix_v=v.contiguous()))
+        found.append(replace(layer, prefix=torch.stack([turned, v])))
         x, delta = decoder_block(x, delta, layer, cos, sin, "torch")
     return found

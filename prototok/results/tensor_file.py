@@ -21,14 +21,6 @@ KEY = "prototok"  # of our JSON header among a safetensors file's metadata
 
 # What a model reads, so it must be finite.
 _VECTORS = ("e", "m", "mem", "mean", "std", "basis", "prefix")
-    "e",
-    "m",
-    "mem",
-    "mean",
-    "std",
-    "basis",
-    "prefix",
-)  # what a model reads, so it must be finite
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name to its dtype, as F32, and shape
 

@@ -9,21 +9,34 @@ import pytest
 import torch
 from torch import Tensor
 
+import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from kernels.test_first_layer import CASES, D, expanded, rotary_tables, vectors
 from kernels.test_first_layer import with_gradients as to_inputs
 from plans import plan_for
+from prototok.model.families import DecoderBody
 from prototok_kernels.attention import attention
+from prototok_kernels.backend import this_machine
 from prototok_kernels.layers import DecoderLayer, decoder_layer
+from prototok_kernels.packed import PACKED
 from prototok_kernels.pair.first_layer import first_layer, first_layer_ref
 from prototok_kernels.prefix import behind_prefix
+from zoo import OWN, made
 
 FRONTS = [1, 3, 16]
+
+needs_bf16 = pytest.mark.skipif(
+    PACKED not in this_machine().instruction_sets, reason=f"needs {PACKED}"
+)
 
 
 def prefix_of(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(count, D, generator=generator, dtype=torch.float64)
+
+
+def prefix_of_width(width: int, count: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(7))
 
 
 def in_the_input(x: Tensor, front: Tensor, layer: DecoderLayer, cos: Tensor, sin: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def test_attention_errs_no_more_than_torch(
         def attend(qkv: Tensor) -> Tensor:
             return attention(
                 qkv, cos.to(dtype), sin.to(dtype), heads=heads, kv_heads=kv_heads,
-                scaling=size**-0.5, window=window, prefix=tuple(front.to(dtype)), backend=backend,
+                scaling=size**-0.5, window=window, prefix=front.to(dtype), backend=backend,
             )  # fmt: skip
 
         return with_gradients(attend, [qkv], dtype)
@@ -132,14 +145,53 @@ def test_attention_errs_no_more_than_torch(
     assert_as_close_as_torch(run(dtype, backend), run(dtype, "torch"), exact)
 
 
+@needs_bf16
+@pytest.mark.parametrize("count, length, texts", [(1, 16, 5), (3, 9, 3), (17, 70, 2), (64, 1, 3)])
+@pytest.mark.parametrize("name", [n for n in OWN if not n.startswith("qwen3")])
+def test_blocks_in_cpp_err_no_more_than_torch(
+    name: str, count: int, length: int, texts: int
+) -> None:
+    bare = prototok.load(made(OWN[name]), device="cpu", dtype="bfloat16")
+    front = prefix_of_width(bare.hidden_size, count)
+    body = bare.body.behind(front.bfloat16())
+    cos, sin = (t[count:] for t in body.tables(length))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(texts, length, bare.hidden_size, generator=generator).bfloat16()
+
+    def run(body: DecoderBody, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        blocks = body._blocks
+        plan = plan_for(blocks.layers, texts, length, backend, pair=False)
+        assert plan.blocks.taken == ("cpu" if backend == "cpu" else "one by one")
+        return with_gradients(lambda x: blocks(x, cos, sin, plan), [x], dtype)
+
+    wide = bare.cast(torch.float64).body.behind(front.bfloat16().double())
+    exact = run(wide, torch.float64, "torch")
+    found, torchs = run(body, torch.bfloat16, "cpu"), run(body, torch.bfloat16, "torch")
+    assert_as_close_as_torch(found, torchs, exact)
+    # In tiles of several texts and of one, a text is the same.
+    blocks = body._blocks
+    plan = plan_for(blocks.layers, texts, length, "cpu", pair=False)
+    alone = torch.cat([blocks(row[None], cos, sin, plan) for row in x])
+    assert torch.equal(alone, found[0])
+
+
+@needs_bf16
+def test_blocks_behind_a_prefix_share_the_packed_weights() -> None:
+    bare = prototok.load(made(OWN["llama, grouped, tied"]), device="cpu", dtype="bfloat16").body
+    assert isinstance(bare, DecoderBody)
+    behind = bare.behind(prefix_of_width(32, 2).bfloat16())
+    rotated = bare.rotary.width
+    assert behind._blocks._packed(rotated) is bare._blocks._packed(rotated)
+
+
 def test_vectors_and_keys_of_other_shapes_are_refused() -> None:
     layer, tables = CASES["llama-gqa"]
     for bad in (torch.randn(D), torch.randn(0, D), torch.randn(2, D + 1)):
         with pytest.raises(ValueError, match=r"^vectors: must be \(P, 32\) with P ≥ 1, saw"):
             behind_prefix([layer], bad, *tables(4))
     qkv, front = torch.randn(1, 3, 64), torch.randn(2, 2, 3, 7)
-    with pytest.raises(ValueError, match=r"^prefix: must be two of torch.float32 \(2, P, 8\)"):
+    with pytest.raises(ValueError, match=r"^prefix: must be torch.float32 \(2, 2, P, 8\)"):
         attention(
             qkv, *(t.float() for t in tables(3)), heads=4, kv_heads=2, scaling=1.0,
-            prefix=tuple(front), backend="torch",
+            prefix=front, backend="torch",
         )  # fmt: skip

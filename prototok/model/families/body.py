@@ -30,6 +30,7 @@ class DecoderBody:
     norm_bias: Tensor | None  # (d,)
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
+    bare: DecoderBody | None = None  # the same without a prefix
 
     def flash(self) -> DecoderBody:
         """The same body, attending by the flash-attn package."""
@@ -37,7 +38,8 @@ class DecoderBody:
 
     def behind(self, vectors: Tensor) -> DecoderBody:
         """Return the same body with vectors (P, d) in front of every input."""
-        return replace(self, layers=behind_prefix(self.layers, vectors, *self.rotary(len(vectors))))
+        layers = behind_prefix(self.layers, vectors, *self.rotary(len(vectors)))
+        return replace(self, layers=layers, bare=self)
 
     @property
     def prefix_length(self) -> int:
@@ -82,4 +84,5 @@ class DecoderBody:
 
     @cached_property
     def _blocks(self) -> DecoderBlocks:
-        return DecoderBlocks(self.layers, self.norm, self.norm_bias)
+        bare = None if self.bare is None else self.bare._blocks
+        return DecoderBlocks(self.layers, self.norm, self.norm_bias, bare)

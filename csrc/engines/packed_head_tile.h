@@ -1,7 +1,22 @@
 // A tile of rows through the head: chunk by chunk of the vocabulary, logits, their exponentials in
 // place and the products of these with the weight, so that no more than a chunk of either is ever
 // alive. What is summed relative to the largest logit so far is scaled where a later chunk holds a
-// larger one. Included by targets/avx512bf16.cpp, behind packed_product.inl.
+// larger one.
+#pragma once
+
+#include "engines/packed_head.h"
+#include "ops/head.h"
+#include "products/packed_tile.h"
+#include "simd/exp.h"
+#include "simd/target.h"
+#include "simd/vectors.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+PROTOTOK_TARGET_BEGIN
 
 // What is known of a row's logits so far; `best` and what follows is of those not the target's.
 struct HeadState {
@@ -53,20 +68,20 @@ inline float head_chunk(bf16* logits, std::int64_t begin, std::int64_t count, st
 inline void packed_head_tile(const PackedHeadTile& tile) {
   const Head& head = tile.head;
   const std::int64_t V = head.vocabulary, d = tile.hidden_size;
-  const std::int64_t width = (d + kPanel - 1) / kPanel * kPanel;
+  const std::int64_t width = panels_padded(d);
   const float scale = float(1.4426950408889634 / head.temperature);  // exp(x / T) = 2^(x * scale)
   const bool need_grad = tile.grad != nullptr;
   HeadState states[kHeadTile];
   float rescale[kHeadTile];
   for (std::int64_t begin = 0; begin < V; begin += kHeadChunk) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
-    packed_product(PackedProduct{tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
+    packed_product({tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
                                  head.rows, d, count, false});
     for (std::int64_t r = 0; r < head.rows; ++r)
       rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
                               need_grad, states[r]);
     if (need_grad)
-      packed_product(PackedSum{tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
+      packed_sum({tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
                                begin == 0 ? nullptr : rescale, head.rows, count, V, d});
   }
   for (std::int64_t r = 0; r < head.rows; ++r) {
@@ -94,3 +109,5 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
                      load_some(of_target + i, d - i) * end.target_slope);
   }
 }
+
+PROTOTOK_TARGET_END

@@ -1,19 +1,20 @@
-// Activations of an MLP, gated or not, with the bias in front of them, a row at a time. Included by
-// all_kernels.inl.
+// Activations of an MLP, gated or not, with the bias in front of them, a row at a time.
+#pragma once
+
+#include "ops/row_kernels.h"
+#include "simd/exp.h"
+#include "simd/target.h"
+#include "simd/vectors.h"
+
+#include <cstdint>
+
+PROTOTOK_TARGET_BEGIN
 
 inline Floats magnitude(Floats x) { return x < 0.0f ? -x : x; }
 
 struct ValueAndSlope {
   Floats value, slope;
 };
-
-// 1 / (1 + exp(-x)) and 1 minus that, both to full precision, for x >= -80.
-[[gnu::always_inline]] inline Floats sigmoid(Floats x, Floats& complement) {
-  const Floats power = exp2_of(x * -1.4426950408889634f);
-  const Floats value = reciprocal(power + 1.0f);
-  complement = power * value;
-  return value;
-}
 
 // The standard normal distribution function and exp(-x^2 / 2). With z = |x| / sqrt(2) and
 // t = 1 / (1 + z / 2), erfc(z) exp(z^2) / t is a polynomial of t to 5e-8 (a fit of our own).
@@ -61,19 +62,8 @@ template <Activation kKind>
   }
 }
 
-// The value alone, where the activation is not known to the compiler.
-inline Floats activation(Floats x, Activation kind) {
-  switch (kind) {
-    case Activation::silu: return value_and_slope<Activation::silu>(x).value;
-    case Activation::gelu: return value_and_slope<Activation::gelu>(x).value;
-    case Activation::gelu_tanh: return value_and_slope<Activation::gelu_tanh>(x).value;
-    case Activation::relu: break;
-  }
-  return value_and_slope<Activation::relu>(x).value;
-}
-
 template <Activation kKind, class Z, class T>
-void activation_of_row(const Z* z, const T* bias, T* out, std::int64_t inner, bool gated) {
+inline void activation_of_row(const Z* z, const T* bias, T* out, std::int64_t inner, bool gated) {
   for (std::int64_t i = 0; i < inner; i += kLanes) {
     const std::int64_t left = inner - i;
     Floats x = load_some(z + i, left);
@@ -89,7 +79,7 @@ void activation_of_row(const Z* z, const T* bias, T* out, std::int64_t inner, bo
 }
 
 template <class Z, class T>
-void activation_row(const Z* z, const T* bias, T* out, const ActivationShape& shape) {
+inline void activation_row(const Z* z, const T* bias, T* out, const ActivationShape& shape) {
   const std::int64_t I = shape.inner;
   const bool gated = shape.gated;
   switch (shape.kind) {
@@ -103,7 +93,7 @@ void activation_row(const Z* z, const T* bias, T* out, const ActivationShape& sh
 
 // `grad_z` may be `z`.
 template <Activation kKind, class Z, class T>
-void activation_backward_of_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
+inline void activation_backward_of_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
                                 std::int64_t inner, bool gated) {
   for (std::int64_t i = 0; i < inner; i += kLanes) {
     const std::int64_t left = inner - i;
@@ -121,7 +111,7 @@ void activation_backward_of_row(const T* grad, const Z* z, const T* bias, Z* gra
 }
 
 template <class Z, class T>
-void activation_backward_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
+inline void activation_backward_row(const T* grad, const Z* z, const T* bias, Z* grad_z,
                              const ActivationShape& shape) {
   const std::int64_t I = shape.inner;
   const bool gated = shape.gated;
@@ -136,3 +126,5 @@ void activation_backward_row(const T* grad, const Z* z, const T* bias, Z* grad_z
       return activation_backward_of_row<Activation::relu>(grad, z, bias, grad_z, I, gated);
   }
 }
+
+PROTOTOK_TARGET_END

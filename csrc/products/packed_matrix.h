@@ -3,7 +3,7 @@
 // Letters: M rows, I inputs, O outputs.
 #pragma once
 
-#include "ops/row_kernels.h"
+#include "simd/bf16.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +13,10 @@
 namespace prototok {
 
 constexpr std::int64_t kPanel = 64;  // outputs that are computed side by side
+
+constexpr std::int64_t panels_padded(std::int64_t outputs) {
+  return (outputs + kPanel - 1) / kPanel * kPanel;
+}
 
 // Panels of kPanel outputs, each (I / 2, kPanel, 2), so that a vector holds pairs of inputs of
 // neighbouring outputs; the outputs that are missing in the last panel are zero.
@@ -61,18 +65,5 @@ struct PackedSum {
   const float* scale;  // (M,) of what `sum` holds; null = it holds nothing yet
   std::int64_t rows, part, depth, outputs;
 };
-
-#if defined(__x86_64__)
-void packed_product_avx512bf16(const PackedProduct& product);
-#endif
-
-// Only where the processor has "avx512bf16".
-inline void multiply(const bf16* inputs, const PackedMatrix& weight, const bf16* bias, bf16* out,
-                     std::int64_t rows, bool add = false) {
-#if defined(__x86_64__)
-  packed_product_avx512bf16({inputs, weight.data(), bias, out, rows, weight.inputs(),
-                             weight.outputs(), add});
-#endif
-}
 
 }  // namespace prototok

@@ -1,4 +1,4 @@
-#include "products/packed_product.h"
+#include "products/packed_matrix.h"
 
 #include <new>
 
@@ -14,8 +14,7 @@ constexpr std::size_t kHugePage = std::size_t(2) << 20;
 PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_t inputs,
                            std::int64_t output_stride, std::int64_t input_stride)
     : inputs_(inputs), outputs_(outputs) {
-  const std::int64_t panels = (outputs + kPanel - 1) / kPanel;
-  const std::size_t bytes = std::size_t(panels * kPanel * inputs) * sizeof(bf16);
+  const std::size_t bytes = std::size_t(panels_padded(outputs) * inputs) * sizeof(bf16);
   const std::size_t page = bytes >= kHugePage / 2 ? kHugePage : 64;
   data_.reset(static_cast<bf16*>(std::aligned_alloc(page, (bytes + page - 1) / page * page)));
   if (!data_ && bytes > 0) throw std::bad_alloc();

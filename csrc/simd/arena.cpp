@@ -1,0 +1,67 @@
+#include "simd/arena.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace prototok {
+namespace {
+
+struct Free {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+
+struct Block {
+  std::unique_ptr<unsigned char[], Free> memory;
+  std::size_t bytes = 0, used = 0;
+
+  explicit Block(std::size_t wanted) : bytes((wanted + 63) / 64 * 64) {
+    memory.reset(static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
+    if (!memory) throw std::bad_alloc();
+  }
+};
+
+// A frame must not move while it lasts. So where a block is full another one is added, and when the
+// last frame is gone one block takes the place of all.
+struct ThreadMemory {
+  std::vector<Block> blocks;
+  std::size_t current = 0, frames = 0;
+};
+
+ThreadMemory& thread_memory() {
+  static thread_local ThreadMemory memory;
+  return memory;
+}
+
+}  // namespace
+
+ScratchFrame::ScratchFrame(std::size_t bytes) : bytes_(std::max<std::size_t>(64, bytes)) {
+  bytes_ = (bytes_ + 63) / 64 * 64;
+  ThreadMemory& of = thread_memory();
+  block_ = of.current;
+  while (block_ < of.blocks.size() &&
+         of.blocks[block_].used + bytes_ > of.blocks[block_].bytes)
+    ++block_;
+  if (block_ == of.blocks.size()) of.blocks.emplace_back(bytes_);
+  Block& block = of.blocks[block_];
+  begin_ = block.used;
+  memory_ = block.memory.get() + begin_;
+  block.used += bytes_;
+  of.current = block_;
+  ++of.frames;
+}
+
+ScratchFrame::~ScratchFrame() {
+  ThreadMemory& of = thread_memory();
+  of.blocks[block_].used = begin_;
+  while (of.current > 0 && of.blocks[of.current].used == 0) --of.current;
+  if (--of.frames > 0 || of.blocks.size() == 1) return;
+  std::size_t total = 0;
+  for (const Block& block : of.blocks) total += block.bytes;
+  of.blocks.clear();
+  of.blocks.emplace_back(total);
+}
+
+}  // namespace prototok
