@@ -80,7 +80,6 @@ def _cell(recipe: str, fit: prototok.FitResult) -> dict:
         "median": float(torch.median(solved.double())) if len(solved) else None,
         "accuracy": fit.accuracy[:, 0].tolist(),
         "steps": fit.steps[:, 0].tolist(),
-        "seconds": float(fit.seconds.sum()),
     }
 
 
@@ -89,7 +88,7 @@ def _line(cell: dict) -> str:
     median = "–" if cell["median"] is None else f"{cell['median']:.0f}"
     return (
         f"{cell['recipe']}, {cell['prefix']}: {cell['exact']} of {len(cell['steps'])} exact, "
-        f"median steps {median}, mean accuracy {accuracy:.2f}, {cell['seconds']:.0f} s"
+        f"median steps {median}, mean accuracy {accuracy:.2f}"
     )
 
 

@@ -15,7 +15,7 @@ from prototok.autoregressive.generate import generate
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families import DecoderBody
 from prototok.model.prefix import Prefix, prefix_of
-from prototok.model.sink import sink_of
+from prototok.model.sink import first_position_share, sink_of
 from support import DEVICES, small_llama
 from zoo import OWN, made
 
@@ -143,6 +143,27 @@ def test_what_stands_behind_a_prefix_goes_with_its_model() -> None:
     del lm
     gc.collect()
     assert gone() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "mistral, window shorter than the text",
+                                  "gpt-neox, parallel", "qwen3, tied"])  # fmt: skip
+def test_the_share_of_position_0_is_that_of_transformers_attention(name: str) -> None:
+    model = made(OWN[name])
+    model.set_attn_implementation("eager")
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lm.vocab_size, (4, 32), generator=generator)
+    maps = model(ids, output_attentions=True).attentions
+    later = torch.stack(maps[len(maps) // 2 :])  # (L / 2, B, H, N, N)
+    expected = float(later[..., 16:, 0].mean())
+    assert first_position_share(lm) == pytest.approx(expected, rel=1e-4)
+
+
+def test_models_that_transformers_runs_are_not_looked_at() -> None:
+    found = sink_of(prototok.load(made(GENERAL["gpt2"]), device="cpu", dtype="float32"))
+    assert found.prefix is None and found.share is None
+    assert str(found) == "not looked for, transformers runs the model"
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-neox"])
