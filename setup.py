@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
@@ -39,6 +39,7 @@ class OptionalBuild(build_ext):
             self.extensions = []
 
 
+ParallelCompile().install()  # as many sources at a time as there are processors
 setup(
     ext_modules=[
         Pybind11Extension(

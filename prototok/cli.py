@@ -1,6 +1,7 @@
 """The command line: `prototok …` and `python -m prototok …`.
 
-Exit codes: 0 ok, 2 usage, 3 finished with units that failed, 130 interrupted with work saved.
+Exit codes: 0 ok, 2 usage, 3 ended with units that failed or before a full disk, with the others
+saved, 130 interrupted (by Ctrl-C or SIGTERM) with work saved.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _DECODED = "A new file for the text, in UTF-8 and exact; nothing is added and no
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 _RESUME = "Go on where an interrupted fit of the same book and settings stopped."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
-_EAGER = "On CUDA, steps without a graph: only those show their spans."
+_EAGER = "On CUDA, steps without a graph: only those show named ranges."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
 _FILES = "CSV, LaTeX, SVG, PNG and PDF beside the page."
 _MEASURE = "Load the models for paths, robustness and neighbours, first; minutes. Kept in the run."
@@ -119,9 +120,9 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     from prototok.texts.files import chunks, text_difference
 
     pieces = chunks(lm, text, asked.length, asked.limit)
-    own = "its own forward" if lm.body.family != "general" else "the general way, transformers"
+    where = f"{str(lm.dtype)[6:]} on {lm.device}"
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
-    say(f"{lm.identity.name}: {lm.body.family} ({own}), {str(lm.dtype)[6:]} on {lm.device}{stored}")
+    say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
     behind, in_front = front_of(lm, asked.prefix, asked.recipe)
     say(f"in front: {in_front}")
@@ -213,6 +214,7 @@ def decode(
         try_file(out, "out", lambda head: not head)
     stored = best.tokens.model
     lm = load(model or stored.name, device, dtype, None if model else stored.revision)
+    best.tokens.require_tokenizer(lm)
     rows = decode_tokens(lm, best.tokens)
     found = [row[: len(target)] for row, target in zip(rows, best.targets, strict=True)]
     # All ids at once: a chunk may end in the middle of a character.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import prototok
 from prototok import FitResult
+from prototok.cli import main
 from support import small_llama
 
 HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-llama" / "held_out.txt"
@@ -65,6 +67,21 @@ def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> N
     assert wrong.stderr.startswith("prototok: tokens: fitted on tiny-llama")
 
 
+def test_decoding_with_another_tokenizer_is_refused(book: Path, tmp_path: Path) -> None:
+    """The same weights; its ids would be printed as other words, and called exact."""
+    prototok_cli("fit", str(book), "--length", "2", "--limit", "1", "-o", "tokens", cwd=tmp_path)
+    shutil.copytree(HELD_OUT.parent, tmp_path / "other")
+    rules = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words = sorted(rules["model"]["vocab"], key=rules["model"]["vocab"].get)
+    turned = words[:300] + words[:299:-1]
+    rules["model"]["vocab"] = {word: i for i, word in enumerate(turned)}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(rules))
+    wrong = prototok_cli("decode", "tokens", "--model", "other", cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("prototok: tokens: fitted with another tokenizer")
+    assert wrong.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -93,19 +110,21 @@ def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> N
     ],
 )
 def test_bad_usage_is_exit_code_2_and_writes_nothing(
-    arguments: list[str], says: str, tmp_path: Path
-) -> None:
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 2500)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    found = prototok_cli(*arguments, cwd=tmp_path, env=offline, timeout=300)
-    assert found.returncode == 2
-    assert says in found.stderr
-    assert "Traceback" not in found.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 

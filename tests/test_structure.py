@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import graphlib
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -108,6 +110,15 @@ def test_no_file_is_long(folder: str) -> None:
     assert len(code) > 10
     lines = {path: len(path.read_text().splitlines()) for path in code}
     assert {str(p.relative_to(ROOT)): n for p, n in lines.items() if n > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize("module", ["prototok", "prototok.cli", "prototok.bench.command"])
+def test_nothing_heavy_is_imported_before_it_is_used(module: str) -> None:
+    """So `import prototok` and `--help` answer at once."""
+    heavy = ("torch", "transformers", "numpy", "pyarrow", "prototok.fitting", "prototok.model")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_a_circle_and_an_arrow_up_are_seen() -> None:

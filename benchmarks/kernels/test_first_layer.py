@@ -32,7 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from prototok.common.allocator import keep_freed_memory
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
-from prototok_kernels.pair.second_layer import second_layer_products, second_layer_products_ref
+from prototok_kernels.pair.second_layer import (
+    second_layer_projections,
+    second_layer_projections_ref,
+)
 
 LENGTH, ROUNDS = 256, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,15 +213,15 @@ def test_second_layer(benchmark: Any, dtype: torch.dtype) -> None:
 
     def general(layer: DecoderLayer) -> Results:
         x = first_layer(e, m, None, LENGTH, layer, cos, sin)
-        return with_gradients(second_layer_products_ref(x, layer), (e, m), grads)
+        return with_gradients(second_layer_projections_ref(x, layer), (e, m), grads)
 
     def collapsed() -> Results:
         x, coef, span = first_layer_spanned(e, m, None, LENGTH, layer, cos, sin)
-        return with_gradients(second_layer_products(x, coef, span, layer), (e, m), grads)
+        return with_gradients(second_layer_projections(x, coef, span, layer), (e, m), grads)
 
     variants: dict[str, Callable[[], Results]] = {
         "general": lambda: general(layer),
-        "second_layer_products": collapsed,
+        "second_layer_projections": collapsed,
     }
     record = {"case": "pythia-160m, second layer", "dtype": str(dtype), "rows": s.rows}
     compare(benchmark, record, variants, general(layer.to(torch.float64)))

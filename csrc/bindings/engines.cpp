@@ -101,10 +101,10 @@ std::unique_ptr<Decoder> decoder(std::shared_ptr<DecoderModel> model, int64_t ro
   require(model->head != nullptr && model->embedding != nullptr,
           "model: must have a head and an embedding");
   require(rows >= 1 && longest_pass >= 1, "rows: must be at least 1, as longest_pass must");
-  const DecoderRoom room{rows, positions, longest_pass,
-                                   cos.rows<const float>({positions, model->rotated}),
-                                   sin.rows<const float>({positions, model->rotated}),
-                                   model->rotated};
+  const RotaryTable table{cos.rows<const float>({positions, model->rotated}),
+                          sin.rows<const float>({positions, model->rotated}), model->rotated,
+                          model->rotated};
+  const DecoderRoom room{rows, positions, longest_pass, table};
   const py::gil_scoped_release others_may_run;
   return std::make_unique<Decoder>(std::move(model), room, instruction_set);
 }

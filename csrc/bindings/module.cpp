@@ -1,5 +1,4 @@
 #include "bindings/python.h"
-#include "targets/dispatch.h"
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels; the public operations are in prototok_kernels.";

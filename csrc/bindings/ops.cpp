@@ -1,6 +1,5 @@
 // The operations over whole tensors, for Python.
 #include "bindings/python.h"
-#include "targets/dispatch.h"
 
 #include <utility>
 
@@ -17,7 +16,7 @@ void run_head(const View& logits, const View& gradient, const View& targets, con
   head.element = logits.element();
   head.logits = logits.data(head.element, {rows, vocabulary});
   head.gradient = gradient.data_or_null(head.element, {rows, vocabulary});
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   prototok::head(head, kernels, threads);
 }
@@ -34,7 +33,7 @@ void run_adamw(const View& param, const View& grad, const View& exp_avg, const V
                               lr.data<const float>({rows}),
                               reinterpret_cast<const std::uint8_t*>(active.data<const bool>({rows})),
                               rows, coordinates, betas.first, betas.second, eps, weight_decay};
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   prototok::adamw(adamw, kernels, threads);
 }
@@ -53,7 +52,7 @@ void run_residual_norm(const View& x, const View& delta, const View& sum, const 
                                     statistics.data<float>({rows, 2}),
                                     rows, width, eps, element};
   require(delta.given == sum.given, "sum: must be given exactly where delta is");
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   residual_norm(norm, kernels, threads);
 }
@@ -71,7 +70,7 @@ void run_residual_norm_backward(const View& grad_sum, const View& grad_normed, c
       statistics.data<const float>({rows, 2}),
       grad.merged().data(element, {rows, width}),
       rows, width, centred, element};
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   residual_norm_backward(norm, kernels, threads);
 }
@@ -88,7 +87,7 @@ void run_activation(const View& grad, const View& z, const View& bias, const Vie
                                       bias.data_or_null(element, {wide}),
                                       out.merged().data(element, {rows, grad.given ? wide : inner}),
                                       rows, {inner, activation_of(kind), gated}, element};
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   activation(pass, kernels, threads);
 }
@@ -113,7 +112,7 @@ void run_attention(const View& qkv, const View& grad_out, const View& out, const
        cos.rows<const float>({length, rotary}), sin.rows<const float>({length, rotary}), rotary,
        front, prefix.data_or_null(element, {2, kv_heads, front, size})},
       element};
-  const RowKernels& kernels = kernels_for(instruction_set);
+  const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
   prototok::attention(attention, kernels, threads);
 }

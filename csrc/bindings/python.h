@@ -4,6 +4,7 @@
 
 #include "bindings/view.h"
 #include "ops/ops.h"
+#include "targets/dispatch.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

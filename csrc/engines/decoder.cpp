@@ -90,9 +90,9 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
                         int threads) {
   const DecoderModel& m = model_;
   const std::int64_t c = m.head_size, heads = m.heads + 2 * m.kv_heads;
-  const RotaryTable table{room_.cos, room_.sin, room_.table_row, m.rotated};
   const auto cached = [&](std::vector<unsigned char>& cache, std::int64_t row, std::int64_t head) {
-    return cache.data() + ((layer * room_.rows + row) * m.kv_heads + head) * c * room_.positions * element_;
+    return cache.data() + ((layer * room_.rows + row) * m.kv_heads + head) * c * room_.positions *
+           element_;
   };
   for (std::int64_t token = 0; token < tokens(); ++token) {
     const std::int64_t row = token / length_, position = start + token % length_;
@@ -100,9 +100,9 @@ void Decoder::attention(const DecoderBlock& block, std::int64_t layer, std::int6
     float* k = q + m.heads * c;
     const float* v = k + m.kv_heads * c;
     for (std::int64_t head = 0; head < m.heads; ++head)
-      kernels_.turn(q + head * c, block.q_norm, m.eps, c, table, position);
+      kernels_.turn(q + head * c, block.q_norm, m.eps, c, room_.table, position);
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
-      kernels_.turn(k + head * c, block.k_norm, m.eps, c, table, position);
+      kernels_.turn(k + head * c, block.k_norm, m.eps, c, room_.table, position);
       kernels_.keep(k + head * c, v + head * c, cached(keys_, row, head), cached(values_, row, head),
                     c, room_.positions, position);
     }

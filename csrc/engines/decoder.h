@@ -40,8 +40,7 @@ struct DecoderModel {
 // What a Decoder has room for.
 struct DecoderRoom {
   std::int64_t rows, positions, longest_pass;
-  const float *cos, *sin;  // (>= T, >= r / 2), rows `table_row` apart
-  std::int64_t table_row;
+  RotaryTable table;  // of T positions at least
 };
 
 // Everything it needs is allocated by the constructor; no call allocates. One thread calls it at a

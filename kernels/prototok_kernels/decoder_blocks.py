@@ -3,9 +3,10 @@
 In bfloat16 on a CPU with AVX-512 BF16 that is one C++ call each way, in which a thread takes a text
 through all blocks before the next one. Everywhere else it is the loop of `layers.decoder_block`.
 
-The first of the blocks may take its first products (`layers.parallel_block_end`) instead of making
-them: those of GPT-NeoX's second block are cheaper from the first one's span (second_layer.py).
-Blocks behind a constant prefix (prefix.py) share the packed weights of those without.
+The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of
+making them: those of GPT-NeoX's second block are cheaper from the first one's span
+(second_layer.py). Blocks behind a constant prefix (prefix.py) share the packed weights of those
+without.
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP, r rotary
 size.
@@ -64,23 +65,23 @@ class DecoderBlocks:
         sin: Tensor,  # (≥ N, r)
         plan: Plan,
         start: int = 0,  # the block that x enters
-        products: tuple[Tensor, Tensor] | None = None,  # (B, N, 3 H·c), (B, N, I)
+        projected: tuple[Tensor, Tensor] | None = None,  # (B, N, 3 H·c), (B, N, I)
     ) -> Tensor:  # (B, N, d)
         """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
 
         Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
-        `products`: q, k, v and the up-projection of block `start`, which must be a parallel one;
+        `projected`: q, k, v and the up-projection of block `start`, which must be a parallel one;
         Triton's passes overwrite them.
 
-        Raises ValueError for products that are not this block's.
+        Raises ValueError for projections that are not this block's.
         """
-        if products is not None:
-            _check(products, x, self.layers[start])
+        if projected is not None:
+            _check(projected, x, self.layers[start])
         if plan.blocks.taken != "cpu":
-            return decoder_blocks_ref(self, x, cos, sin, plan.passes.taken, start, products)
+            return decoder_blocks_ref(self, x, cos, sin, plan.passes.taken, start, projected)
         cpp = self._packed(cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
-        qkv, z = (None, None) if products is None else (t.contiguous() for t in products)
+        qkv, z = (None, None) if projected is None else (t.contiguous() for t in projected)
         if torch.is_grad_enabled() and x.requires_grad:
             return _CpuBlocks.apply(x, qkv, z, cos, sin, self._prefix, cpp, start)
         constants = cos, sin, self._prefix
@@ -97,14 +98,14 @@ class DecoderBlocks:
         return packed(self, self._weights, make)
 
 
-def _check(products: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:
+def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:
     if not is_parallel(layer):
-        raise ValueError("products: only a block with a parallel residual takes them")
-    for product, weight in zip(products, (layer.qkv, layer.up), strict=True):
+        raise ValueError("projected: only a block with a parallel residual takes them")
+    for product, weight in zip(projected, (layer.qkv, layer.up), strict=True):
         expected = (*x.shape[:2], len(weight))
         if product.shape != expected or product.dtype != x.dtype:
             raise ValueError(
-                f"products: must be {expected} of {x.dtype}, saw {tuple(product.shape)} of "
+                f"projected: must be {expected} of {x.dtype}, saw {tuple(product.shape)} of "
                 f"{product.dtype}"
             )
 
@@ -117,7 +118,7 @@ def _shape(x: Tensor, start: int) -> dict[str, int]:
 
 
 def _forward(
-    inputs: tuple[Tensor, Tensor | None, Tensor | None],  # x, and the products where given
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],  # x, and the projections where given
     saved: Tensor | None,
     constants: tuple[Tensor, Tensor, Tensor | None],  # cos, sin and the prefix
     cpp: Any,
@@ -163,13 +164,13 @@ class _CpuBlocks(torch.autograd.Function):
 
 def decoder_blocks_ref(
     blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, backend: str = "torch",
-    start: int = 0, products: tuple[Tensor, Tensor] | None = None,
+    start: int = 0, projected: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The same block by block, each of its ops by `backend`."""
     delta: Tensor | None = None
     for index, layer in enumerate(blocks.layers[start:]):
-        if index == 0 and products is not None:
-            delta = parallel_block_end(products, layer, cos, sin, backend)
+        if index == 0 and projected is not None:
+            delta = parallel_block_end(projected, layer, cos, sin, backend)
         else:
             x, delta = decoder_block(x, delta, layer, cos, sin, backend)
     eps = blocks.layers[0].eps

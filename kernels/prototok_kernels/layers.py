@@ -268,14 +268,14 @@ def decoder_block(
 
 
 def parallel_block_end(
-    products: tuple[Tensor, Tensor],  # (B, N, (H + 2 K)·c) with its bias, (B, N, I) without
+    projected: tuple[Tensor, Tensor],  # (B, N, (H + 2 K)·c) with its bias, (B, N, I) without
     layer: DecoderLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
     """What a parallel block adds to the stream, from its stacked q, k, v and its up-projection."""
-    qkv, z = products
+    qkv, z = projected
     return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
 
 

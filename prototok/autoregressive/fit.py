@@ -129,13 +129,14 @@ def mem_fit_of(
         accuracy_teacher_forced=column(lambda one: one.check.teacher_forced),
         steps=column(lambda one: one.steps, torch.int64),
         seconds=column(lambda one: one.seconds),
+        seed=column(lambda one: one.row.seed, torch.int64),
         provenance=provenance,
         prefix=setup.lm.prefix,
     )
 
 
 def kuratov(lm: FrozenLM) -> Recipe:
-    """Kuratov et al.'s settings: the paper recipe, started at the scale of the embedding matrix.
+    """Return Kuratov et al.'s settings: the paper recipe, started at the embedding matrix's scale.
 
     AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01; randn × std(embedding matrix); at most 5000
     steps, and no more than 2000 in a row without a higher accuracy.

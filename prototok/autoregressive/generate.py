@@ -36,7 +36,7 @@ def generate(
     first: Tensor | None = None,  # (R,) int64
     backend: str = "auto",
 ) -> Tensor:
-    """Greedy ids (R, N) int64, on the CPU, generated behind [mem_1 … mem_K]; no stop at an EOS.
+    """Generate greedily behind [mem_1 … mem_K]: ids (R, N) int64 on the CPU; an EOS stops nothing.
 
     Args:
         lm: the model that the vectors were fitted on.
@@ -87,7 +87,7 @@ def generate(
 
 
 def require_room(lm: FrozenLM, leading: int, length: object) -> None:
-    """ValueError unless `length` is a number of tokens that the context has room for behind K."""
+    """Raise ValueError unless the context has room for `length` tokens behind K vectors."""
     if not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     positions = leading + length - 1
@@ -99,7 +99,7 @@ def require_room(lm: FrozenLM, leading: int, length: object) -> None:
 
 
 def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) -> Tensor:
-    """Exactly `length` ids from transformers' `generate`, an EOS among them or not.
+    """Generate exactly `length` ids with transformers' `generate`, an EOS among them or not.
 
     `prompt` is input_ids (R, P), which the ids (R, P + N) then start with, or inputs_embeds
     (R, P, d). `model` must be one of `twin_of`'s: its generation config names no EOS.
@@ -123,7 +123,7 @@ def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) ->
 
 
 def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None, backend: str) -> Tensor:
-    """Ids (R, N) from our own decoder behind mem (R, K, d) and, where given, t_1 (R,).
+    """Generate ids (R, N) with our own decoder behind mem (R, K, d) and t_1 (R,) where given.
 
     On the CPU that is the C++ one, a call for the prompt and one for all tokens, where it has the
     model's dtype; on CUDA, and for what C++ does not cover, `StaticDecoder`.
@@ -144,7 +144,7 @@ def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None, backend
 
 
 def matrices(lm: FrozenLM) -> list[Tensor] | None:
-    """The weights that a position is multiplied with, head included; None in the general family."""
+    """Return the weights that a position is multiplied with; None in the general family."""
     body = lm.body
     if not isinstance(body, DecoderBody) or body.head is None:
         return None
@@ -156,7 +156,7 @@ def matrices(lm: FrozenLM) -> list[Tensor] | None:
 
 
 def bytes_read(lm: FrozenLM, rows: int, positions: int) -> int:
-    """Bytes of weights and cache that decoding so many positions, one by one, must read."""
+    """Return the bytes that decoding `positions` tokens one by one must read."""
     cached = 0
     for layer in _body(lm).layers:
         ends = range(layer.prefix_length + 1, layer.prefix_length + 1 + positions)
@@ -187,7 +187,7 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
 
 
 def _static_decoder(lm: FrozenLM, rows: int, positions: int, backend: str) -> StaticDecoder:
-    """A decoder with room for so many positions: that of the last call where it fits."""
+    """Return a decoder with room for `positions`: that of the last call where it fits."""
     front = _body(lm).prefix_length
     capacity = -(-(front + positions) // POSITIONS) * POSITIONS
     found: StaticDecoder | None = _decoders.of.get(lm)

@@ -67,7 +67,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def generate(self, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:
-        """Ids (R, N) on the CPU, behind the vectors mem (R, K, d) and, where given, t_1 (R,)."""
+        """Generate ids (R, N), on the CPU, behind mem (R, K, d) and t_1 (R,) where it is given."""
         prompt = list(mem.to(self.device, self.x.dtype).unbind(1))
         start = 0
         if first is not None:
@@ -89,7 +89,7 @@ class StaticDecoder:
         return self.ids[:length].T.cpu().clone()
 
     def _next(self) -> None:
-        """One token with nothing known to the host: the unit of capture."""
+        """Generate one token without the host: what a CUDA graph captures."""
         torch.index_select(self.embedding, 0, self.last, out=self.x)
         self._forward()
         self._predict()
@@ -97,7 +97,7 @@ class StaticDecoder:
         self.written += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """The graph of `_next`, made at the first use.
+        """Return the graph of `_next`, captured at the first use.
 
         The warm-up is a real step: what it adds to the cache and to `ids` the first replay writes
         again, from the same state, which is put back.
@@ -120,7 +120,7 @@ class StaticDecoder:
         return self.graph
 
     def _forward(self) -> None:
-        """`x` (R, d) at `position` through all blocks, in place; the position moves on."""
+        """Run `x` (R, d) at `position` through all blocks, in place, and move the position on."""
         cos, sin = (t.index_select(0, self.position) for t in (self.cos, self.sin))  # (1, r)
         past = (self.every_position <= self.position)[None]  # (1, T)
         masks: dict[int | None, Tensor] = {None: past}
@@ -149,7 +149,7 @@ class StaticDecoder:
     def _attend(
         self, i: int, layer: DecoderLayer, cos: Tensor, sin: Tensor, mask: Tensor
     ) -> Tensor:  # (R, H c)
-        """Attention of the tokens in `qkv` to the cache, which they enter."""
+        """Put the tokens in `qkv` into the cache and attend to it."""
         q, k, v = self.qkv.view(self.rows, -1, layer.head_size).split(self.parts, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
@@ -165,7 +165,7 @@ class StaticDecoder:
         return mixed.reshape(self.rows, -1)
 
     def _predict(self) -> None:
-        """The most likely id behind `x`, into `last`."""
+        """Put the most likely id behind `x` into `last`."""
         body = self.body
         assert body.head is not None
         eps = body.layers[0].eps
@@ -177,7 +177,7 @@ class StaticDecoder:
 def _linear_(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: bool = False
 ) -> None:
-    """out = x @ weight.T + bias, and with `add` what `out` held on top."""
+    """Write x @ weight.T + bias into `out`; with `add`, add it to what `out` held."""
     if add:
         out.addmm_(x, weight.T)
         if bias is not None:

@@ -75,7 +75,7 @@ def _in_one_dtype(lm: FrozenLM, setup: Setup, targets: Tensor, mem: Tensor) -> G
 
 @torch.no_grad()
 def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor:
-    """(N,) target logit minus the best other logit, with the text before each target given."""
+    """Return (N,) target logit − best other logit, with the text before each target given."""
     vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
     inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
     logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)

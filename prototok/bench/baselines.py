@@ -24,12 +24,12 @@ class Generate:
         self.first = lm.bos_id or 0
 
     def __call__(self, length: int, batch: int, cache: str) -> Tensor:
-        """(batch, length) int64 generated ids. The prompt is one token, the same in every row."""
+        """Generate (batch, length) int64 ids behind one token, the same in every row."""
         prompt = torch.full((batch, 1), self.first, device=self.device, dtype=torch.int64)
         return greedy(self.model, length, cache, input_ids=prompt)[:, 1:]
 
     def call(self, length: int, batch: int, cache: str) -> Callable[[], Tensor]:
-        """The same, ready to be timed."""
+        """Return the same call, ready to be timed."""
         return lambda: self(length, batch, cache)
 
 
@@ -41,15 +41,15 @@ class Engine:
         self.first = torch.tensor([[lm.bos_id or 0]], dtype=torch.int64, device="cpu")
 
     def __call__(self, length: int, batch: int) -> Tensor:
-        """(batch, length) int64 generated ids."""
+        """Generate (batch, length) int64 ids behind one token, the same in every row."""
         return engine(
             self.lm, self.lm.embed(self.first).expand(batch, -1, -1), length, None, "auto"
         )
 
     def call(self, length: int, batch: int) -> Callable[[], Tensor]:
-        """The same, ready to be timed."""
+        """Return the same call, ready to be timed."""
         return lambda: self(length, batch)
 
     def bytes_read(self, length: int, batch: int) -> int:
-        """Bytes of weights and cache that a call must read."""
+        """Return the bytes of weights and cache that a call must read."""
         return bytes_read(self.lm, batch, length)

@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "flash-a
 
 
 def describe() -> dict[str, str]:
-    """Machine and versions, for records; no value names a user or a host."""
+    """Describe machine and versions, for records; no value names a user or a host."""
     found = this_machine()
     facts = {
         "prototok": _version("prototok"),
@@ -64,14 +64,14 @@ def _processor() -> str:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product, the practical peak of this machine in this dtype."""
+    """Measure FLOP/s of a large square product: this machine's practical peak in this dtype."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device))
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s read and written by a copy far larger than the caches."""
+    """Measure bytes/s, read and written, of a copy far larger than the caches."""
     size = (1 << 30) if device.type == "cuda" else (1 << 28)
     a = torch.zeros(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)

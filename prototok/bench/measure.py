@@ -161,7 +161,7 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
 
 
 def _recipe(settings: BenchSettings) -> Recipe:
-    """The recipe; cut short for the default run, which is to end while one waits for it."""
+    """Return the recipe, cut short for the default run, which somebody waits for."""
     recipe = recipe_of(settings.recipe)
     if settings == BenchSettings():
         return dataclasses.replace(recipe, max_steps=min(recipe.max_steps, _MOST_STEPS))
@@ -185,7 +185,7 @@ def _measure(
     lm: FrozenLM, name: str, length: int, settings: BenchSettings, peak: Peak,
     look: Callable[[FitEvent], None] | None = None,
 ) -> tuple[Case, list[bool]]:  # fmt: skip
-    """One model at one length, and which of the texts are exact."""
+    """Measure one model at one length; say as well which of the texts are exact."""
     arrangement = Arrangement.parse("e m*")
     exact = accuracy = per_text = steps = step_seconds = None
     which: list[bool] = []
@@ -254,7 +254,7 @@ def _longest(
     lm: FrozenLM, name: str, settings: BenchSettings, exact: dict[int, list[bool]],
     grid: Sequence[int], cases: Sequence[Case], peak: Peak,
 ) -> Longest:  # fmt: skip
-    """Each mode at its own longest length; `exact` says which texts one forward gave back."""
+    """Compare each mode at its own longest length; `exact` says what one forward gave back."""
     clock = time.perf_counter()
     generated: dict[int, list[bool]] = {}
     for length in sorted(grid):
@@ -289,7 +289,7 @@ def _longest(
 
 
 def _by_text(exact: dict[int, list[bool]], texts: int) -> tuple[int, ...]:
-    """For each text the largest length up to which it is exact at every length of the grid."""
+    """Find for each text the largest length up to which it is exact at every length of the grid."""
     longest = [0] * texts
     for length in sorted(exact):
         for t in range(texts):
@@ -308,7 +308,7 @@ def _texts(lm: FrozenLM, settings: BenchSettings, length: int) -> list[list[int]
 
 
 def _profiled(lm: FrozenLM, settings: BenchSettings) -> ProfiledSteps | None:
-    """What profiles the steps that the settings name, if they do."""
+    """Return what profiles the steps that the settings name, None where they name none."""
     if settings.profile is None:
         return None
     return ProfiledSteps(Capture(lm.device, None), settings.profile, burst_of(lm.device))
@@ -318,7 +318,7 @@ def _step_seconds(
     lm: FrozenLM, targets: list[Tensor], arrangement: Arrangement,
     look: Callable[[FitEvent], None] | None,
 ) -> float:  # fmt: skip
-    """Median seconds of a fit step of all texts together."""
+    """Measure the median seconds of a fit step of all texts together."""
     marks: list[float] = []
 
     def mark(event: FitEvent) -> None:

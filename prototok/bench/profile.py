@@ -30,7 +30,7 @@ from prototok_kernels.plan import Plan
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """(a, b) of "a:b"; ValueError where it is none, or empty."""
+    """Read "a:b" as (a, b); ValueError where it is not a range, or an empty one."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     first, end = (int(match[1]), int(match[2])) if match else (0, 0)
     if not first < end:
@@ -39,7 +39,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 def require_work(what: str) -> None:
-    """ValueError unless that is something to profile."""
+    """Raise ValueError unless that is something to profile."""
     if what not in ("fit", "decode"):
         raise ValueError(f"what: {what!r} is not 'fit' or 'decode'")
 
@@ -84,7 +84,7 @@ class Capture:
                     self.profiler.export_chrome_trace(str(temporary))
 
     def report(self, rows: int = 25) -> str:
-        """The table of the most expensive operations; empty where Nsight has the figures."""
+        """Return the table of the most expensive operations; empty where Nsight has the figures."""
         if not self.seconds:
             return "nothing was profiled: the work ended before its first step"
         if self.profiler is None:
@@ -112,7 +112,7 @@ class ProfiledSteps:
             self.close()
 
     def close(self) -> None:
-        """Stop, whether or not there were b steps."""
+        """Stop, even if the work ended before step b."""
         if self.capture.running:
             self.capture.stop()
             self.over = True
@@ -126,7 +126,7 @@ class Work:
     length: int = 32  # N
     batch: int = 16  # rows
     backend: str = "auto"
-    eager: bool = False  # on CUDA, steps without a graph: only those show their spans
+    eager: bool = False  # on CUDA, steps without a graph: only those show named ranges
 
     def plan(self, lm: FrozenLM) -> Plan:
         """Return which kernels it runs on."""

@@ -10,7 +10,7 @@ from prototok.report.svg import Bar, log_bars
 
 
 def figure(record: dict) -> str:
-    """Tokens/s at batch 1 of every way, by model and length, as an SVG document."""
+    """Draw tokens/s at batch 1 of every way, by model and length, as an SVG document."""
     bars = []
     for case in record["cases"]:
         group = f"{case['model']}, N = {case['length']}"
@@ -23,7 +23,7 @@ def figure(record: dict) -> str:
 
 
 def table(record: dict) -> str:
-    """The record as what is printed: at equal length, at each mode's longest, and every way."""
+    """Lay out the record for printing: equal length, each mode's longest, and every way."""
     blocks = ["At equal length, batch 1:", *_aligned(_equal_length(record))]
     if record["longest"]:
         blocks += ["", "Each mode at its own longest length (one forward against K = 1):"]
@@ -100,7 +100,7 @@ def _own_longest(record: dict) -> list[tuple[str, ...]]:
 
 
 def _at_batch_1(case: dict) -> list[dict]:
-    """Timings at batch 1: one forward, then the others, strongest first."""
+    """Return the timings at batch 1: one forward, then the others, strongest first."""
     found = sorted(
         (t for t in case["timings"] if t["batch"] == 1),
         key=lambda t: (t["method"] != ONE, -t["tokens_per_second"]),
@@ -128,7 +128,7 @@ def _percent(share: float | None) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of one width, the first to the left."""
+    """Pad columns to one width, the first to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -146,18 +146,18 @@ def _notes(record: dict) -> list[str]:
         f"{device}, {m['threads']} threads, torch {m['torch']}, "
         f"transformers {m['transformers']}, {dtypes}",
         "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
-        "of roof: of the time that this machine's matrix and copy rates allow. ratio: against the",
-        "strongest autoregressive way. vs dynamic: against generate with its default cache, the",
-        "paper's comparison. engine static-KV: prototok's own decoder. best batch: each way at its",
-        "best of " + ", ".join(map(str, BATCHES)) + ". ceiling: the most two efficient "
-        "implementations can differ by at batch 1",
-        "here. break-even: decodes after which the fit has paid off. longest length: of the median",
-        "text, in brackets of the best one.",
+        "of roof: share of the speed that this machine's matrix and copy rates allow.",
+        "ratio: against the fastest autoregressive way. engine static-KV: prototok's own decoder.",
+        "vs dynamic: against generate with its default cache, which is the paper's comparison.",
+        f"best batch: each way at its best batch size of {', '.join(map(str, BATCHES))}.",
+        "ceiling: the largest ratio that two efficient implementations could show here at batch 1.",
+        "break-even: decodings after which the fit has paid off.",
+        "N (max): longest N, median over texts (best text).",
     ]  # fmt: skip
 
 
 def write(record: dict, out: Path) -> None:
-    """bench.json at `out` and the figure beside it."""
+    """Write bench.json to `out` and the figure beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     out.with_suffix(".svg").write_text(figure(record))

@@ -64,7 +64,7 @@ class Timing:
 
 
 def ceiling(length: int, dtype: torch.dtype, peak: Peak) -> float:
-    """Largest ratio two efficient implementations can show at batch 1.
+    """Return the largest ratio that two efficient implementations can show at batch 1.
 
     A decoding step reads each weight once, itemsize bytes, and a forward over N positions spends
     2 N FLOPs on it; so the ratio is at most N, and at most FLOP/s over weights read a second / 2.
@@ -73,7 +73,7 @@ def ceiling(length: int, dtype: torch.dtype, peak: Peak) -> float:
 
 
 def roofline_seconds(lm: FrozenLM, batch: int, length: int, peak: Peak) -> float | None:
-    """Seconds that one forward takes at least; None for models of the general family.
+    """Return the seconds one forward takes at least; None for models of the general family.
 
     2 P FLOPs a position, attention's own products left out, and every weight read once.
     """
@@ -86,7 +86,7 @@ def roofline_seconds(lm: FrozenLM, batch: int, length: int, peak: Peak) -> float
 
 
 def require_equal_tokens(lm: FrozenLM, length: int) -> None:
-    """RuntimeError unless all our baselines generate the same tokens in float32.
+    """Raise RuntimeError unless all our baselines generate the same tokens in float32.
 
     Not asked of models so large that float32 copies of them would not fit beside them.
     """
@@ -113,7 +113,7 @@ def time_all(
     peak: Peak,
     vllm_python: Path | None = None,
 ) -> list[Timing]:
-    """All ways at all batch sizes; at each size the ways take turns, so that drift hits all.
+    """Time all ways at all batch sizes; they take turns at each size, so that drift hits all.
 
     A prefix that `lm` has stands in front of the one forward alone.
     """
@@ -169,7 +169,7 @@ def timing(
     method: str, dtype: torch.dtype, batch: int, length: int, readings: Sequence[float],
     share: float | None = None,
 ) -> Timing:  # fmt: skip
-    """A Timing from single readings, in seconds."""
+    """Make a Timing of single readings, in seconds."""
     low, middle, high = statistics.quantiles(readings, n=4)
     return Timing(
         method, str(dtype).removeprefix("torch."), batch, middle, (low, high),

@@ -55,7 +55,7 @@ print(json.dumps({"vllm": vllm.__version__, "seconds": seconds}))
 def vllm_seconds(
     lm: FrozenLM, length: int, batches: tuple[int, ...], python: Path
 ) -> dict[int, list[float]]:
-    """Seconds of each reading by batch size: exactly `length` greedy tokens behind one.
+    """Time vLLM: seconds of each reading by batch size, exactly `length` greedy tokens behind one.
 
     The model's weights and configuration are saved for it; of random weights the configuration
     alone, and vLLM makes up its own.

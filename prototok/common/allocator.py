@@ -10,7 +10,7 @@ _KEEP = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Raise glibc's mmap and trim thresholds for this process; True where it took effect.
+    """Raise glibc's mmap and trim thresholds for this process; return True if that worked.
 
     By default every tensor above 128 KiB – 32 MiB is mapped afresh and given back when freed, so
     each step of a fit pays page faults for all of its activations; that can cost more than the

@@ -9,7 +9,7 @@ import torch
 
 
 def timed(function: Callable[[], object], device: torch.device, least: float = 0.2) -> list[float]:
-    """Seconds of single calls, repeated for at least `least` seconds and three times, warm."""
+    """Time single calls, in seconds, for at least `least` seconds and three times, warm."""
     function()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < least and len(times) < 200):
@@ -18,7 +18,7 @@ def timed(function: Callable[[], object], device: torch.device, least: float = 0
 
 
 def once(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue included."""
+    """Time one call, in seconds, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, lines on stderr, and exit codes."""
+"""Shared by all commands: options, lines on stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def say(line: str) -> None:
 
 
 def require_positive(**values: int | None) -> None:
-    """ValueError where an option that was given is less than 1."""
+    """Raise ValueError where an option that was given is less than 1."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not a positive integer")

@@ -8,7 +8,7 @@ import torch
 
 
 def named_range(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """A context that a profiler shows as `name`: Nsight Systems on CUDA, torch.profiler elsewhere.
+    """Show a block of work as `name` in Nsight Systems on CUDA, in torch.profiler elsewhere.
 
     A CUDA graph is replayed without any; Nsight then shows the graph's kernels (docs/profiling.md).
     """

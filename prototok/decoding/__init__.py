@@ -1,1 +1,1 @@
-"""From vectors back to text, and what a reconstruction is worth."""
+"""From vectors back to text, and measures of a reconstruction."""

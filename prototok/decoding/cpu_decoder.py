@@ -18,7 +18,7 @@ _decoders = PerThread()
 
 
 def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder:
-    """A decoder of R rows with room for `positions`, in passes of at most `longest` of them.
+    """Return a decoder of R rows with room for `positions`, at most `longest` of them a pass.
 
     It is this thread's until its next call with the same model. Only where the plan's decoder is
     "cpu".
@@ -43,7 +43,7 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
 
 
 def _model(lm: FrozenLM, body: DecoderBody) -> Any:
-    """The weights as C++ reads them; in place, so that only what was copied can be out of date."""
+    """Return the weights as C++ reads them, in place: only what was copied can be out of date."""
     assert body.head is not None
     ends, norm = (body.head, lm.embedding), (body.norm, body.norm_bias)
     weights = [weight for layer in body.layers for weight in layer.tensors]

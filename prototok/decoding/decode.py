@@ -15,7 +15,7 @@ from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
@@ -23,7 +23,7 @@ from prototok_kernels.decoder import Decoder
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one forward over R rows of one length gave.
+    """The result of one forward over R rows of one length.
 
     ids     (R, N) int64, argmax of the logits
     margin  (R, N) fp32, logit of `targets` minus the best other logit; where no targets were given,
@@ -45,7 +45,7 @@ def decode_vectors(
     targets: Tensor | None,  # (R, N) int64
     backend: str,
 ) -> Decoded:
-    """One forward for rows of one length; the results are on the CPU."""
+    """Run one forward for rows of one length; the results are on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
         decoder = _passed(lm, inputs_embeds, backend)
@@ -67,7 +67,7 @@ def decode_ids(
     length: int,
     backend: str,
 ) -> Tensor:
-    """The ids (R, N) of the same forward and nothing else, on the CPU."""
+    """Run the same forward for its ids (R, N) alone, on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
         decoder = _passed(lm, inputs_embeds, backend)
@@ -76,13 +76,13 @@ def decode_ids(
 
 
 def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Tensor:
-    """(R, L, d)"""
+    """Lay the vectors out as inputs (R, L, d)."""
     layout = arrangement.layout(length).to(lm.device)
     return vectors.to(lm.device, lm.dtype)[:, layout]
 
 
 def _passed(lm: FrozenLM, inputs_embeds: Tensor, backend: str) -> Decoder | None:
-    """The C++ decoder behind its pass over the inputs, where the plan takes it."""
+    """Return the C++ decoder behind its pass over the inputs, where the plan takes it."""
     rows, length, _ = inputs_embeds.shape
     if lm.plan(rows, length, backend).decoder.taken != "cpu":
         return None
@@ -115,7 +115,7 @@ def decode(
     text: bool = False,
     backend: str = "auto",
 ) -> Tensor | list[str]:
-    """Token ids (rows, N) of proto-tokens, rows = texts × seeds, text by text; one forward a batch.
+    """Decode proto-tokens to ids (rows, N), rows = texts × seeds, one forward a batch.
 
     Args:
         lm: the model the vectors were fitted on.
@@ -131,6 +131,7 @@ def decode(
     Raises:
         ValueError: vectors of another model or tokenizer, or a length that cannot be.
     """
+    require_frozen(lm)
     tokens.require_model(lm)
     lm = lm.behind(tokens.prefix)
     arrangement = Arrangement.parse(tokens.arrangement)
@@ -138,14 +139,13 @@ def decode(
         require_length(length, lm, arrangement)
     if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
-    if text and lm.identity.tokenizer_hash != tokens.model.tokenizer_hash:
-        raise ValueError(
-            f"tokens: fitted with another tokenizer ({tokens.model.tokenizer_hash}) than that of "
-            f"{lm.identity.name} ({lm.identity.tokenizer_hash})"
-        )
+    if text:
+        tokens.require_tokenizer(lm)
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
         lengths = [length] * len(lengths)
+    for size in set(lengths):  # a file may claim any
+        require_length(size, lm, arrangement)
     ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64, device="cpu")
     for size in sorted(set(lengths)):
         rows = [r for r, n in enumerate(lengths) if n == size]
@@ -159,7 +159,7 @@ def decode(
 
 
 def require_length(length: int, lm: FrozenLM, arrangement: Arrangement) -> None:
-    """ValueError unless `length` is a number of targets that the model's context has room for."""
+    """Raise ValueError unless the model's context has room for `length` targets."""
     if not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     positions = arrangement.input_length(length)

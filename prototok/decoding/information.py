@@ -1,4 +1,4 @@
-"""What a reconstruction is worth: accuracy, exactness, and the information in a text.
+"""Measures of a reconstruction: token accuracy, and the information in a text.
 
 Letters: T texts, N targets of a text, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.world import own_world
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.texts.targets import Texts, targets_of
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -21,7 +21,7 @@ SUCCESS = 0.99  # the paper's *successful* reconstruction; *perfect* is 1.0
 
 
 def token_accuracy(predicted: Sequence[int] | Tensor, targets: Sequence[int] | Tensor) -> float:
-    """C_tokens / N: share of positions at which prediction and target agree."""
+    """Return C_tokens / N: the share of positions at which prediction and target agree."""
     a, b = torch.as_tensor(predicted, device="cpu"), torch.as_tensor(targets, device="cpu")
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(
@@ -45,7 +45,7 @@ class Information:
 
     @property
     def bits(self) -> Tensor:
-        """(T,) the same in bits."""
+        """Return (T,) the same in bits."""
         return self.nats / math.log(2)
 
 
@@ -58,7 +58,7 @@ def information(
     bos: str = "drop",
     backend: str = "auto",
 ) -> Information:
-    """Autoregressive cross-entropy H_LM of each text (the paper's §3, in nats).
+    """Measure the autoregressive cross-entropy H_LM of each text (the paper's §3), in nats.
 
     Args:
         texts: strings, or token ids (see `fast_fit`).
@@ -69,6 +69,7 @@ def information(
 
     The forward runs in the model's dtype, one text at a time; log-probabilities are summed in fp64.
     """
+    require_frozen(lm)
     if bos not in ("drop", "keep"):
         raise ValueError(f"bos: {bos!r} is neither 'drop' nor 'keep'")
     if bos == "keep" and lm.bos_id is None:
@@ -85,7 +86,7 @@ def information(
             raise ValueError(f"texts: {len(context)} tokens do not fit a context of {lm.context}")
         total = 0.0
         if len(context) > 1:
-            hidden = lm.hidden(lm.embed(context[None, :-1]), backend)[0]
+            hidden = lm.hidden_of_ids(context[None, :-1], backend)[0]
             plan = lm.plan(1, len(context) - 1, backend)
             head = linear_cross_entropy(
                 hidden,

@@ -22,7 +22,7 @@ from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import verify
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.prefix import Prefix, PrefixLike
 from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
@@ -36,7 +36,7 @@ GRID = (4, 5, 8, 11, 16, 22, 32, 45, 64, 90, 128, 181, 256, 362, 512, 724, 1024,
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """How much of each text came back; every tensor is (T,).
+    """The part of each text that came back; every tensor is (T,).
 
     exact    int64, the longest N of the grid that came back whole; 0 where none did
     at_099   int64, the longest N at token accuracy ≥ 0.99
@@ -86,8 +86,7 @@ def capacity(
     Raises:
         ValueError: an argument that cannot be met, named.
     """
-    if not isinstance(lm, FrozenLM):
-        raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    require_frozen(lm)
     grid = tuple(listed_items(lengths) or ())
     if not grid or not all(is_count(n) for n in grid) or list(grid) != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")

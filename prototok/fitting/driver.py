@@ -7,7 +7,7 @@ and in what is collected. Letters: N targets of a row, d hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -23,7 +23,7 @@ from prototok.results.mem_fit import MemFit
 
 
 class Check(Protocol):
-    """What a row gives when it is verified alone."""
+    """The result of verifying a row alone."""
 
     @property
     def accuracy(self) -> float: ...
@@ -76,8 +76,6 @@ def fit_groups(
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):
-        if finished.failed:
-            confirm(finished)
         checks = verified.pop(finished.group.index)
         yield finished.group, list(_ended(finished, checks))
 
@@ -98,7 +96,7 @@ def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
 
 
 def _vectors_by_row(finished: Finished) -> list[Tensor]:
-    """(slots, d) for each row of a group."""
+    """Return the vectors (slots, d) of each row of a group."""
     rows = len(finished.group.rows)
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
     return list(torch.cat(parts, dim=1))
@@ -106,7 +104,7 @@ def _vectors_by_row(finished: Finished) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Watching:
-    """Who looks on: the bar's name, whether it is shown (see `Progress`), the user's callbacks.
+    """Watchers of a fit: the bar's name, if it is shown (see `Progress`), the user's callbacks.
 
     `on_text` gets the place of a text and what is collected of it as soon as its rows have ended.
     """
@@ -131,40 +129,40 @@ def fit_all(
     """
     asked = Counter(row.text for group in groups for row in group.rows)
     bar = Progress(asked.total(), watching.what, watching.progress)
-    ended: list[EndedRow[C]] = []
-    exact = failed = 0
+    ended: dict[int, list[EndedRow[C]]] = {text: [] for text in asked}  # by text
+    rows_ended = exact = failed = 0
 
     def observe(event: FitEvent) -> None:
         steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
         lost = f"{failed} failed, not finite; " if failed else ""
-        bar.update(len(ended), f"{lost}{exact} exact, {steps}")
+        bar.update(rows_ended, f"{lost}{exact} exact, {steps}")
         if watching.callback is not None:
             watching.callback(event)
 
-    def in_order(rows: list[EndedRow[C]]) -> list[EndedRow[C]]:
-        return sorted(rows, key=lambda one: one.row.index)
+    def collected(texts: Iterable[int]) -> R:
+        rows = [one for text in texts for one in ended[text]]
+        return collect(sorted(rows, key=lambda one: one.row.index))
 
     try:
         with bar:
             for group, rows in fit_groups(setup, groups, verify, observe):
-                ended += rows
+                for one in rows:
+                    ended[one.row.text].append(one)
                 if watching.on_text is not None and group.share is None:
                     text = rows[0].row.text
-                    mine = [one for one in ended if one.row.text == text]
-                    if len(mine) == asked[text]:
-                        watching.on_text(text, collect(in_order(mine)))
+                    if len(ended[text]) == asked[text]:
+                        watching.on_text(text, collected([text]))
+                rows_ended += len(rows)
                 exact += sum(one.check.exact for one in rows)
                 failed += sum(one.failed for one in rows)
     except KeyboardInterrupt:
-        there = Counter(one.row.text for one in ended)
-        texts = sorted(text for text, rows in there.items() if rows == asked[text])
-        kept = in_order([one for one in ended if one.row.text in texts])
-        raise FitInterrupted(collect(kept) if kept else None, texts) from None
-    return collect(in_order(ended))
+        texts = sorted(text for text, rows in ended.items() if len(rows) == asked[text])
+        raise FitInterrupted(collected(texts) if texts else None, texts) from None
+    return collected(ended)
 
 
 def require_room_for(targets: list[Tensor], require: Callable[[int], None]) -> None:
-    """ValueError naming the first text whose length `require` refuses."""
+    """Raise ValueError naming the first text whose length `require` refuses."""
     for i, ids in enumerate(targets):
         try:
             require(len(ids))
@@ -175,5 +173,5 @@ def require_room_for(targets: list[Tensor], require: Callable[[int], None]) -> N
 def columns_of(
     rows: list[EndedRow[C]], seeds: int, read: Callable[[EndedRow[C]], float], dtype: torch.dtype
 ) -> Tensor:
-    """(texts, seeds): one number of each row, rows text by text."""
+    """Read one number of each row into (texts, seeds); rows are text by text."""
     return torch.tensor([read(one) for one in rows], dtype=dtype, device="cpu").view(-1, seeds)

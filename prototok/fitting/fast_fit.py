@@ -118,7 +118,7 @@ def fast_fit(
 
 
 def require_share(share: str | None, arrangement: Arrangement) -> None:
-    """ValueError unless `share` is None, or a vector that the arrangement has."""
+    """Raise ValueError unless `share` is None, or a vector that the arrangement has."""
     if share not in (None, "m", "e"):
         raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
     if share == "m" and not arrangement.has_m:
@@ -199,4 +199,5 @@ def _result(tokens: ProtoTokens, rows: list[EndedRow[Verified]]) -> FitResult:
         steps=column(lambda one: one.steps, torch.int64),
         seconds=column(lambda one: one.seconds, torch.float32),
         accuracy_in_batch=column(lambda one: one.accuracy_in_batch, torch.float32),
+        seed=column(lambda one: one.row.seed, torch.int64),
     )

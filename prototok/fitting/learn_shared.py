@@ -16,7 +16,7 @@ from prototok.fitting.fast_fit import fast_fit
 from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.prefix import Prefix, PrefixLike
 from prototok.model.sample import sample
 from prototok.results.provenance import as_json
@@ -56,6 +56,7 @@ def learn_shared(
     Raises:
         ValueError: an argument that cannot be met, named; fewer than two texts among them.
     """
+    require_frozen(lm)
     if length is not None and not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     lengths = _LENGTHS if length is None else (length,)

@@ -23,7 +23,7 @@ from prototok.results.prefix_file import (
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
@@ -53,7 +53,7 @@ class Prior:
     prefix: Prefix | None = None
 
     def require_model(self, lm: FrozenLM) -> None:
-        """ValueError unless this was learned on the model that `lm` holds."""
+        """Raise ValueError unless this was learned on the model that `lm` holds."""
         require_model("init", self.model, lm)
 
     def save(self, path: str | Path) -> None:
@@ -79,15 +79,15 @@ class Prior:
         header, tensors = read_tensors(path, "a prior", (_FORMAT, _VERSION), _require_consistent)
         return cls(
             tensors["mean"], tensors["std"], tensors.get("basis"), identity_of(header),
-            provenance_of(header), prefix_in(header, tensors),
+            provenance_in(header), prefix_in(header, tensors),
         )  # fmt: skip
 
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
-    """The shapes in the file are those of a prior of its model."""
+    """Raise ValueError unless the shapes in the file are those of a prior of its model."""
     identity = identity_of(header)
     d = identity.hidden_size
-    provenance_of(header)
+    provenance_in(header)
     require_prefix(header, shapes, d, identity.vocab_size)
     expected = {"mean": (2, d), "std": (2, d), "basis": (2, d, d)}
     if not {"mean", "std"} <= set(shapes) <= {*expected, "prefix"}:
@@ -99,7 +99,7 @@ def _require_consistent(header: dict, shapes: Shapes) -> None:
 
 
 def shipped_prior(lm: FrozenLM) -> Prior | None:
-    """The prior in the package for the model that `lm` holds; None where there is none."""
+    """Return the prior in the package for the model that `lm` holds; None where there is none."""
     if lm.identity.name not in BUILT_IN:
         return None
     path = Path(path_of(lm.identity.name)) / FILE

@@ -1,10 +1,12 @@
-"""How a fit is run: initial vectors, optimiser, schedule and when to stop."""
+"""Recipes of a fit: initial vectors, optimiser, schedule and when to stop."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,23 +65,29 @@ class Recipe:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"name: {self.name!r} is not a text")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule: {self.schedule!r} is neither 'constant' nor 'cosine'")
+        for name in ("eigenbasis", "shipped_prior"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not True or False")
         for name in ("lr", "init_std", "temperature", "eps"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not (_is_number(value) and value > 0):
                 raise ValueError(f"{name}: {value!r} is not a positive number")
         if self.prior_rate is not None and not (
-            math.isfinite(self.prior_rate) and self.prior_rate > 0
+            _is_number(self.prior_rate) and self.prior_rate > 0
         ):
             raise ValueError(f"prior_rate: {self.prior_rate!r} is not None or a positive number")
         for name in ("weight_decay", "margin", "m_rate"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name}: {value!r} is negative or not a number")
-        if not 0 < self.accuracy <= 1:
+        if not (_is_number(self.accuracy) and 0 < self.accuracy <= 1):
             raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not (pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas)):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
@@ -96,14 +104,14 @@ class Recipe:
         return AdamWSettings(self.betas, self.eps, self.weight_decay)
 
     def from_prior(self, width: int) -> Recipe:
-        """These settings for fits that start from a prior of vectors of `width` coordinates."""
+        """Return these settings for fits from a prior whose vectors have `width` coordinates."""
         if self.prior_rate is None:
             return self
         lr = self.prior_rate / math.sqrt(width)
         return replace(self, lr=lr, weight_decay=self.weight_decay * self.lr / lr, prior_rate=None)
 
     def lr_at(self, step: Tensor) -> Tensor:
-        """Learning rate of the update that follows `step` updates; on the device, row by row."""
+        """Return the rate of the update that follows `step` updates, on the device, row by row."""
         step = step.float()  # or torch's default dtype would be that of the quotients
         rate = torch.full_like(step, self.lr)
         if self.schedule == "cosine":
@@ -113,7 +121,7 @@ class Recipe:
         return rate
 
     def _phase(self, step: Tensor) -> Tensor:
-        """How much of its cosine is behind a unit that has made `step` updates, in [0, 1]."""
+        """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""
         if self.cycle is None:
             return step / self.max_steps
         # Cycle k begins at cycle · (2^k − 1). Its number comes from comparisons, for a logarithm
@@ -126,6 +134,10 @@ class Recipe:
             inside = (step >= start) & (step < end)
             phase = torch.where(inside, (step - start) / (end - start), phase)
         return phase
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The paper's §4.1: AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01, N(0, 1), at most 5000 steps,
@@ -156,7 +168,7 @@ FAST = Recipe(
 
 
 def recipe_of(recipe: str | Recipe) -> Recipe:
-    """The recipe itself, or the one of that name."""
+    """Return the recipe itself, or the one of that name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe == "paper":

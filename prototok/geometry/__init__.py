@@ -1,4 +1,4 @@
-"""Where solutions lie: distances, text distances, paths between them, and what they withstand."""
+"""Geometry of solutions: distances, text distances, paths between them, robustness."""
 
 from prototok.geometry.distances import (
     CLASSES,

@@ -15,7 +15,7 @@ CLASSES = ("same text", "same context", "different context")
 
 
 def cosine_distances(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """(R, R') fp64 in [0, 2]: 1 − cos of every row of `a` (R, d) with every row of `b`, or of `a`.
+    """Return (R, R') fp64 in [0, 2]: 1 − cos of rows of `a` (R, d) with rows of `b`, or of `a`.
 
     A row of zeros has no direction; it is at distance 1 from everything.
     """
@@ -46,7 +46,7 @@ class Pairs:
     distance: Tensor
 
     def of(self, name: str) -> Tensor:
-        """Distances of one class, by its name in `CLASSES`."""
+        """Return the distances of one class, by its name in `CLASSES`."""
         if name not in CLASSES:
             raise ValueError(f"name: {name!r} is not one of {', '.join(CLASSES)}")
         return self.distance[self.kind == CLASSES.index(name)]
@@ -57,7 +57,7 @@ def pair_distances(
     texts: Sequence[int],
     contexts: Sequence[int],
 ) -> Pairs:
-    """All pairs of solutions with their distance and class (Figure 4 of the paper).
+    """Pair all solutions, with their distance and class (Figure 4 of the paper).
 
     Args:
         vectors: e (or m) of each solution.
@@ -100,7 +100,7 @@ class Curve:
 
 
 def binned_mean(x: Tensor, y: Tensor, bins: int = 10) -> Curve:
-    """Mean of y (P,) in at most `bins` bins of x (P,), cut at its quantiles (Figure 5).
+    """Average y (P,) in at most `bins` bins of x (P,), cut at its quantiles (Figure 5).
 
     Equal x share a bin, so where many are equal there are fewer bins.
     """

@@ -14,10 +14,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, is_integer
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
@@ -47,13 +47,13 @@ class Paths:
 
     @property
     def length_ratio(self) -> Tensor:
-        """(P,) length of the path over that of the straight segment; the paper's is at most 1.2."""
+        """Return (P,) length of the path over that of the segment; the paper's is at most 1.2."""
         return self.length / self.straight
 
 
 @dataclass(frozen=True)
 class BezierSettings:
-    """How a control point is fitted.
+    """Settings of fitting a control point.
 
     Attributes:
         lr, betas: AdamW's, without weight decay.
@@ -88,7 +88,7 @@ def interpolate(
     batch_size: int = 64,
     backend: str = "auto",
 ) -> Paths:
-    """Token accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (Figure 6 of the paper).
+    """Measure accuracy along straight segments p(t) = (1 − t) p₁ + t p₂ (the paper's Figure 6).
 
     Args:
         lm: the model that `fit` was made on.
@@ -102,6 +102,7 @@ def interpolate(
     Raises:
         ValueError: another model, pairs that are none, or fewer than two points.
     """
+    _require_rows(batch_size)
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     still = torch.zeros(len(ends.pairs), dtype=torch.int64, device="cpu")
@@ -126,6 +127,7 @@ def connect(
     half-way (the paper's quadratic Bezier curves, Figure 6). Arguments as in `interpolate`.
     """
     settings = settings or BezierSettings()
+    _require_rows(batch_size)
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
     at_once = max(1, batch_size // settings.samples)
@@ -139,7 +141,7 @@ def connect(
 
 
 def bezier(ends: Tensor, control: Tensor, t: Tensor) -> Tensor:
-    """φ(t) of curves with ends (P, 2, slots, d) and control (P, slots, d) at t (P, S) or (S,).
+    """Evaluate φ(t): ends (P, 2, slots, d), control points (P, slots, d), t (P, S) or (S,).
 
     Returns (P, S, slots, d).
     """
@@ -163,15 +165,20 @@ class _Ends:
     def of(
         cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None, backend: str
     ) -> _Ends:  # fmt: skip
+        require_frozen(lm)
         tokens = fit.tokens
         tokens.require_model(lm)
         lm = lm.behind(tokens.prefix)
         seeds = tokens.seeds
-        chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
+        try:
+            chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]
+        except TypeError:
+            raise ValueError(f"pairs: {pairs!r} is not a list of pairs of rows") from None
         if not chosen:
             raise ValueError("pairs: there are no two exact solutions of one text to connect")
         for pair in chosen:
-            inside = len(pair) == 2 and all(0 <= row < len(tokens) for row in pair)
+            whole = len(pair) == 2 and all(map(is_integer, pair))
+            inside = whole and all(0 <= row < len(tokens) for row in pair)
             texts = [fit.targets[row // seeds] for row in pair] if inside else []
             if not texts or pair[0] == pair[1] or not torch.equal(*texts):
                 raise ValueError(f"pairs: {pair!r} is not two solutions of one text")
@@ -184,7 +191,7 @@ class _Ends:
         )  # fmt: skip
 
     def part(self, at: list[int]) -> _Ends:
-        """Some of the paths."""
+        """Return some of the paths."""
         targets = [self.targets[i] for i in at]
         return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets, self.backend)
 
@@ -192,12 +199,12 @@ class _Ends:
         return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
 
     def length(self, control: Tensor, t: Tensor) -> Tensor:
-        """(P,) length of the polyline through the curve's points at t."""
+        """Return (P,) length of the polyline through the curve's points at t."""
         points = bezier(self.ends.double(), control.double().to(self.ends.device), t.to(control))
         return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
 
     def head(self, vectors: Tensor, path: Tensor, need_grad: bool) -> tuple[Tensor, HeadOutput]:
-        """Hidden states (B · N, d) of rows `vectors` (B, slots, d) of the paths `path` (B,)."""
+        """Compute hidden states (B · N, d) of rows (B, slots, d) of the paths `path` (B,)."""
         rows = [self.targets[i] for i in path.tolist()]
         lengths = [len(ids) for ids in rows]
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)
@@ -217,7 +224,7 @@ class _Ends:
 
     @torch.no_grad()
     def accuracy(self, control: Tensor | None, t: Tensor, batch_size: int) -> Tensor:
-        """(P, S) token accuracy at t (S,) of the curves; without control, of the segments."""
+        """Measure (P, S) accuracy at t (S,) of the curves; without control, of the segments."""
         if control is None:
             control = self.ends.mean(1)  # a control point half-way makes the curve the segment
         found = []
@@ -235,7 +242,7 @@ class _Ends:
 def _fit_curves(
     ends: _Ends, t: Tensor, settings: BezierSettings, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Control points (P, slots, d), accuracy along them (P, S) and updates made (P,)."""
+    """Fit control points (P, slots, d); return accuracy along them (P, S) and updates (P,) too."""
     control = ends.ends.mean(1)
     adam = AdamWState.zeros(control.flatten(1))
     constants = AdamWSettings(settings.betas, weight_decay=0.0)
@@ -271,7 +278,7 @@ def _fit_curves(
 
 
 def _gradient(ends: _Ends, control: Tensor, path: Tensor, t: Tensor) -> Tensor:
-    """(A, slots, d) gradient in the control points of the loss summed over t (A, samples)."""
+    """Return (A, slots, d): the gradient in the control points of the loss summed over t."""
     leaf = control.detach().requires_grad_()
     rows = bezier(ends.ends[path], leaf, t.to(control)).flatten(0, 1)
     hidden, output = ends.head(rows, path.repeat_interleave(t.shape[1]), need_grad=True)
@@ -288,6 +295,11 @@ def _exact_pairs(fit: FitResult) -> list[tuple[int, int]]:
         rows = [text * seeds + s for s in exact.nonzero()[:, 0].tolist()]
         found += list(combinations(rows, 2))
     return found
+
+
+def _require_rows(batch_size: object) -> None:
+    if not is_count(batch_size):
+        raise ValueError(f"batch_size: {batch_size!r} is not a positive integer")
 
 
 def _grid(points: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a solution withstands: noise, rounding, and decoding in another way.
+"""Robustness of solutions: to noise, to rounding, and to another way of decoding.
 
 Letters: T texts, S seeds, d hidden size.
 """
@@ -42,7 +42,7 @@ class Withstood:
 def score(
     lm: FrozenLM, fit: FitResult, tokens: ProtoTokens | None = None, batch_size: int = 1
 ) -> Tensor:
-    """(T, S) token accuracy of `tokens`, or of the fit's own, against the fit's targets."""
+    """Return (T, S) token accuracy of `tokens`, or of the fit's own, against the fit's targets."""
     tokens = tokens or fit.tokens
     rows = decode(lm, tokens, batch_size=batch_size)
     found = [
@@ -89,7 +89,7 @@ def perturbations(
     vectors: str = "e",
     batch_size: int = 1,
 ) -> list[Withstood]:
-    """Accuracy of a fit under noise and rounding of its vectors."""
+    """Measure the accuracy of a fit under noise and rounding of its vectors."""
     found = [("unchanged", "fp32", fit.tokens)]
     found += [("noise", f"{level:g}", noisy(fit.tokens, level, 0, vectors)) for level in noise]
     found += [("rounding", name, rounded(fit.tokens, name, vectors)) for name in formats]
@@ -102,7 +102,7 @@ def perturbations(
 def decodings(
     lm: FrozenLM, fit: FitResult, batch_sizes: Sequence[int] = (1, 8, 64), longer: int = 1
 ) -> list[Withstood]:
-    """Accuracy of a fit under other dtypes, batch sizes, lengths and kernels.
+    """Measure the accuracy of a fit under other dtypes, batch sizes, lengths and kernels.
 
     The same arithmetic throughout, rounded in another order: what changes between the conditions
     is which tokens with a margin near zero flip. `longer` positions more behind the text change

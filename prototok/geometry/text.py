@@ -1,4 +1,4 @@
-"""How far texts are from each other: by their words (TF-IDF) and by their meaning (MiniLM).
+"""Distances between texts: by their words (TF-IDF) and by their meaning (MiniLM).
 
 Letters: T texts, W different words, d size of a sentence embedding.
 """
@@ -25,7 +25,7 @@ _COLUMNS = 4096  # words whose weights are laid out at once
 
 
 def tfidf_distances(texts: Sequence[str]) -> Tensor:
-    """(T, T) fp64 cosine distances of TF-IDF vectors, the paper's token-level text distance.
+    """Return (T, T) fp64 cosine distances of TF-IDF vectors, the paper's token-level distance.
 
     Word unigrams in lower case, tf · (ln((1 + T) / (1 + df)) + 1), document frequencies over these
     texts. A text without a word is at distance 1 from every other.
@@ -70,7 +70,7 @@ class Semantic:
 def semantic_embeddings(
     texts: Sequence[str], model: str | Path = MINILM, batch_size: int = 32, device: str = "cpu"
 ) -> Semantic:
-    """Mean over tokens of the last hidden states, scaled to length 1 (the model's own recipe).
+    """Average the last hidden states over tokens, scaled to length 1 (the model's own recipe).
 
     Args:
         texts: strings.
@@ -112,7 +112,7 @@ def semantic_embeddings(
 
 
 def _limit(model: str, positions: int) -> int:
-    """Tokens that the sentence model was made to read, special ones included."""
+    """Return the tokens that the sentence model was made to read, special ones included."""
     try:
         path = cached_file(model, "sentence_bert_config.json")
     except OSError:

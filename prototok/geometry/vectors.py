@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.geometry.distances import cosine_distances
-from prototok.model.frozen_lm import FrozenLM
+from prototok.model.frozen_lm import FrozenLM, require_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Norms:
 
 
 def norms(lm: FrozenLM, vectors: Tensor) -> Norms:
-    """Norms of `vectors` (R, d) beside those of the model's input embeddings."""
+    """Measure norms of `vectors` (R, d) beside those of the model's input embeddings."""
     _require_width(lm, vectors)
     table = lm.embedding.double().norm(dim=1).cpu()
     at = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64, device="cpu")
@@ -49,7 +49,8 @@ class Nearest:
 
 
 def nearest_tokens(lm: FrozenLM, vectors: Tensor, k: int = 5, seed: int = 0) -> Nearest:
-    """The vocabulary's embeddings of least cosine distance to each of `vectors` (R, d)."""
+    """Find the vocabulary's embeddings of least cosine distance to each of `vectors` (R, d)."""
+    require_frozen(lm)
     _require_width(lm, vectors)
     if not is_count(k) or k > lm.vocab_size:
         raise ValueError(f"k: {k!r} is not an integer in 1 … {lm.vocab_size}")
@@ -78,7 +79,7 @@ class PCA:
 
 
 def pca(vectors: Tensor, components: int = 2) -> PCA:
-    """The leading principal components of `vectors` (R, d), by a singular value decomposition.
+    """Find the leading principal components of `vectors` (R, d).
 
     The sign of a component is that which makes its largest coordinate positive.
     """

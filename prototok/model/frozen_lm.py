@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prototok.common.world import own_world
 from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
-from prototok.model.identity import ModelIdentity
+from prototok.model.identity import ModelIdentity, is_sampled, sampled_fingerprint_of
 from prototok.model.prefix import Prefix
 from prototok_kernels.plan import Plan, plan_of
 
@@ -34,10 +34,12 @@ class FrozenLM:
 
     Attributes:
         identity: name, resolved revision, shape and fingerprint.
-        body: the family's forward; `body.family` is "llama", "gpt_neox" or "general".
-        embedding: (V, d) input embedding matrix.
+        body: the family's forward; `body.family` is "llama", "gpt_neox" or "general", and
+            `body.reason` says why.
         context: positions the model was built for; None where it has no limit.
         dtype, device: of the weights and of the arithmetic between them.
+        source: the transformers model, its weights as stored; shared with a model of the user's
+            that was in memory, which must stay as it was: see `require_unchanged`.
         attention: "sdpa", "flash" (the flash-attn package), or "transformers" for the general body.
         dequantised: how the matrices of a GGUF file are stored, such as "Q4_1"; None elsewhere.
         prefix: what stands in front of every input (see `behind`); None: nothing.
@@ -45,7 +47,6 @@ class FrozenLM:
 
     identity: ModelIdentity
     body: Body
-    embedding: Tensor
     context: int | None
     dtype: torch.dtype
     device: torch.device
@@ -57,7 +58,14 @@ class FrozenLM:
     prefix: Prefix | None = None
     _bare: FrozenLM | None = field(repr=False, default=None)
     _behind: dict[bytes, FrozenLM] = field(repr=False, default_factory=dict)
+    _version: int = field(repr=False, default=0)
+    _sampled: str = field(repr=False, default="")
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """(V, d) what the model feeds its first block for each token id."""
+        return self.body.embedding
 
     @property
     def hidden_size(self) -> int:
@@ -81,27 +89,45 @@ class FrozenLM:
         )  # fmt: skip
 
     def hidden(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
-        """(B, N, d) embeddings to what the head reads: (B, N, d), or logits when it has none."""
+        """Map embeddings (B, N, d) to what the head reads, or to logits where there is none."""
+        self.require_unchanged()
         rows, length, _ = inputs_embeds.shape
         return self.body.hidden(inputs_embeds, self.plan(rows, length, backend))
 
     def logits(self, inputs_embeds: Tensor, backend: str = "auto") -> Tensor:
-        """(B, N, d) embeddings to (B, N, V) logits in the model's dtype."""
+        """Map embeddings (B, N, d) to logits (B, N, V) in the model's dtype."""
         hidden = self.hidden(inputs_embeds, backend)
         return hidden if self.body.head is None else hidden @ self.body.head.T
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding matrix, (…, d)."""
-        return self.embedding[ids.to(self.device)]
+    def hidden_of_ids(self, ids: Tensor, backend: str = "auto") -> Tensor:
+        """`hidden` of token ids (B, N), which go through the model's own embedding."""
+        if isinstance(self.body, DecoderBody) or self.prefix is not None:
+            return self.hidden(self.embed(ids), backend)
+        self.require_unchanged()
+        return self.body.hidden_of_ids(ids.to(self.device))
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what the model feeds its first block for token ids, (…, d).
+
+        Scales that a model multiplies its embedding matrix with are included. What a model adds for
+        ids in later blocks (Gemma 3n) is not: no vector at the input can carry it.
+
+        Raises ValueError for a model that feeds its blocks no multiple of a row for an id.
+        """
+        self.require_unchanged()
+        return self.body.embed(ids.to(self.device))
+
+    @own_world
     def cast(self, dtype: torch.dtype) -> FrozenLM:
-        """The same model from the same stored weights in another dtype, made once and kept."""
+        """Return the model in another dtype, made once from the stored weights and kept."""
+        self.require_unchanged()
         if dtype == self.dtype:
             return self
         if self._bare is not None:
             return self._bare.cast(dtype).behind(self.prefix)
         with _casting:  # so that threads that start together make it once
             if dtype not in self._twins:
+                self.require_unchanged(sampled=True)
                 self._twins[dtype] = freeze(
                     self.source, self.identity, self.tokenizer, self.device, dtype
                 )
@@ -112,6 +138,7 @@ class FrozenLM:
         """The model without a prefix."""
         return self._bare or self
 
+    @own_world
     def behind(self, prefix: Prefix | None) -> FrozenLM:
         """Return the model with a constant prefix in front of every input, made once and kept.
 
@@ -140,8 +167,31 @@ class FrozenLM:
         """
         return list(dict.fromkeys((self, self.cast(torch.float32))))
 
+    def require_unchanged(self, sampled: bool = False) -> None:
+        """ValueError if the stored weights were changed in place since they were loaded.
+
+        It counts the changes that torch counts, in microseconds. Those made through `.data` are not
+        among them; `sampled` also compares 64 elements of every weight.
+        """
+        if self._version == version_of(self._weights) and (
+            not sampled or self._sampled == sampled_fingerprint_of(self.source)
+        ):
+            return
+        raise ValueError(
+            f"lm: the weights of {self.identity.name} were changed since it was loaded; "
+            "load it again"
+        )
+
+    def has_fingerprint(self, stored: str) -> bool:
+        """Return True if `stored`, of whatever version, is the fingerprint of this model."""
+        return stored == (self._sampled if is_sampled(stored) else self.identity.fingerprint)
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list(self.source.parameters())
+
     def encode(self, text: str, bos: str = "drop") -> list[int]:
-        """Token ids of a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
+        """Tokenise a text; `bos` = "keep" leaves what the tokenizer puts in front of it."""
         if self.tokenizer is None:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; pass token ids instead of text"
@@ -152,7 +202,7 @@ class FrozenLM:
         return ids
 
     def decode_ids(self, ids: Tensor | list[int]) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         if self.tokenizer is None:
             raise ValueError(
                 f"lm: {self.identity.name} came without a tokenizer; text=True needs one"
@@ -165,15 +215,16 @@ class FrozenLM:
 
     @cached_property
     def bos_id(self) -> int | None:
-        """Id of the beginning-of-text token, where tokenizer or configuration names one."""
+        """Return the beginning-of-text id, where tokenizer or configuration names one."""
         found = getattr(self.tokenizer, "bos_token_id", None)
         return found if found is not None else getattr(self.config, "bos_token_id", None)
 
 
 def require_frozen(lm: object) -> None:
-    """ValueError unless `lm` is a FrozenLM."""
+    """Raise ValueError unless `lm` is a FrozenLM whose weights are those that were loaded."""
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
+    lm.require_unchanged()
 
 
 def freeze(
@@ -182,36 +233,40 @@ def freeze(
     tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     dtype: torch.dtype,
+    body: Body | None = None,
 ) -> FrozenLM:
     """Freeze a model in memory: its weights in `dtype` on `device`, laid out by its family."""
-    config = source.config
-    context = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", None
-    )
-    body = body_of(source, device, dtype)
+    body = body or body_of(source, device, dtype)
     return FrozenLM(
         identity=identity,
         body=body,
-        embedding=embedding_of(source).to(device, dtype),
-        context=context,
+        context=context_of(source.config),
         dtype=dtype,
         device=device,
-        config=config,
+        config=source.config,
         source=source,
         tokenizer=tokenizer,
         attention="sdpa" if isinstance(body, DecoderBody) else "transformers",
+        _version=version_of(list(source.parameters())),
+        _sampled=sampled_fingerprint_of(source),
     )
 
 
-def embedding_of(source: PreTrainedModel) -> Tensor:
-    """Return the (V, d) input embedding matrix as stored."""
-    table: Any = source.get_input_embeddings()
-    weight: Tensor = table.weight
-    return weight.detach()
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Return the positions that a model was built for; None where it has no limit."""
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return found if found is not None and found > 0 else None
+
+
+def version_of(weights: list[Tensor]) -> int:
+    """Return how often these were changed in place; torch counts for all who share the storage."""
+    return sum(weight._version for weight in weights if not weight.is_inference())
 
 
 def twin_of(lm: FrozenLM, dtype: torch.dtype) -> PreTrainedModel:
     """Return a frozen copy of the transformers model whose `generate` stops at no token."""
+    lm.require_unchanged(sampled=True)
     model = GeneralBody.from_model(lm.source, lm.device, dtype).model
     model.generation_config = GenerationConfig()
     return model

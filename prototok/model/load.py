@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,8 +26,11 @@ from transformers.utils import cached_file, logging
 
 from prototok.common.world import own_world
 from prototok.model import gguf
-from prototok.model.families import DecoderBody
-from prototok.model.frozen_lm import FrozenLM, embedding_of, freeze
+from prototok.model.examine import require_forward, require_plain_weights
+from prototok.model.families import DecoderBody, body_of, choose
+from prototok.model.families.general import twin_of_model
+from prototok.model.families.stock import first_line
+from prototok.model.frozen_lm import FrozenLM, context_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
 from prototok.model.names import require_known
 
@@ -38,7 +41,7 @@ _MODELS = Path(__file__).parents[1] / "models"
 
 @own_world
 def load(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | torch.nn.Module,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
@@ -47,51 +50,62 @@ def load(
     """Load and freeze a causal language model.
 
     Args:
-        model: a hub id, a folder in Hub layout, a GGUF file, "tiny-llama" or "tiny-neox" (built
-            in), or a `PreTrainedModel` of your own, which is read and never changed. A GGUF file is
-            dequantised; `lm.dequantised` says from what.
+        model: a hub id, a folder in Hub layout, a GGUF file, which is dequantised
+            (`lm.dequantised` says from what), "tiny-llama" or "tiny-neox" (built in), or a
+            `PreTrainedModel` of your own, which is read and never changed; also one that peft,
+            `torch.compile` or `DataParallel` has wrapped. Weights that need no cast are shared with
+            it, so it must not be trained on while it is used here: that is noticed and refused.
         device: "auto" takes CUDA where there is one.
         dtype: "auto" is bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32.
         revision: branch, tag or commit of a hub id; what it resolved to is in `identity.revision`.
         attention: "auto" and "sdpa" leave it to torch, which on CUDA takes cuDNN's or its own Flash
             kernel and on the CPU our C++; "flash" is the flash-attn package, CUDA and 16 bit alone.
 
-    Only safetensors and GGUF weights are read and no code of the repository is run.
+    Only safetensors and GGUF weights are read and no code of the repository is run. A few positions
+    are run to see that the model is causal, and that its own forward, where it has one here, gives
+    what transformers gives.
 
     Raises:
-        ValueError: missing, gated, not causal, quantised, pickle-only, or weights not finite.
+        ValueError: missing, gated, not causal, quantised, pickle-only, weights not finite, or a
+            forward that differs from that of transformers.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if isinstance(model, PreTrainedModel):
+    _require_attention(attention, device, dtype)
+    dequantised = None
+    if isinstance(model, torch.nn.Module):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
-        name, source = model.config.name_or_path or type(model).__name__, _normal(model)
-        resolved = dequantised = None
-        _require_causal(model.config, name, type(model).__name__)
+        given = _unwrapped(model)
+        name, resolved = given.config.name_or_path or type(given).__name__, None
+        _require_causal_class(given.config, name, *(c.__name__ for c in type(given).__mro__))
+        require_plain_weights(given, name)
+        source = _twin(given, name)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
         name = str(model)
         path = path_of(name)
-        dequantised = gguf.stored_as(path) if gguf.is_gguf(path) else None
-        source, resolved = (
-            _read(path, revision) if dequantised is None else _read_gguf(path, revision)
-        )
+        if gguf.is_gguf(path):
+            source, resolved, dequantised = _read_gguf(path, revision), None, gguf.stored_as(path)
+        else:
+            source, resolved = _read(path, revision)
+        require_plain_weights(source, name)
         tokenizer = _tokenizer_of(path, resolved)
-    config = source.config
-    _require_finite(source, name)
-    embedding = embedding_of(source)
+    chosen = choose(source)
+    body = body_of(source, device, dtype, chosen)
+    context = context_of(source.config)
+    hidden_size, vocab_size = require_forward(source, body, chosen.family, name, context)
     identity = ModelIdentity(
         name=name,
         revision=resolved,
-        family=config.model_type,
-        hidden_size=embedding.shape[1],
-        vocab_size=config.vocab_size,
-        fingerprint=fingerprint_of(source),
+        family=source.config.model_type,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        fingerprint=fingerprint_of(source, chosen.reason if chosen.changed else ""),
         tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
-    _require_attention(attention, device, dtype)
-    lm = replace(freeze(source, identity, tokenizer, device, dtype), dequantised=dequantised)
+    lm = freeze(source, identity, tokenizer, device, dtype, body)
+    lm = replace(lm, dequantised=dequantised)
     if attention != "flash":
         return lm
     if not isinstance(lm.body, DecoderBody):
@@ -99,19 +113,40 @@ def load(
     return replace(lm, body=lm.body.flash(), attention="flash")
 
 
-def _normal(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy of one made in inference mode, whose tensors autograd refuses."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if not any(tensor.is_inference() for tensor in tensors):
-        return model
-    memo: dict[int, object] = {id(tensor): tensor.clone() for tensor in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
-    return copy.deepcopy(model, memo)
+def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside what `torch.compile`, `DataParallel` or peft made of it."""
+    found: Any = model
+    while not isinstance(found, PreTrainedModel):
+        adapters = getattr(found, "peft_config", None)
+        if isinstance(adapters, dict):
+            if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
+                raise ValueError(
+                    f"model: the adapter of this {type(model).__name__} is a learned prompt, which "
+                    "stands outside the model; load the model without it"
+                )
+            found = found.get_base_model()
+            continue
+        inner = getattr(found, "_orig_mod", None) or getattr(found, "module", None)
+        if inner is None:
+            raise ValueError(
+                f"model: {type(model).__name__} is not a transformers model; pass a "
+                "PreTrainedModel, a folder or a hub id"
+            )
+        found = inner
+    return found
+
+
+def _twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    try:
+        return twin_of_model(model)
+    except Exception as error:  # whatever a user's own attributes and hooks raise when copied
+        raise ValueError(
+            f"model: {name} holds something that cannot be copied ({first_line(error)})"
+        ) from error
 
 
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where it is no such name, or what it names cannot be had."""
+    """Raise ValueError where it is no such name, or what it names cannot be had."""
     if attention not in ("auto", "sdpa", "flash"):
         raise ValueError(f"attention: {attention!r} is not 'auto', 'sdpa' or 'flash'")
     if attention != "flash":
@@ -125,12 +160,12 @@ def _require_attention(attention: str, device: torch.device, dtype: torch.dtype)
 
 
 def path_of(model: str) -> str:
-    """Where a model is read from: the package's folder for a built-in one, else its own name."""
+    """Return where a model is read from: the package's folder if built in, else its own name."""
     return str(_MODELS / model) if model in BUILT_IN else model
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load` would take, without the weights; ValueError where there is none."""
+    """Load the tokenizer alone that `load` would take; ValueError where there is none."""
     path = path_of(model)
     if not Path(path).is_dir():
         require_known(path, revision, BUILT_IN)
@@ -141,12 +176,12 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one."""
+    """Return the device of that name; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device: {device!r} is not a torch device") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")
@@ -154,7 +189,7 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is the faster of bfloat16 and float32 on the device."""
+    """Return the dtype of that name; "auto" is the faster of bfloat16 and float32 on the device."""
     if dtype == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -165,10 +200,15 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]:
-    """Configuration checks first, weights after; every failure one sentence."""
+    """Check the configuration, then read the weights; every failure is one sentence."""
     local = Path(path).is_dir()
     if local:
         if not (Path(path) / "config.json").exists():
+            if (Path(path) / "adapter_config.json").exists():
+                raise ValueError(
+                    f"model: folder {path} holds an adapter without its model; load the model with "
+                    "it and pass that"
+                )
             raise ValueError(f"model: folder {path} has no config.json")
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for the local folder {path}")
@@ -183,40 +223,85 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
             found = Path(hf_hub_download(path, "config.json", revision=revision))
             revision = found.parent.name
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        _require_causal(config, path, *(config.architectures or []))
+        _require_causal_class(config, path, *(config.architectures or []))
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"model: {path} is quantised; load the unquantised weights")
+        adapted = _has_adapter(path, revision)
         # Whatever the caller's default device is: weights are read on the CPU first.
-        with torch.device("cpu"), _no_progress_bar():
+        with (
+            torch.device("cpu"), _no_progress_bar(), _base_alone(path, revision, adapted) as base
+        ):  # fmt: skip
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, revision=revision, dtype="auto", use_safetensors=True,
+                base, config=config, revision=revision, dtype="auto", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
             )  # fmt: skip
+            source, report = loaded
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
+            if adapted:
+                _add_adapter(source, path, revision)
     except SafetensorError as error:
         raise ValueError(f"model: weights of {path} are damaged ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(error).startswith("model: "):
             raise
         raise ValueError(_reason(path, local, error)) from error
-    source, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"model: {path} lacks {len(missing)} weights, {missing[0]} first")
     return source, revision
 
 
-def _read_gguf(path: str, revision: str | None) -> tuple[PreTrainedModel, None]:
+def _read_gguf(path: str, revision: str | None) -> PreTrainedModel:
     if revision is not None:
         raise ValueError(f"revision: {revision!r} means nothing for the local file {path}")
     config = gguf.read_config(path)
-    _require_causal(config, path, *(config.architectures or []))
+    _require_causal_class(config, path, *(config.architectures or []))
     with _no_progress_bar():
-        return gguf.read_model(path, config), None
+        return gguf.read_model(path, config)
+
+
+def _has_adapter(path: str, revision: str | None) -> bool:
+    return (
+        cached_file(
+            path, "adapter_config.json", revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        is not None
+    )  # fmt: skip
+
+
+@contextmanager
+def _base_alone(path: str, revision: str | None, adapted: bool) -> Iterator[str]:
+    """Where transformers finds the model without its adapter.
+
+    Given both, it reports what the adapter lacks, and of the base not even what is missing.
+    """
+    if not adapted:
+        yield path
+        return
+    kinds = ["*.json", "*.safetensors"]
+    local = Path(path).is_dir()
+    folder = path if local else snapshot_download(path, revision=revision, allow_patterns=kinds)
+    with TemporaryDirectory() as base:
+        for file in Path(folder).iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(base) / file.name).symlink_to(file.resolve())
+        yield base
+
+
+def _add_adapter(source: PreTrainedModel, path: str, revision: str | None) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"model: {path} holds an adapter, which needs the peft package")
+    source.config.name_or_path = source.name_or_path = path
+    added: Any = source.load_adapter(path, adapter_kwargs={"revision": revision})
+    missing = sorted(getattr(added, "missing_keys", ()))
+    if missing:
+        raise ValueError(f"model: the adapter of {path} lacks {missing[0]}")
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Reading weights from disk is quick; downloads keep the hub's own bar."""
+    """Hide transformers' bar: reading from disk is quick; downloads keep the hub's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -244,12 +329,14 @@ def _reason(path: str, local: bool, error: BaseException) -> str:
         return f"model: {path} needs code of its own to run (trust_remote_code), which stays off"
     if "safetensors" in text and ".bin" in text:
         return f"model: {path} has only pickled weights; safetensors is what is read"
+    if "ignore_mismatched_sizes" in text:
+        return f"model: weights of {path} do not fit its config"
     if local:
         return f"model: folder {path} could not be loaded ({first})"
     return f"model: {path!r} is no folder here and could not be had from the hub ({first})"
 
 
-def _require_causal(config: PreTrainedConfig, name: str, *architectures: str) -> None:
+def _require_causal_class(config: PreTrainedConfig, name: str, *architectures: str) -> None:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
     if config.model_type not in causal or (architectures and not named):
@@ -257,14 +344,8 @@ def _require_causal(config: PreTrainedConfig, name: str, *architectures: str) ->
         raise ValueError(f"model: {name} is not a causal language model ({what})")
 
 
-def _require_finite(source: PreTrainedModel, name: str) -> None:
-    for key, parameter in source.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
-            raise ValueError(f"model: {name} has weights that are not finite, in {key}")
-
-
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None where the folder, file or repository has none."""
+    """Load the model's tokenizer; None where the folder, file or repository has none."""
     if gguf.is_gguf(path):
         return gguf.read_tokenizer(path)
     if not any(_has(path, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")):

@@ -13,7 +13,7 @@ _PATIENCE = 5.0  # seconds that the hub has for saying whether it knows a name
 
 
 def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> None:
-    """ValueError at once where a hub id cannot be had, with the name that may be meant.
+    """Raise ValueError at once where a hub id cannot be had, with the name that may be meant.
 
     The hub's own client tries for half a minute where there is no network. So what is not in its
     cache is asked for once, with a short wait. Something like a built-in name is not asked for.

@@ -68,7 +68,7 @@ SHAPES = {
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a published shape with random weights, made on the device; speed only.
+    """Make a model of a published shape with random weights on the device, for speed alone.
 
     Raises:
         ValueError: an unknown shape.
@@ -92,7 +92,7 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
 def load_shape(
     shape: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> FrozenLM:
-    """`random_model`, frozen; device and dtype as in `prototok.load`."""
+    """Freeze a `random_model`; device and dtype as in `prototok.load`."""
     device = device_of(device)
     dtype = dtype_of(dtype, device)
     return load(random_model(shape, device, dtype), device, dtype)

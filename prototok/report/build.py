@@ -27,7 +27,7 @@ _PRINTED, _LIST = "report.pdf", "files.json"  # the page as PDF; what the folder
 
 @dataclass
 class Written:
-    """What was written, and what was left out and why."""
+    """The files that were written, and what was left out and why."""
 
     page: Path
     folder: Path | None
@@ -47,7 +47,7 @@ def build(
     Args:
         results: of a run.
         out: path of the page, such as report.html.
-        files: whether to write the folder.
+        files: write the folder, too.
         exhibits: most texts in the gallery.
         browser: a Chromium; None looks for one.
     """
@@ -74,7 +74,7 @@ def build(
 
 
 def require_place(out: Path, folder: Path | None) -> None:
-    """ValueError unless a page may be written to `out` and its files to `folder`.
+    """Raise ValueError unless a page may be written to `out` and its files to `folder`.
 
     A page of ours is replaced; another file, and a folder that is a run, stay as they are.
     """
@@ -90,7 +90,7 @@ def require_place(out: Path, folder: Path | None) -> None:
 
 
 def _names(parts: list[Section]) -> list[str]:
-    """Every file that may be written beside the page."""
+    """Name every file that may be written beside the page."""
     tables = [
         t.name + suffix
         for part in parts
@@ -105,7 +105,7 @@ def _names(parts: list[Section]) -> list[str]:
 
 
 def _require_names(folder: Path, names: list[str]) -> None:
-    """ValueError where a file that we would write is there and not on the list of what we wrote."""
+    """Raise ValueError where a file to write is there and not on the list of what we wrote."""
     try:
         listed = json.loads((folder / _LIST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,7 +160,7 @@ def _print_page(out: Path, folder: Path, browser: str | None, written: Written) 
 
 
 def _origin(results: Results) -> str:
-    """Versions that made the fits, and that made the report."""
+    """Name the versions that made the fits, and that made the report."""
     fits = [fit for one in results.experiments.values() for fit in one.fits()]
     made = sorted({_versions(fit["versions"]) for fit in fits if fit["versions"]})
     devices = sorted({f"{fit['device']}, {fit['dtype']}" for fit in fits})
@@ -176,6 +176,6 @@ def _versions(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    """The file is there whole or not at all."""
+    """Write a file that is there whole or not at all."""
     write_text(path, text)
     return path

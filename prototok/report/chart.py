@@ -68,7 +68,7 @@ class Chart:
     series: tuple[Series, ...]
 
     def coloured(self) -> Iterator[tuple[int, Series]]:
-        """Each series with the number of its colour."""
+        """Yield each series with the number of its colour."""
         free = 0
         for one in self.series:
             if one.colour is not None:
@@ -81,7 +81,7 @@ class Chart:
 
 
 def limits(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
-    """What an axis spans: the data and the range asked for, with a margin on a linear axis."""
+    """Return what an axis spans: data and range asked for, with a margin on a linear axis."""
     inside = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)]
     low, high = (min(inside), max(inside)) if inside else ((1.0, 10.0) if axis.log else (0.0, 1.0))
     low = low if axis.low is None else min(low, axis.low)
@@ -93,7 +93,7 @@ def limits(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
 
 
 def extent(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The ranges of both axes."""
+    """Return the ranges of both axes."""
     drawn = [s for s in chart.series if s.kind != "guide"] or list(chart.series)
     xs = [v for s in drawn for v in s.x]
     ys = [v for s in drawn for v in (*s.y, *s.low, *s.high)]
@@ -101,7 +101,7 @@ def extent(chart: Chart) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def ticks(axis: Axis, low: float, high: float) -> list[float]:
-    """Where an axis is marked."""
+    """Return where an axis is marked."""
     if axis.ticks is not None:
         return [t for t in axis.ticks if low <= t <= high]
     if axis.log:
@@ -118,7 +118,7 @@ def ticks(axis: Axis, low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """At most four significant digits, thousands apart."""
+    """Write a number with at most four significant digits, thousands apart."""
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.0e}"
     rounded = round(value, 4)
@@ -126,7 +126,7 @@ def tick_label(value: float) -> str:
 
 
 def svg(chart: Chart, alone: bool = False) -> str:
-    """The chart as an `<svg>` element; `alone` makes it a document with its own style."""
+    """Draw the chart as an `<svg>` element; `alone` makes it a document with its own style."""
     (x0, x1), (y0, y1) = extent(chart)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     to_x, to_y = _scale(chart.x, x0, x1, _LEFT, right), _scale(chart.y, y0, y1, bottom, _TOP)
@@ -206,7 +206,7 @@ def _draw(one: Series, colour: int, to_x: _Scale, to_y: _Scale) -> list[str]:
 
 
 def _marker(colour: int, x: float, y: float, r: float) -> str:
-    """Circle, square, triangle or diamond, by colour."""
+    """Draw a circle, square, triangle or diamond, by colour."""
     shape = colour % 4
     if shape == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
@@ -223,7 +223,7 @@ def _marker(colour: int, x: float, y: float, r: float) -> str:
 def _guide_names(
     chart: Chart, to_x: _Scale, to_y: _Scale, xs: tuple[float, float], ys: tuple[float, float]
 ) -> list[str]:
-    """Each guide's name near the last of its points that is inside the frame."""
+    """Put each guide's name near the last of its points that is inside the frame."""
     out = []
     for one in chart.series:
         if one.kind != "guide" or not one.label:
@@ -241,7 +241,7 @@ def _guide_names(
 
 
 def _along(one: Series, chart: Chart) -> Iterator[tuple[float, float]]:
-    """Two hundred points on a guide's line, straight as it is drawn."""
+    """Return two hundred points on a guide's line, straight as it is drawn."""
     (xa, xb), (ya, yb) = (one.x[0], one.x[-1]), (one.y[0], one.y[-1])
     for i in range(201):
         t = i / 200
@@ -251,7 +251,7 @@ def _along(one: Series, chart: Chart) -> Iterator[tuple[float, float]]:
 
 
 def _legend(chart: Chart) -> tuple[list[str], int]:
-    """Elements below the frame, and how many lines they take."""
+    """Draw the legend below the frame; say how many lines it takes."""
     entries: dict[str, tuple[int, Series]] = {}
     for colour, one in chart.coloured():
         if one.kind != "guide" and one.label:
@@ -302,6 +302,6 @@ def _scale(axis: Axis, low: float, high: float, start: float, end: float) -> _Sc
 
 
 def _nice(step: float) -> float:
-    """The next of 1, 2, 5 × 10ⁿ above `step`."""
+    """Return the next of 1, 2, 5 × 10ⁿ above `step`."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))

@@ -32,7 +32,7 @@ class Finding:
 
 
 def findings(results: Results) -> list[Finding]:
-    """Every finding with its verdict."""
+    """Check every finding and give its verdict."""
     return [Finding(code, claim, *check(results)) for code, claim, check in _FINDINGS]
 
 
@@ -50,7 +50,7 @@ def _verdict(held: Sequence[bool], evidence: Sequence[str]) -> Verdict:
 
 
 def _whole(part: Outcome) -> list[Fit]:
-    """Its fits once all of its units are done: half of a comparison is none."""
+    """Return its fits once all of its units are done: half of a comparison is none."""
     return part.fits() if part.count("measured") == len(part.work) else []
 
 
@@ -224,7 +224,7 @@ def _same_context(results: Results) -> Verdict:
 
 
 def _gap(pairs: Pairs, fits: Sequence[Fit], texts: np.ndarray | None) -> tuple[float, float]:
-    """How much further pairs of different contexts are, and the chance of as much by shuffling.
+    """Return how much further pairs of different contexts are, and the chance by shuffling.
 
     `texts` are distances of the texts whose linear influence is taken out first. Pairs share
     solutions, so they are no independent sample; the contexts of the texts are shuffled instead.

@@ -41,7 +41,7 @@ class Exhibit:
 
 
 def gallery(results: Results, most: int = 48) -> list[Exhibit]:
-    """At most so many fits: of each kind one that is exact by the least margin, one that is not.
+    """Choose at most so many fits: of each kind one exact by the least margin, one that is not.
 
     A kind is an (experiment, model, source, mode, share, arrangement, K, N). Where there are more
     kinds than room, they take turns: the longest texts of each experiment first.
@@ -90,7 +90,7 @@ def _exhibit(experiment: str, fit: Fit) -> Exhibit:
 
 @lru_cache(maxsize=8)
 def _pieces(model: str) -> Callable[[int], str]:
-    """Text of a single id; its number where the model's tokenizer is not here."""
+    """Return the text of each id; its number where the model's tokenizer is not here."""
     try:
         tokenizer: Any = tokenizer_of(model)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a report needs beyond the fits themselves: paths, robustness, neighbours, text embeddings.
+"""Measure what a report needs beyond the fits: paths, robustness, neighbours, text embeddings.
 
 It takes the models, and minutes; so it is done when asked for and kept in RUN/analysis/, one JSON
 file a subject.
@@ -77,7 +77,7 @@ def measure(
 
 
 def measure_semantics(results: Results, model: str, device: str = "auto") -> None:
-    """Sentence embeddings of the texts of figures 4 and 5, for their semantic distances."""
+    """Embed the texts of figures 4 and 5, for their semantic distances."""
     one = results.get("figure4") or results.get("figure5")
     texts = {f"{f['text_id']}-{f['length']}": f["target_text"] for f in one.fits()} if one else {}
     if not texts:
@@ -100,7 +100,7 @@ def measure_semantics(results: Results, model: str, device: str = "auto") -> Non
 
 
 def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
-    """Rows of a run as one FitResult of as many texts, each with e and m of its own."""
+    """Put rows of a run into one FitResult of as many texts, each with e and m of its own."""
     opened: dict[str, ProtoTokens] = {}
     for fit in fits:
         if fit["key"] not in opened:
@@ -128,17 +128,18 @@ def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
         exact=column("exact", torch.bool),
         correct=column("correct", torch.int64),
         steps=column("steps", torch.int64),
+        seed=column("seed", torch.int64),
         **{name: column(name, torch.float32) for name in reals},
     )
 
 
 def _fitted(one: Outcome) -> list[Outcome]:
-    """The one-forward parts of an outcome that have fits, by setting."""
+    """Return the one-forward parts of an outcome that have fits, by setting."""
     return [part for part in one.where(mode="one-forward").by_setting() if part.fits()]
 
 
 def _one_a_model(results: Results) -> list[Outcome]:
-    """Of each model the setting with the most exact solutions of the default arrangement."""
+    """Choose for each model the setting with the most exact solutions of "e m*"."""
     best: dict[str, Outcome] = {}
     for one in results.experiments.values():
         for part in _fitted(one.where(arrangement="e m*")):
@@ -152,7 +153,7 @@ def _one_a_model(results: Results) -> list[Outcome]:
 def _solutions(
     results: Results, part: Outcome, device: str, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Norms, neighbours, components and robustness of some exact solutions."""
+    """Measure norms, neighbours, components and robustness of some exact solutions."""
     fits = [f for f in part.fits() if f["exact"]][:64]
     if len(fits) < 2:  # no principal components of one
         return None
@@ -191,7 +192,7 @@ def _solutions(
 
 
 def _pairs(fits: list[Fit], most: int | None) -> list[tuple[int, int]]:
-    """Every two rows of one text, at most so many a text."""
+    """Pair every two rows of one text, at most so many a text."""
     texts: dict[str, list[int]] = {}
     for i, fit in enumerate(fits):
         texts.setdefault(fit["text_id"], []).append(i)

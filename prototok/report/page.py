@@ -32,7 +32,7 @@ def page(
     exhibits: Sequence[Exhibit],
     files: str | None,
 ) -> str:
-    """The whole document.
+    """Make the whole document.
 
     Args:
         title: of the page.
@@ -233,5 +233,5 @@ def _token(token: Token) -> str:
 
 
 def _visible(text: str) -> str:
-    """White space that a reader can see; a token that is nothing else would vanish."""
+    """Show white space that a reader would not see: a token may be nothing else."""
     return text.replace("\n", "⏎").replace("\t", "⇥") or "∅"

@@ -12,7 +12,7 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a run folder holds, joined: each planned unit with what became of it."""
+"""Read a run folder: each planned unit joined with its fits or its failure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a planned experiment, or of a part of it; settings as `run.json` has them."""
+    """A planned experiment, or a part of it, with its results; settings as `run.json` has them."""
 
     name: str
     settings: dict[str, Any]
@@ -54,19 +54,19 @@ class Outcome:
 
     @property
     def status(self) -> str:
-        """Such as "complete, 24 units" or "12 of 24 units, 3 failed"."""
+        """Say it in words, such as "complete, 24 units" or "12 of 24 units, 3 failed"."""
         done, failed, total = self.count("measured"), self.count("failed"), len(self.work)
         units = "unit" if total == 1 else "units"
         head = f"complete, {total} {units}" if done == total else f"{done} of {total} {units}"
         return head + (f", {failed} failed" if failed else "")
 
     def where(self, **wanted: object) -> Outcome:
-        """The part of it whose units have these values."""
+        """Return the part of it whose units have these values."""
         kept = [w for w in self.work if all(getattr(w, k) == v for k, v in wanted.items())]
         return Outcome(self.name, self.settings, tuple(kept))
 
     def values(self, name: str) -> list[Any]:
-        """Different values of a column, in the order they were planned."""
+        """List the different values of a column, in the order they were planned."""
         return list(dict.fromkeys(getattr(one, name) for one in self.work))
 
     def by_setting(self) -> list[Outcome]:
@@ -94,7 +94,7 @@ class Results:
 
 
 def read(path: str | Path) -> Results:
-    """The results of a run; ValueError where `path` is no run folder."""
+    """Read the results of a run; ValueError where `path` is no run folder."""
     run = RunFolder.open(path)
     reasons = {row["key"]: row["reason"] for row in run.failures().to_pylist()}
     fits: dict[str, list[Fit]] = {}
@@ -121,7 +121,7 @@ def read(path: str | Path) -> Results:
 
 
 def _measured(run: RunFolder) -> dict[str, Any]:
-    """What `prototok report --measure` found before, by experiment."""
+    """Read what `prototok report --measure` found before, by experiment."""
     found = {}
     for path in sorted((run.path / "analysis").glob("*.json")):
         try:
@@ -132,7 +132,7 @@ def _measured(run: RunFolder) -> dict[str, Any]:
 
 
 def cell(part: Outcome, make: Callable[[list[Fit]], Cell]) -> Cell:
-    """A cell of the fits of `part`; how much of it is missing or failed where it is not whole."""
+    """Make a cell of the fits of `part`; it says how much is missing or failed."""
     total, done, failed = len(part.work), part.count("measured"), part.count("failed")
     if not total:
         return Cell("·", None, "unplanned", "not planned")
@@ -150,12 +150,12 @@ def cell(part: Outcome, make: Callable[[list[Fit]], Cell]) -> Cell:
 
 
 def name_of(model: str) -> str:
-    """A model's name without the folder it lies in."""
+    """Return a model's name without the folder it lies in."""
     return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def best_seeds(fits: Iterable[Fit]) -> list[Fit]:
-    """The best seed of each (unit kind, text, N): most right tokens, then the largest margin."""
+    """Choose the best seed of each (unit kind, text, N): most right tokens, then largest margin."""
     best: dict[tuple, Fit] = {}
     for fit in fits:
         at = (fit["model"], fit["source"], fit["share"], fit["vectors"], fit["mode"],
@@ -170,7 +170,7 @@ def _rank(fit: Fit) -> tuple[int, float]:
 
 
 def longest(fits: Iterable[Fit], criterion: str = "success") -> dict[str, Fit | None]:
-    """Each text's fit at the longest N that it was reconstructed at; None where there was none.
+    """Find each text's fit at the longest N it was reconstructed at; None where there was none.
 
     `criterion`: "success" is an accuracy of at least 0.99, "exact" is every token.
     """
@@ -185,7 +185,7 @@ def longest(fits: Iterable[Fit], criterion: str = "success") -> dict[str, Fit | 
 
 
 def kuratov(fits: Iterable[Fit]) -> int:
-    """Kuratov et al.'s "max tokens": the largest N whose mean accuracy is at least 0.99; else 0."""
+    """Return Kuratov et al.'s "max tokens": the largest N with mean accuracy ≥ 0.99; else 0."""
     by_length: dict[int, list[float]] = {}
     for fit in best_seeds(fits):
         by_length.setdefault(fit["length"], []).append(fit["accuracy"])

@@ -1,4 +1,4 @@
-"""A section of the report: what an experiment of the paper asked, what ran here, what came out."""
+"""Sections of the report: an experiment of the paper, its settings here and there, its content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prototok.report.tables import Table
 
 @dataclass(frozen=True)
 class Content:
-    """What a section shows; `remarks` are what a reader has to know beside the numbers."""
+    """The content of a section; `remarks` say what a reader has to know beside the numbers."""
 
     remarks: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
@@ -61,7 +61,7 @@ class Section:
 
     @property
     def state(self) -> str:
-        """ "complete", "partial", "failed" or "none", for the table of contents."""
+        """Return "complete", "partial", "failed" or "none", for the table of contents."""
         if self.status.startswith("not "):
             return "none"
         if "failed" in self.status:

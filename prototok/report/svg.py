@@ -22,7 +22,7 @@ class Bar:
 
 
 def log_bars(title: str, axis: str, bars: Sequence[Bar]) -> str:
-    """Horizontal bars on a logarithmic axis, grouped in the order given; an SVG document."""
+    """Draw bars on a logarithmic axis, grouped in the order given, as an SVG document."""
     values = [bar.value for bar in bars]
     low = math.floor(math.log10(min(values)))
     high = max(low + 1, math.ceil(math.log10(max(values))))

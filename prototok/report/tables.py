@@ -18,7 +18,7 @@ STATES = ("measured", "partial", "missing", "failed", "unplanned", "label")
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, the number to sort by (None: by the text), what it stands for, a remark.
+    """A cell: the text shown, the number to sort by (None: the text), its state, a remark.
 
     `std` is the standard deviation that is shown with a mean.
     """
@@ -79,26 +79,26 @@ def grid(
 
 
 def label(text: object) -> Cell:
-    """A cell that names its row."""
+    """Make a cell that names its row."""
     value = float(text) if isinstance(text, int | float) else None
     return Cell(str(text), value, "label")
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> Cell:
-    """Mean ± standard deviation (of the population, as the paper's n allows no more)."""
+    """Make a cell of mean ± standard deviation (of the population: the paper's n is small)."""
     mean, std = float(np.mean(values)), float(np.std(values))
     return Cell(f"{mean:.{digits}f}±{std:.{digits}f}", mean, note=f"n = {len(values)}", std=std)
 
 
 def number(value: float | None, digits: int = 0, note: str = "") -> Cell:
-    """A number with a fixed count of digits behind the point; None is shown as an en dash."""
+    """Make a cell of a number with `digits` behind the point; None is shown as an en dash."""
     if value is None or not math.isfinite(value):
         return Cell("–", None, "measured", note)
     return Cell(f"{value:,.{digits}f}", float(value), "measured", note)
 
 
 def to_csv(table: Table) -> str:
-    """RFC 4180 with what is shown; for a cell that is no measurement, its state in brackets."""
+    """Write what is shown as RFC 4180; a cell without a measurement gives its state."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.header)
@@ -108,7 +108,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `table` environment for the booktabs package."""
+    """Write a `table` environment for the booktabs package."""
     numeric = [all(row[i].state != "label" for row in table.rows) for i in range(len(table.header))]
     columns = "".join("r" if right else "l" for right in numeric)
     lines = [

@@ -1,1 +1,1 @@
-"""What a fit leaves behind: vectors, measurements, and their files."""
+"""Results of fits: vectors, measurements, provenance, and their files."""

@@ -1,4 +1,4 @@
-"""Where e and m stand in the input, and which position reads which target (the paper's Table 1).
+"""Arrangements of e and m in the input, and of targets over positions (the paper's Table 1).
 
 Letters: N targets, L input positions, K leading vectors.
 """
@@ -36,7 +36,7 @@ class Arrangement:
 
     @classmethod
     def parse(cls, name: str) -> Arrangement:
-        """The arrangement called `name`; ValueError where there is none."""
+        """Return the arrangement called `name`; ValueError where there is none."""
         if name in ("e*", "e* m*", "(e m)*"):
             return cls(name, 1, 0)
         match = _LEADING.fullmatch(name) if isinstance(name, str) else None
@@ -56,20 +56,20 @@ class Arrangement:
 
     @property
     def is_pair(self) -> bool:
-        """Whether the input is [e, m, …, m] at every length: one e, then m throughout."""
+        """Return True if the input is [e, m, …, m] at every length: one e, then m throughout."""
         return self.leading == 1 and _LEADING.fullmatch(self.name) is not None
 
     @property
     def slots(self) -> int:
-        """Different vectors one row needs: K, and one more for m."""
+        """Return how many vectors a row needs: K, and one more for m."""
         return self.leading + self.has_m
 
     def input_length(self, length: int) -> int:
-        """L for N targets."""
+        """Return L for N targets."""
         return length + self.offset
 
     def layout(self, length: int) -> Tensor:
-        """(L,) int64: which vector stands at each position, 0 … K−1 for e₁ … e_K and K for m."""
+        """Return (L,) int64, the vector at each position: 0 … K−1 for e₁ … e_K, K for m."""
         position = torch.arange(self.input_length(length), device="cpu")
         if self.name == "e*":
             return torch.zeros_like(position)

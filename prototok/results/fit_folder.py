@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.files import remove_orphans, try_folder, write_text
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.prefix import Prefix
 from prototok.results.fit_result import FitResult, join, require_writable
-from prototok.results.tensor_file import parse_json
 
 _FORMAT, _VERSION = "prototok.unfinished_fit", 1
 _TEXT = re.compile(r"\d{8}")
@@ -105,7 +105,7 @@ class FitFolder:
         result.save(self._unfinished / f"{text:08d}")
 
     def done(self) -> list[int]:
-        """Texts that are kept, in their order."""
+        """Return the texts that are kept, in their order."""
         return [int(path.name) for path in self._texts() if (path / "fits.parquet").is_file()]
 
     def finish(self, whole: FitResult | None = None) -> FitResult:
@@ -135,7 +135,7 @@ class FitFolder:
         return len(done)
 
     def earlier(self) -> FitResult | None:
-        """The fit that the folder holds, unfinished texts aside."""
+        """Return the fit that the folder holds, unfinished texts aside."""
         return FitResult.load(self.path) if (self.path / "fits.parquet").is_file() else None
 
     @property

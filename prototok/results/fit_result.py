@@ -1,4 +1,4 @@
-"""What a fit gives back, and the folder it is kept in.
+"""The result of a fit, and the folder it is kept in.
 
 Letters: T texts, S seeds, N targets of a text.
 """
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from prototok.common.files import flush, whole
+from prototok.common.json import parse_json
 from prototok.results.proto_tokens import ProtoTokens
-from prototok.results.tensor_file import is_tensor_file, parse_json
+from prototok.results.provenance import seeds_of
+from prototok.results.tensor_file import is_tensor_file
 
 if TYPE_CHECKING:
     import pandas
@@ -31,7 +33,10 @@ _TOKENS, _FITS = "proto_tokens.safetensors", "fits.parquet"
 _SHA256 = b"prototok.tensors_sha256"  # of the vectors' file, so that the two go together
 _MEASURED = (
     "accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "accuracy_in_batch",
+    "seed",
 )  # fmt: skip
+# In the metadata of a table whose column `seed` holds seeds, and not their places in the list.
+_SEEDS = b"prototok.seeds"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,8 @@ class FitResult:
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
+    seed      int64, the seed that the row started from; −1 where a file from before seeds were kept
+              holds the best of several
     """
 
     tokens: ProtoTokens
@@ -60,17 +67,18 @@ class FitResult:
     steps: Tensor
     seconds: Tensor
     accuracy_in_batch: Tensor
+    seed: Tensor
 
     @property
     def failed(self) -> Tensor:
-        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+        """Flag (T, S) fits that ended because a loss or a gradient was not finite.
 
         Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
         """
         return torch.isneginf(self.margin)
 
     def best(self) -> FitResult:
-        """The best seed of each text: most right tokens, then the largest margin. S becomes 1."""
+        """Keep the best seed of each text: most right tokens, then largest margin; S becomes 1."""
         score = self.correct.double() + torch.sigmoid(self.margin.double()) / 2
         chosen = score.argmax(dim=1)
         at = torch.arange(len(chosen), device="cpu")
@@ -81,7 +89,7 @@ class FitResult:
         )
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a (text, seed), with the target ids."""
+        """Return a data frame, one row a (text, seed), with the target ids."""
         return self._table().to_pandas()
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -113,7 +121,7 @@ class FitResult:
         try:
             with whole(folder / _FITS) as fits, whole(folder / _TOKENS) as tokens:
                 self.tokens.save(tokens)
-                pq.write_table(self._table(_sha256_of(tokens)), fits)
+                pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
                 flush(fits)
         except BaseException:
             if is_new:
@@ -138,7 +146,10 @@ class FitResult:
             raise ValueError(f"folder: {folder} holds no fit ({why})")
         tokens = ProtoTokens.load(folder / _TOKENS)
         table = _read_table(folder / _FITS, tokens)
-        recorded = parse_json((table.schema.metadata or {}).get(_SHA256, b"null"))
+        try:
+            recorded = parse_json((table.schema.metadata or {}).get(_SHA256, b"null"))
+        except ValueError as error:
+            raise ValueError(f"folder: {folder / _FITS} could not be read ({error})") from None
         if recorded is not None and recorded != _sha256_of(folder / _TOKENS):
             raise ValueError(
                 f"folder: {folder} holds the vectors of one fit and the measurements of another; "
@@ -154,18 +165,20 @@ class FitResult:
         for ids, length in zip(targets, tokens.lengths.tolist(), strict=True):
             if len(ids) != length or not _are_tokens(ids, tokens.model.vocab_size):
                 raise ValueError(f"folder: {folder} has targets that are not those of its vectors")
+        if _SEEDS not in (table.schema.metadata or {}):
+            measured["seed"] = seeds_of(tokens.provenance, tokens.seeds).expand(shape).clone()
         return cls(tokens=tokens, targets=targets, **measured)
 
     def _table(self, sha256: str | None = None) -> pa.Table:
         texts, seeds = self.accuracy.shape
         columns: dict[str, list] = {
             "text": [t for t in range(texts) for _ in range(seeds)],
-            "seed": list(range(seeds)) * texts,
+            "seed": self.seed.flatten().tolist(),
             "length": self.tokens.lengths.repeat_interleave(seeds).tolist(),
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
-        metadata = {b"prototok": json.dumps(self.tokens.provenance)}
+        metadata = {b"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
         if sha256 is not None:
             metadata[_SHA256] = json.dumps(sha256)
         return pa.table(columns).replace_schema_metadata(metadata)
@@ -175,6 +188,7 @@ _DTYPES = dict.fromkeys(_MEASURED, torch.float32) | {
     "exact": torch.bool,
     "correct": torch.int64,
     "steps": torch.int64,
+    "seed": torch.int64,
 }
 
 
@@ -205,7 +219,7 @@ def join(parts: Sequence[FitResult]) -> FitResult:
 
 
 def require_writable(folder: Path) -> None:
-    """ValueError unless a FitResult may be written there: nothing else must be in the way."""
+    """Raise ValueError unless a FitResult may be written there: nothing else is in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file")
     if not folder.exists() or not any(folder.iterdir()):
@@ -226,9 +240,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read_table(path: Path, tokens: ProtoTokens) -> pa.Table:
-    """The rows of the fits, after their number and sizes were held against the vectors."""
+    """Read the rows of the fits, their number and sizes checked against the vectors."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             rows = file.metadata.num_rows
             if rows != len(tokens):
                 raise ValueError(f"folder: {path.parent} has {rows} fits, {len(tokens)} vectors")
@@ -268,6 +282,7 @@ def _is_ids(kind: pa.DataType) -> bool:
 _COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     **dict.fromkeys(_MEASURED, pa.types.is_floating),
     "exact": pa.types.is_boolean, "correct": pa.types.is_integer, "steps": pa.types.is_integer,
+    "seed": pa.types.is_integer,
     "targets": _is_ids,
 }  # fmt: skip
 

@@ -20,10 +20,11 @@ from prototok.results.prefix_file import (
     prefix_tensors,
     require_prefix,
 )
+from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
@@ -58,6 +59,7 @@ class MemFit:
               count; it can be near 1 where the accuracy is not
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
+    seed      int64, the seed that the row started from
     prefix    what stands in front of every row's vectors, the same for all; None: nothing
     """
 
@@ -71,24 +73,25 @@ class MemFit:
     accuracy_teacher_forced: Tensor
     steps: Tensor
     seconds: Tensor
+    seed: Tensor
     provenance: dict[str, str]
     prefix: Prefix | None = None
 
     @property
     def failed(self) -> Tensor:
-        """(T, S) bool: the fit ended because its loss or its gradient was not finite.
+        """Flag (T, S) fits that ended because a loss or a gradient was not finite.
 
         Such a row has accuracy 0 and a margin of −inf, which no decoding gives.
         """
         return torch.isneginf(self.margin)
 
     def require_model(self, lm: FrozenLM) -> None:
-        """ValueError unless these were fitted on the model that `lm` holds."""
+        """Raise ValueError unless these were fitted on the model that `lm` holds."""
         require_model("mem", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        tensors = {name: getattr(self, name) for name in ("mem", *_MEASURED)}
+        tensors = {name: getattr(self, name) for name in ("mem", "seed", *_MEASURED)}
         tensors |= prefix_tensors(self.prefix)
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor(
@@ -117,9 +120,13 @@ class MemFit:
         ids = tensors["targets"]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
             raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
+        provenance, shape = provenance_in(header), tensors["mem"].shape[:2]
+        seed = tensors.get("seed")
+        if seed is None:  # a file from before they were kept
+            seed = seeds_of(provenance, shape[1]).expand(shape).clone()
         return cls(
             mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
-            model=model, provenance=provenance_of(header), prefix=prefix_in(header, tensors),
+            model=model, provenance=provenance, seed=seed, prefix=prefix_in(header, tensors),
             **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
 
@@ -128,20 +135,20 @@ _NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
-    """The shapes in the file are those of one fit."""
+    """Raise ValueError unless the shapes in the file are those of one fit."""
     identity = identity_of(header)
     width = identity.hidden_size
-    provenance_of(header)
+    provenance_in(header)
     require_prefix(header, shapes, width, identity.vocab_size)
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
-    if set(shapes) - {"prefix"} != {"mem", "targets", "lengths", *_MEASURED}:
+    if set(shapes) - {"seed", "prefix"} != {"mem", "targets", "lengths", *_MEASURED}:
         raise ValueError(f"it holds {sorted(shapes)}")
     dtype, shape = shapes["mem"]
     if dtype != "F32" or len(shape) != 4 or shape[3] != width:
         raise ValueError(f"mem is {dtype} {shape} where F32 (texts, seeds, K, {width}) is expected")
-    for name, kind in _MEASURED.items():
-        if shapes[name] != (_NAMES[kind], shape[:2]):
+    for name, kind in {**_MEASURED, "seed": torch.int64}.items():
+        if name in shapes and shapes[name] != (_NAMES[kind], shape[:2]):
             raise ValueError(f"{name} is {shapes[name]} where one value a fit is expected")
     if shapes["lengths"] != ("I64", shape[:1]):
         raise ValueError(f"lengths is {shapes['lengths']} where one int64 a text is expected")

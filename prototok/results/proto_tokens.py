@@ -25,9 +25,10 @@ from prototok.results.prefix_file import (
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
-    provenance_of,
+    provenance_in,
     read_tensors,
     require_model,
+    require_tokenizer,
     write_tensors,
 )
 
@@ -63,11 +64,11 @@ class ProtoTokens:
         return len(self.lengths)
 
     def __len__(self) -> int:
-        """Rows: texts × seeds, text by text."""
+        """Count the rows: texts × seeds, text by text."""
         return self.texts * self.seeds
 
     def vectors(self, row: int) -> Tensor:
-        """(slots, d): e₁ … e_K and, where the arrangement has one, m, of one row."""
+        """Return (slots, d): e₁ … e_K and, where the arrangement has one, m, of one row."""
         text, seed = divmod(row, self.seeds)
         parts = []
         for name, stored in (("e", self.e), ("m", self.m)):
@@ -82,7 +83,7 @@ class ProtoTokens:
         return torch.cat([part.reshape(-1, width) for part in parts])
 
     def select(self, texts: list[int], seeds: list[int] | None = None) -> ProtoTokens:
-        """The named texts; with `seeds`, one seed of each: seeds[i] of texts[i]."""
+        """Keep the named texts; with `seeds`, one seed of each: seeds[i] of texts[i]."""
         at = torch.tensor(texts, dtype=torch.int64, device="cpu")
 
         def pick(name: str, stored: Tensor | None) -> Tensor | None:
@@ -106,8 +107,12 @@ class ProtoTokens:
         )
 
     def require_model(self, lm: FrozenLM) -> None:
-        """ValueError unless these were fitted on the model that `lm` holds."""
+        """Raise ValueError unless these were fitted on the model that `lm` holds."""
         require_model("tokens", self.model, lm)
+
+    def require_tokenizer(self, lm: FrozenLM) -> None:
+        """ValueError unless the ids that these decode to mean to `lm` the text that was fitted."""
+        require_tokenizer("tokens", self.model, lm)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
@@ -157,10 +162,10 @@ class ProtoTokens:
 
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
-    """The shapes in the file are the ones its header implies."""
+    """Raise ValueError unless the shapes in the file are the ones its header implies."""
     arrangement = Arrangement.parse(header["arrangement"])
     identity = identity_of(header)
-    provenance_of(header)
+    provenance_in(header)
     seeds, share = header["seeds"], header["share"]
     if not is_count(seeds):
         raise ValueError(f"it has {seeds!r} seeds")

@@ -1,4 +1,4 @@
-"""Where a result comes from: settings, model, kernels and versions, as strings in its file."""
+"""Provenance of a result: settings, model, kernels and versions, as strings in its file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from prototok.common.version import VERSION
 from prototok.model.frozen_lm import FrozenLM
@@ -46,3 +47,14 @@ def provenance_of(lm: FrozenLM, recipe: Any, seeds: list[int], plan: Plan) -> di
         "family": lm.body.family,
         **versions(),
     }
+
+
+def seeds_of(provenance: dict[str, str], count: int) -> Tensor:
+    """Return the seeds (S,) of a fit whose table lacks them; −1 where its provenance does, too."""
+    try:
+        given = json.loads(provenance.get("seeds", "[]"))
+        known = isinstance(given, list) and len(given) == count
+        return torch.tensor(given if known else [-1] * count, dtype=torch.int64, device="cpu")
+    except (ValueError, TypeError, RuntimeError):
+        seen = provenance["seeds"]
+        raise ValueError(f"path: its seeds are {seen!r}, no list of integers") from None

@@ -1,4 +1,4 @@
-"""What every safetensors file of ours has in common: how it is written, and for which model."""
+"""Write safetensors files with a JSON header, and check which model they are for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prototok.common.files import whole
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 
@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name to its dtype,
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header: dict) -> None:
-    """Write one safetensors file with a JSON header; it is there whole or not at all.
+    """Write one safetensors file with a JSON header, whole or not at all; None is left out.
 
     A tensor that is None is left out. An earlier file of ours is replaced.
 
@@ -104,7 +104,7 @@ def identity_of(header: dict) -> ModelIdentity:
     return identity
 
 
-def provenance_of(header: dict) -> dict[str, str]:
+def provenance_in(header: dict) -> dict[str, str]:
     """Return where the vectors come from; ValueError where it is not names with texts."""
     found = header["provenance"]
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
@@ -113,23 +113,26 @@ def provenance_of(header: dict) -> dict[str, str]:
 
 
 def require_model(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
-    """ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
-    if stored.fingerprint != lm.identity.fingerprint:
+    """Raise ValueError unless `stored` is the model that `lm` holds; `what` names the argument."""
+    lm.require_unchanged()
+    if not lm.has_fingerprint(stored.fingerprint):
         raise ValueError(
             f"{what}: fitted on {stored.name} (weights {stored.fingerprint[:8]}), "
             f"not on {lm.identity.name} (weights {lm.identity.fingerprint[:8]})"
         )
 
 
+def require_tokenizer(what: str, stored: ModelIdentity, lm: FrozenLM) -> None:
+    """Raise ValueError unless `lm` has the tokenizer that was there; `what` names the argument."""
+    then, now = stored.tokenizer_hash, lm.identity.tokenizer_hash
+    if then != now:
+        raise ValueError(
+            f"{what}: fitted with another tokenizer ({then or 'none'}) than that of "
+            f"{lm.identity.name} ({now or 'none'})"
+        )
+
+
 _KINDS: dict[str, type] = {"str": str, "int": int, "None": type(None)}
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says; ValueError for whatever is none, nested without end included."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _header(path: Path, what: str, form: tuple[str, int], metadata: dict[str, str] | None) -> dict:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prototok.common.command_line import PREFIX, Device, say
+from prototok.common.files import try_folder
 
 if TYPE_CHECKING:
     from prototok.sweep.run_folder import RunFolder
@@ -53,7 +54,8 @@ def plan(
         models=tuple(model or ()), sources=tuple(Source.parse(s) for s in source or ()),
         prefix=prefix,
     )  # fmt: skip
-    units, texts = plan_experiment(out, experiment, settings, device)
+    with try_folder(out, "out"):  # before models are loaded and texts generated
+        units, texts = plan_experiment(out, experiment, settings, device)
     run = RunFolder.open(out)
     done = len(run.done() & set(run.units()))
     say(f"{experiment}: {units} units of {texts} texts, planned in {out} ({done} already done)")

@@ -129,7 +129,7 @@ PRESETS = ("paper", "small")
 def settings_of(
     name: str, preset: str = "paper", config: Path | None = None, **given: Any
 ) -> Settings:
-    """The settings of an experiment: its preset, overridden by a YAML file, then by `given`.
+    """Return an experiment's settings: its preset, overridden by a YAML file, then by `given`.
 
     Raises:
         ValueError: an unknown experiment, preset or key, or a value that cannot be.
@@ -149,7 +149,7 @@ def settings_of(
 
 
 def plan(out: Path, name: str, settings: Settings, device: str = "auto") -> tuple[int, int]:
-    """Expand an experiment into the run folder `out`; how many units and texts it has.
+    """Expand an experiment into the run folder `out`; return how many units and texts it has.
 
     Texts are tokenised here, and continuations generated (which loads the models that make them),
     so that workers need nothing but the run folder and the models.
@@ -199,7 +199,7 @@ def _loaded(model: str, device: str, dtype: str) -> Any:
 
 
 def expand(model: str, source: str, texts: list[str], s: Settings) -> Iterator[Unit]:
-    """All units of one model and source, over texts by their ids."""
+    """Yield all units of one model and source, over texts by their ids."""
     common: dict[str, Any] = {
         "model": model, "source": source, "prefix": s.prefix, "recipe": s.recipe,
         "changes": s.changes, "dtype": s.dtype, "alone": s.alone, "timed": s.timed,
@@ -224,7 +224,7 @@ def expand(model: str, source: str, texts: list[str], s: Settings) -> Iterator[U
 
 
 def _rows(texts: list[str], s: Settings) -> list[tuple[str, int]]:
-    """(text, seed) of every row; of a context's continuations only the last has several seeds."""
+    """List (text, seed) of every row; of a context's continuations only the last has more seeds."""
     if not s.continuations:
         return [(text, seed) for text in texts for seed in range(s.seeds)]
     return [
@@ -237,7 +237,7 @@ def _rows(texts: list[str], s: Settings) -> list[tuple[str, int]]:
 def _sharing(
     rows: list[tuple[str, int]], share: str | None, size: int | None, seeds_share: bool
 ) -> list[list[tuple[str, int]]]:
-    """Rows cut to what has a vector in common."""
+    """Cut rows to those that have a vector in common."""
     if share is None:
         return [[row] for row in rows]
     texts = list(dict.fromkeys(text for text, _ in rows))

@@ -1,4 +1,4 @@
-"""Files of a run folder: Parquet, JSON and hashes."""
+"""Files of a run folder: Parquet, JSON and hashes; none is believed before it is checked."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from prototok.common.json import parse_json
 
 
 def sha256_of(path: Path) -> str:
@@ -24,24 +27,59 @@ def keys_of(path: Path, inode: int, modified: int) -> set[str]:
     """Return the keys in a compacted file, read once for each time it was written."""
     at = (path, inode, modified)
     if at not in _cache:
-        _cache[at] = set(pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist())
+        _cache[at] = set(read_table(path, ["key"])["key"].to_pylist())
     return _cache[at]
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a whole Parquet file; ValueError where it is none."""
+def read_table(
+    path: Path, columns: list[str] | None = None, schema: pa.Schema | None = None
+) -> pa.Table:
+    """Read a whole Parquet file.
+
+    Args:
+        path: of the file.
+        columns: that are read; None reads all.
+        schema: that the file must have.
+
+    Raises:
+        ValueError: it is no Parquet file, is damaged, or has other columns.
+    """
     try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except pa.ArrowException as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if schema is not None and not file.schema_arrow.equals(schema):
+                raise ValueError(f"run: {path} has not the columns that it should have")
+            return file.read(columns=columns)
+    except FileNotFoundError:
+        raise  # it may have been compacted meanwhile
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"run: {path} is not a whole Parquet file ({error})") from None
 
 
 def table_writer(table: pa.Table) -> Callable[[Path], None]:
-    """Return what writes the table to a path."""
-    return lambda path: pq.write_table(table, path, compression="zstd")
+    """Return what writes the table to a path, with a checksum a page."""
+    return lambda path: pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError where the file holds something else."""
+    try:
+        found = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"run: {path} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"run: {path} is damaged (it is no JSON object)")
+    return found
 
 
 def dump_json(value: object, path: Path) -> None:
     """Write a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_inside(folder: Path, names: tuple[str, ...]) -> None:
+    """ValueError where something in the folder is a link that leads out of it."""
+    home = folder.resolve()
+    for name in names:
+        path = folder / name
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise ValueError(f"run: {path} is a link that leads out of the folder")

@@ -28,7 +28,7 @@ _MOST_FAILED_STARTS = 3
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """How the local launcher works.
+    """Settings of the local launcher.
 
     Attributes:
         device: "auto", "cpu", "cuda" (all of them) or one, such as "cuda:1".
@@ -110,7 +110,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
 
 
 def places_of(device: str, workers: int | None) -> list[tuple[str, tuple[int, ...]]]:
-    """(device, cores) of each worker; ValueError for a device that is not there."""
+    """Return (device, cores) of each worker; ValueError for a device that is not there."""
     count = 0 if device == "cpu" else _cuda_devices()
     found = device
     if device == "auto":
@@ -175,7 +175,7 @@ def _employ(run: RunFolder, worker: _Process, lots: Lots, settings: LocalSetting
 
 
 def _listen(worker: _Process) -> Iterable[bool]:
-    """What a worker says: that it is ready for a lot, or whether a unit was done."""
+    """Hear a worker: that it is ready for a lot, or whether a unit was done."""
     try:
         while worker.pipe.poll():
             said = worker.pipe.recv()
@@ -207,7 +207,7 @@ def _work(
     path: str, pipe: connection.Connection, device: str, cores: tuple[int, ...],
     batch_size: int | str, name: str,
 ) -> None:  # fmt: skip
-    """A worker's process: lots come through the pipe, an empty one ends it."""
+    """Run a worker's process: lots come through the pipe, an empty one ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -230,7 +230,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """A driver that was killed cannot end its workers; each sees to that itself."""
+    """End with the driver: one that was killed cannot end its workers."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

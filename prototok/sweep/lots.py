@@ -1,4 +1,4 @@
-"""Which units a worker gets next, and what becomes of those whose worker died."""
+"""Choose the units a worker gets next, and retry or give up those whose worker died."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Lots:
 
     Lots hold up to `positions`, and where that leaves a group fewer than four lots a worker, less,
     so that workers end together; but an eighth of it, as a step of few rows costs like one of many.
-    A lot whose worker died is halved and tried again; a unit that was the only one left
-    in its lot when its worker died, `attempts` times, is recorded as failed.
+    A lot whose worker died is halved and tried again. A unit that kills its worker `attempts`
+    times, alone in its lot, is recorded as failed.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Lots:
         return len(self.queue)
 
     def take(self, model: str | None = None) -> list[Unit] | None:
-        """The next lot, of `model` (what the worker has loaded) where there is one."""
+        """Return the next lot, of `model` (what the worker has loaded) where there is one."""
         for i, lot in enumerate(self.queue):
             if lot[0].model == model:
                 del self.queue[i]
@@ -72,7 +72,7 @@ class Lots:
 
 
 def shard_of(units: dict[str, Unit], shard: str | None) -> list[Unit]:
-    """The units of shard "i/n" (i from 0), by their keys; all of them for None.
+    """Return the units of shard "i/n" (i from 0), by their keys; all of them for None.
 
     Raises:
         ValueError: not two integers with 0 ≤ i < n.
@@ -86,7 +86,7 @@ def shard_of(units: dict[str, Unit], shard: str | None) -> list[Unit]:
 
 
 def to_do(run: RunFolder, shard: str | None, retry_failed: bool) -> list[Unit]:
-    """Planned units of a shard that are neither done nor, unless they are retried, failed."""
+    """Return the planned units of a shard that are neither done nor, unless retried, failed."""
     mine = shard_of(run.units(), shard)
     if retry_failed:
         run.forget_failures(unit.key for unit in mine)

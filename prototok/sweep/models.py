@@ -23,7 +23,7 @@ _RANDOM = "random:"
 
 
 def split(model: str) -> tuple[str, str | None, bool]:
-    """Name, revision and whether the weights are random."""
+    """Return name, revision, and True if the weights are random."""
     is_random = model.startswith(_RANDOM)
     name = model.removeprefix(_RANDOM)
     if Path(name).exists():
@@ -35,7 +35,7 @@ def split(model: str) -> tuple[str, str | None, bool]:
 
 
 def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as a sweep names it, without its weights."""
+    """Load the tokenizer of a model as a sweep names it, without its weights."""
     name, revision, _ = split(model)
     return load_tokenizer(name, revision)
 

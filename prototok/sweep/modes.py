@@ -31,25 +31,25 @@ Save = Callable[[Path], None]
 
 
 class Mode(Protocol):
-    """What the units of one `group()` have in common: how they are fitted, verified and kept."""
+    """One way of fitting: how the units of one `group()` are fitted, verified and kept."""
 
     @property
     def setup(self) -> Setup: ...
 
     @property
     def decoder(self) -> str:
-        """What decodes a row when its time is taken."""
+        """Name what decodes a row when its time is taken."""
         ...
 
     @property
     def verify(self) -> Verify: ...
 
     def require(self, length: int) -> None:
-        """ValueError unless the model has room for a text of N = `length`."""
+        """Raise ValueError unless the model has room for a text of N = `length`."""
         ...
 
     def measured(self, one: EndedRow) -> dict[str, Any]:
-        """The columns that this mode alone knows how to fill."""
+        """Fill the columns that this mode alone knows."""
         ...
 
     def decode(self, vectors: Tensor, length: int) -> Callable[[], object]:
@@ -57,7 +57,7 @@ class Mode(Protocol):
         ...
 
     def saving(self, rows: list[EndedRow], provenance: dict[str, str]) -> Save:
-        """What writes the vectors of a unit, a text a row."""
+        """Return what writes the vectors of a unit, a text a row."""
         ...
 
 

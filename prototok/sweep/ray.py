@@ -29,7 +29,7 @@ class Actor:
         self.worker = Worker(RunFolder.open(Path(path)), device, batch_size, name)
 
     def do(self, specs: list[str]) -> int:
-        """Fit a lot; how many of its units were fitted by this call."""
+        """Fit a lot; return how many of its units this call fitted."""
         return sum(1 for _ in self.worker.do([Unit.parse(spec) for spec in specs]))
 
 

@@ -11,8 +11,8 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.files import (
     dump_json,
     keys_of,
+    read_json,
     read_table,
+    require_inside,
     sha256_of,
     table_writer,
 )
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from prototok.results.proto_tokens import ProtoTokens
 
 _FORMAT = "prototok.sweep"
+_NAME, _KEY = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{24}")
+_ANY = re.compile(r".*")
 _FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+_ENTRIES = (*_FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """The run at `path`, made if it is not there; ValueError where something else is."""
+        """Open the run at `path`, made if it is not there; ValueError where something else is."""
         path = Path(path)
         require_place(path)
         if (path / "run.json").exists():
@@ -62,16 +66,13 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """A run that was planned before; ValueError for anything else."""
+        """Open a run that was planned before; ValueError for anything else."""
         path = Path(path)
         if not (path / "run.json").is_file():
             raise ValueError(f"run: {path} is not a run folder (it has no run.json)")
         run = cls(path)
-        found = run._json()
-        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
-            raise ValueError(
-                f"run: {path / 'run.json'} is not of a sweep of format version {schema.VERSION}"
-            )
+        run._json()
+        require_inside(path, _ENTRIES)
         for name in _FOLDERS:  # version control and some copies leave empty folders out
             (path / name).mkdir(exist_ok=True)
         return run
@@ -79,23 +80,32 @@ class RunFolder:
     # What was planned.
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The settings of each planned experiment, in the order they were planned."""
+        """Return the settings of each planned experiment, in the order they were planned."""
         found: dict[str, dict[str, Any]] = self._json()["experiments"]
         return found
 
     def plan(self) -> pa.Table:
-        """`schema.PLAN`: one row an (experiment, unit)."""
-        return self._table("plan.parquet", schema.PLAN)
+        """Read `schema.PLAN`: one row an (experiment, unit)."""
+        plan = self._table("plan.parquet", schema.PLAN)
+        # The first two become names of files.
+        for name, pattern in (("key", _KEY), ("experiment", _NAME), ("spec", _ANY)):
+            fits = pc.match_substring_regex(plan[name], f"^(?:{pattern.pattern})$")
+            if plan[name].null_count or not pc.all(fits, min_count=0).as_py():
+                raise ValueError(f"run: {self.path / 'plan.parquet'} has a {name} that is none")
+        return plan
 
     def texts(self) -> pa.Table:
-        """`schema.TEXTS`."""
+        """Read `schema.TEXTS`."""
         return self._table("texts.parquet", schema.TEXTS)
 
     def units(self) -> dict[str, Unit]:
-        """Every planned unit once, by key, in the order they were planned."""
+        """Return every planned unit once, by key, in the order they were planned."""
         plan = self.plan()
         pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
-        return {key: Unit.parse(spec) for key, spec in pairs}
+        try:
+            return {key: Unit.parse(spec) for key, spec in pairs}
+        except ValueError as error:
+            raise ValueError(f"run: {self.path / 'plan.parquet'} is damaged ({error})") from None
 
     def add(
         self, experiment: str, settings: dict[str, Any], units: Iterable[Unit], texts: pa.Table
@@ -135,7 +145,7 @@ class RunFolder:
     # What is done.
 
     def done(self) -> set[str]:
-        """Keys of the units that are done."""
+        """Return the keys of the units that are done."""
         # In this order: compaction moves units from the one to the other.
         shards = {e.name[: -len(".parquet")] for e in os.scandir(self.path / "fits")}
         return shards | self._compacted_keys()
@@ -144,7 +154,7 @@ class RunFolder:
         return (self.path / "fits" / f"{key}.parquet").exists() or key in self._compacted_keys()
 
     def fits(self, experiment: str | None = None) -> pa.Table:
-        """`schema.FITS`: the rows of every unit that is done.
+        """Read `schema.FITS`: the rows of every unit that is done.
 
         With `experiment`, those of the units it planned, and the column says its name.
         """
@@ -157,10 +167,10 @@ class RunFolder:
         # Shards first: what compaction takes from here meanwhile is found there.
         for key in wanted:
             with contextlib.suppress(FileNotFoundError):
-                tables.append(read_table(self.path / "fits" / f"{key}.parquet"))
+                tables.append(read_table(self.path / "fits" / f"{key}.parquet", schema=schema.FITS))
                 seen.add(key)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = read_table(path)
+            table = read_table(path, schema=schema.FITS)
             keys = table["key"].to_pylist()
             own = [i for i, key in enumerate(keys) if key in wanted and key not in seen]
             tables.append(table.take(pa.array(own, pa.int64())))
@@ -173,15 +183,15 @@ class RunFolder:
         return found
 
     def shards(self) -> Iterator[tuple[str, Callable[[], pa.Table]]]:
-        """(key, what reads its rows) of every planned unit that is done."""
+        """Yield (key, what reads its rows) of every planned unit that is done."""
         planned = set(self.plan()["key"].to_pylist())
         seen = set()
         for path in sorted((self.path / "fits").glob("*.parquet")):
             if path.stem in planned:
                 seen.add(path.stem)
-                yield path.stem, functools.partial(read_table, path)
+                yield path.stem, functools.partial(read_table, path, schema=schema.FITS)
         for path in sorted((self.path / "compacted").glob("*.parquet")):
-            table = read_table(path)
+            table = read_table(path, schema=schema.FITS)
             places: dict[str, list[int]] = {}
             for i, key in enumerate(table["key"].to_pylist()):
                 places.setdefault(key, []).append(i)
@@ -191,7 +201,7 @@ class RunFolder:
                     yield key, functools.partial(table.take, own)
 
     def status(self) -> str:
-        """A table for people: each experiment's units, what is done and what failed."""
+        """Make a table for people: each experiment's units, what is done and what failed."""
         done, failed = self.done(), set(self.failures()["key"].to_pylist())
         plan = self.plan()
         found: dict[str, set[str]] = {name: set() for name in self.settings()}
@@ -211,7 +221,7 @@ class RunFolder:
         return self.path / "tensors" / f"{key}.safetensors"
 
     def tensors(self, key: str) -> ProtoTokens | MemFit:
-        """The vectors of a unit, as its mode stores them."""
+        """Load the vectors of a unit, as its mode stores them."""
         from prototok.results.mem_fit import MemFit
         from prototok.results.proto_tokens import ProtoTokens
 
@@ -229,7 +239,6 @@ class RunFolder:
             save: writes the unit's tensors to the path it is given.
         """
         tensors = self._temporary(key + ".safetensors")
-        tensors.unlink(missing_ok=True)  # left by a dead process of our number, before a reboot
         save(tensors)
         flush(tensors)
         sha256 = sha256_of(tensors)
@@ -263,14 +272,17 @@ class RunFolder:
         self._replace(f"failed/{key}.json", lambda path: dump_json(record, path))
 
     def failures(self) -> pa.Table:
-        """`schema.FAILED`: planned units that failed and were not done since."""
+        """Read `schema.FAILED`: planned units that failed and were not done since."""
         done, planned = self.done(), set(self.plan()["key"].to_pylist())
         records = []
         for path in sorted((self.path / "failed").glob("*.json")):
             if path.stem in planned - done:
-                record = json.loads(path.read_text())
-                record["time"] = datetime.datetime.fromisoformat(record["time"])
-                records.append(record)
+                record = read_json(path)
+                try:
+                    record["time"] = datetime.datetime.fromisoformat(record["time"])
+                    records += pa.Table.from_pylist([record], schema=schema.FAILED).to_pylist()
+                except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+                    raise ValueError(f"run: {path} is damaged ({error})") from None
         return pa.Table.from_pylist(records, schema=schema.FAILED)
 
     def forget_failures(self, keys: Iterable[str]) -> None:
@@ -281,11 +293,11 @@ class RunFolder:
     # Upkeep.
 
     def sweep_up(self) -> int:
-        """Remove what processes of this host that no longer live left in tmp/; how many files."""
+        """Remove what dead processes of this host left in tmp/; return how many files."""
         return remove_orphans(self.path / "tmp")
 
     def compact(self) -> dict[str, int]:
-        """Merge shards into one file an experiment; rows by experiment.
+        """Merge shards into one file an experiment; return its rows by experiment.
 
         The merged file is in place and read back before the first shard it replaces is removed, and
         its rows then are the record that their units are done.
@@ -298,7 +310,7 @@ class RunFolder:
         with self._locked():
             for experiment in dict.fromkeys(first.values()):
                 path = self.path / "compacted" / f"{experiment}.parquet"
-                tables = [read_table(path)] if path.exists() else []
+                tables = [read_table(path, schema=schema.FITS)] if path.exists() else []
                 known = set(tables[0]["key"].to_pylist()) if tables else set()
                 shards = {
                     key: self.path / "fits" / f"{key}.parquet"
@@ -306,13 +318,14 @@ class RunFolder:
                     if name == experiment
                 }
                 shards = {key: shard for key, shard in shards.items() if shard.exists()}
-                tables += [read_table(shard) for key, shard in shards.items() if key not in known]
+                new = [shard for key, shard in shards.items() if key not in known]
+                tables += [read_table(shard, schema=schema.FITS) for shard in new]
                 if not tables:
                     continue
                 table = pa.concat_tables(tables)
                 if shards:
                     self._replace(f"compacted/{experiment}.parquet", table_writer(table))
-                    back = pq.ParquetFile(path).read(columns=["key"])["key"].to_pylist()
+                    back = read_table(path, ["key"])["key"].to_pylist()
                     if not set(shards) <= set(back):
                         raise RuntimeError(f"run: {path} lacks units that were just written to it")
                     for shard in shards.values():
@@ -325,10 +338,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time; the lock goes with the process that holds it."""
-        with open(self.path / "tmp" / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """Let one process in at a time; the lock goes with the process that holds it."""
+        # Neither emptied nor followed: what stands there may be a link to a user's file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.path / "tmp" / "lock", flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
     def _compacted_keys(self) -> set[str]:
         keys: set[str] = set()
@@ -338,8 +356,10 @@ class RunFolder:
         return keys
 
     def _temporary(self, name: str) -> Path:
-        """A path in tmp/ that no other process uses."""
-        return self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        """Return a path in tmp/ that no other process uses, and where nothing is."""
+        path = self.path / "tmp" / f"{name}~{host()}.{os.getpid()}"
+        path.unlink(missing_ok=True)  # of a dead process that had our number
+        return path
 
     def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file of this folder so that it is there whole or not at all."""
@@ -349,22 +369,28 @@ class RunFolder:
         put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / "run.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"run: {self.path / 'run.json'} is damaged ({error})") from None
-        return found if isinstance(found, dict) else {}
+        found = read_json(self.path / "run.json")
+        if found.get("format") != _FORMAT or found.get("version") != schema.VERSION:
+            raise ValueError(
+                f"run: {self.path / 'run.json'} is not of a sweep of format version "
+                f"{schema.VERSION}"
+            )
+        planned: Any = found.get("experiments")
+        is_dict = isinstance(planned, dict) and all(isinstance(v, dict) for v in planned.values())
+        if not is_dict or not all(map(_NAME.fullmatch, planned)):
+            raise ValueError(f"run: {self.path / 'run.json'} is damaged (its experiments)")
+        return found
 
     def _write_json(self, value: dict[str, Any]) -> None:
         self._replace("run.json", lambda path: dump_json(value, path))
 
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
-        return read_table(path) if path.exists() else empty.empty_table()
+        return read_table(path, schema=empty) if path.exists() else empty.empty_table()
 
 
 def require_place(path: Path) -> None:
-    """ValueError unless a run may be planned there: a run, an empty folder or nothing."""
+    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing."""
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not empty and not (path / "run.json").is_file():
         raise ValueError(f"run: {path} exists and is not a run folder")

@@ -1,20 +1,25 @@
-"""What an experiment may be told, and the checks on it."""
+"""Settings of an experiment, and the checks on them."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, is_integer
 from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.model.load import dtype_of
 from prototok.results.arrangement import Arrangement
 from prototok.texts.sources import Source
+
+_MOST_BYTES = 1 << 20  # of a file of settings
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Settings:
         arrangements: of the one-forward fits.
         share: which vector is shared; None fits each row alone.
         group_sizes: texts that share; None is all texts of a (model, source, N).
-        seeds_share: whether the seeds of a text share the vector, too, or are fits of their own.
+        seeds_share: the seeds of a text share the vector, too; else they are fits of their own.
         vectors: K of the autoregressive fits beside them; none where it is empty.
         prefix: what stands in front, text, token ids or None; "auto" leaves it to the recipe.
         contexts, continuations: of figures 4 and 5, where each context is continued so many times.
@@ -71,35 +76,38 @@ class Settings:
             raise ValueError(f"source: two have one name, {names}; give NAME=KIND:PATH")
         for name in ("texts", "seeds"):
             if not is_count(getattr(self, name)):
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
+                raise ValueError(f"{name}: {shown(getattr(self, name))} is not a positive integer")
         for name in ("contexts", "continuations"):
             value = getattr(self, name)
             if value != 0 and not is_count(value):
-                raise ValueError(f"{name}: {value!r} is not a positive integer")
+                raise ValueError(f"{name}: {shown(value)} is not a positive integer")
         for name in ("lengths", "group_sizes", "vectors"):
             for value in getattr(self, name):
                 if not is_count(value) and not (name == "group_sizes" and value is None):
-                    raise ValueError(f"{name}: {value!r} is not a positive integer")
+                    raise ValueError(f"{name}: {shown(value)} is not a positive integer")
         for arrangement in self.arrangements:
             Arrangement.parse(arrangement)
         for share in self.share:
             if share not in (None, "m", "e"):
-                raise ValueError(f"share: {share!r} is not none, m or e")
+                raise ValueError(f"share: {shown(share)} is not none, m or e")
         if isinstance(self.prefix, tuple) and not all(type(token) is int for token in self.prefix):
-            raise ValueError(f"prefix: {self.prefix!r} is not text, token ids, none or auto")
+            raise ValueError(f"prefix: {shown(self.prefix)} is not text, token ids, none or auto")
         if self.recipe not in ("fast", "paper"):
-            raise ValueError(f"recipe: {self.recipe!r} is not fast or paper")
+            raise ValueError(f"recipe: {shown(self.recipe)} is not fast or paper")
+        dtype_of(self.dtype, torch.device("cpu"))
+        if not is_integer(self.text_seed):
+            raise ValueError(f"text_seed: {shown(self.text_seed)} is not an integer")
         fields = [f.name for f in dataclasses.fields(Recipe)]
         require_known(self.changes, fields, "recipe")
         recipe_of_unit(self.recipe, self.changes)
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json keeps."""
+        """Return what run.json keeps."""
         return dataclasses.asdict(self)
 
 
 def recipe_of_unit(name: str, changes: dict[str, Any]) -> Recipe:
-    """The recipe of that name with the changes; ValueError where they cannot be."""
+    """Return the recipe of that name with the changes; ValueError where they cannot be."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     if "lr" in values:  # a rate that was asked for holds with a prior too
         values.setdefault("prior_rate", None)
@@ -107,11 +115,17 @@ def recipe_of_unit(name: str, changes: dict[str, Any]) -> Recipe:
 
 
 def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """A YAML file's settings, with lists as tuples and sources parsed; every mistake is named."""
+    """Read a YAML file's settings, lists as tuples and sources parsed; every mistake is named."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_BYTES or not path.is_file():
+            raise ValueError(f"config: {path} is no file of settings")
+        found = yaml.safe_load(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ValueError(f"config: {path} could not be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is not UTF-8 ({error.reason})") from None
+    except RecursionError:
+        raise ValueError(f"config: {path} is not YAML (nested too deeply)") from None
     except yaml.YAMLError as error:
         first = str(error).replace("\n", " ")
         raise ValueError(f"config: {path} is not YAML ({first})") from None
@@ -124,7 +138,7 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
-    """A setting as YAML gives it, in its type."""
+    """Return a setting as YAML gives it, in its type."""
     kind = str(next(f.type for f in dataclasses.fields(Settings) if f.name == key))
     if kind.startswith("tuple"):
         listed = value if isinstance(value, list) else [value]
@@ -132,7 +146,7 @@ def _value(key: str, value: Any) -> Any:
             return tuple(_source(v) for v in listed)
         listed = [None if v in ("none", "all") else v for v in listed]
         if key in ("models", "arrangements") and not all(isinstance(v, str) for v in listed):
-            raise ValueError(f"{key}: {value!r} is not a list of names")
+            raise ValueError(f"{key}: {shown(value)} is not a list of names")
         return tuple(listed)
     if key == "prefix":
         if not isinstance(value, str | list):
@@ -140,11 +154,13 @@ def _value(key: str, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if key == "changes":
         if not isinstance(value, dict):
-            raise ValueError(f"changes: {value!r} is not a mapping of fields of a recipe")
+            raise ValueError(f"changes: {shown(value)} is not a mapping of fields of a recipe")
         return value
     wanted = {"bool": bool, "int": int, "str": str}[kind]
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ValueError(f"{key}: {value!r} is not {'a truth value' if kind == 'bool' else kind}")
+        raise ValueError(
+            f"{key}: {shown(value)} is not {'a truth value' if kind == 'bool' else kind}"
+        )
     return value
 
 
@@ -153,7 +169,8 @@ def _source(value: Any) -> Source:
         return Source.parse(value)
     if not isinstance(value, dict) or "source" not in value:
         raise ValueError(
-            f"sources: {value!r} is neither [NAME=]KIND[:PATH] nor a mapping with it as `source`"
+            f"sources: {shown(value)} is neither [NAME=]KIND[:PATH] nor a mapping with it as "
+            "`source`"
         )
     options = ("source", "words", "column", "context_tokens")
     require_known(value, options, "sources")
@@ -161,16 +178,23 @@ def _source(value: Any) -> Source:
     if changes.get("words") is not None:
         words = changes["words"]
         if not isinstance(words, list) or [type(w) for w in words] != [int, int]:
-            raise ValueError(f"words: {words!r} is not a list of two integers")
+            raise ValueError(f"words: {shown(words)} is not a list of two integers")
         changes["words"] = tuple(words)
+    if not isinstance(value["source"], str):
+        raise ValueError(f"sources: {shown(value['source'])} is not [NAME=]KIND[:PATH]")
     return dataclasses.replace(Source.parse(value["source"]), **changes)
 
 
 def require_known(found: Iterable[str], known: Iterable[str], where: str) -> None:
-    """ValueError for a key that is not known, with the nearest one that is."""
+    """Raise ValueError for a key that is not known, with the nearest one that is."""
     known = list(known)
     for key in found:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
+
+
+def shown(value: object) -> str:
+    """Show a value in a few characters: aliases in YAML make some that would fill the memory."""
+    return reprlib.repr(value)

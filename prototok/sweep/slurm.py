@@ -17,7 +17,7 @@ from prototok.sweep.run_folder import RunFolder
 
 
 def shard_job(path: str, shard: str, settings: LocalSettings) -> int:
-    """What a job runs; the units of its shard that are done when it ends."""
+    """Run a job's shard; return how many of its units are done when it ends."""
     run = RunFolder.open(Path(path))
     units = to_do(run, shard, retry_failed=False)
     run_local(run, units, settings)

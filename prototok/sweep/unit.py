@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from prototok.common.arguments import is_count, is_integer
+from prototok.common.json import parse_json
 
 MODES = ("one-forward", "autoregressive")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is fitted: the rows (texts[i], seeds[i]) that share a vector, or a single row.
+    """A unit of work: the rows (texts[i], seeds[i]) that share a vector, or a single row.
 
     Attributes:
         mode: "one-forward" fits e and m, "autoregressive" fits `vectors` [mem] vectors.
@@ -54,11 +58,11 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """24 hexadecimal digits, the same for the same specification everywhere."""
+        """Hash the specification to 24 hexadecimal digits, the same everywhere."""
         return hashlib.sha256(self.spec().encode()).hexdigest()[:24]
 
     def spec(self) -> str:
-        """The specification as canonical JSON: sorted names, no spaces.
+        """Write the specification as canonical JSON: sorted names, no spaces.
 
         A prefix that is left to the recipe is not named, so that keys are those from before there
         were any.
@@ -70,15 +74,27 @@ class Unit:
 
     @classmethod
     def parse(cls, spec: str) -> Unit:
-        """The unit that `spec` gave."""
-        found = json.loads(spec)
-        for name in ("texts", "seeds", "prefix"):
-            if isinstance(found.get(name), list):
-                found[name] = tuple(found[name])
-        return cls(**found)
+        """Read the unit that `spec` gave; ValueError where it can be none."""
+        found = parse_json(spec)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(found, dict) or not set(found) <= known:
+            raise ValueError("a unit is not made of the fields of one")
+        try:
+            lists = {name: tuple(found[name]) for name in ("texts", "seeds")}
+            if isinstance(found.get("prefix"), list):
+                lists["prefix"] = tuple(found["prefix"])
+            unit = cls(**found | lists)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a unit lacks something ({error})") from None
+        for name, fits in _FIELDS.items():
+            if not fits(getattr(unit, name)):
+                raise ValueError(f"a unit has {reprlib.repr(getattr(unit, name))} as its {name}")
+        if len(unit.texts) != len(unit.seeds):
+            raise ValueError("a unit has texts and seeds of different number")
+        return unit
 
     def group(self) -> tuple:
-        """Units of equal `group()` can be fitted in one batch; the length may differ."""
+        """Return what units that can be fitted in one batch have in common; N may differ."""
         return (
             self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.prefix,
             self.recipe, json.dumps(self.changes, sort_keys=True), self.share, self.alone,
@@ -87,10 +103,29 @@ class Unit:
 
     @property
     def positions(self) -> int:
-        """Rows × N: what one step of this unit computes."""
+        """Return rows × N: what one step of this unit computes."""
         return len(self.texts) * self.length
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "mode": MODES.__contains__, "model": _is_text, "source": _is_text,
+    "texts": lambda v: len(v) > 0 and all(map(_is_text, v)),
+    "seeds": lambda v: all(map(is_integer, v)),
+    "length": is_count, "share": (None, "m", "e").__contains__,
+    "group_size": lambda v: v is None or is_count(v), "arrangement": _is_text, "vectors": is_count,
+    "recipe": _is_text, "changes": lambda v: isinstance(v, dict), "dtype": _is_text,
+    "alone": _is_truth, "timed": _is_truth,
+}  # fmt: skip
+
+
 def text_id(ids: Sequence[int]) -> str:
-    """16 hexadecimal digits of the token ids: what units call a text."""
+    """Hash token ids to 16 hexadecimal digits: what units call a text."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

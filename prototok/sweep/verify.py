@@ -11,7 +11,7 @@ from prototok.sweep.run_folder import RunFolder
 
 
 def verify(run: RunFolder, sample: int, device: str = "auto") -> tuple[int, int, list[str]]:
-    """Units checked, units decoded again, and what is wrong, in words.
+    """Check a run; return units checked, units decoded again, and what is wrong, in words.
 
     Every shard is read and its tensors are hashed. Of `sample` units, the same for the same run,
     every row is decoded at batch 1 in the dtype it was fitted in and in float32, and has to give as
@@ -56,7 +56,7 @@ def verify(run: RunFolder, sample: int, device: str = "auto") -> tuple[int, int,
 def _rows_by_unit(
     run: RunFolder, problems: list[str]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each unit that is done; what cannot be read is a problem."""
+    """Yield the rows of each unit that is done; what cannot be read is a problem."""
     for key, read in run.shards():
         try:
             table = read()

@@ -47,7 +47,7 @@ class Worker:
         self._information = functools.lru_cache(maxsize=1 << 16)(self._measure_information)
 
     def do(self, units: list[Unit]) -> Iterator[tuple[str, bool]]:
-        """Fit units of one `group()`; yields (key, whether it is done or else failed).
+        """Fit units of one `group()`; yield (key, True if it is done, False if it failed).
 
         A unit that raises is recorded as failed and does not stop the others. What leaves a CUDA
         device unusable is raised: the process has to end, and another to begin.
@@ -116,7 +116,7 @@ class Worker:
             yield unit.key
 
     def _groups(self, units: list[Unit]) -> Iterator[Group]:
-        """The rows of each unit, as the engine takes them: every row is a text of its own."""
+        """Make the rows of each unit as the engine takes them: every row is a text of its own."""
         numbers = itertools.count()
         for g, unit in enumerate(units):
             rows = [
@@ -143,7 +143,7 @@ class Worker:
         )
 
     def _time(self, mode: Mode, unit: Unit, one: EndedRow) -> dict[str, Any]:
-        """Seconds of decoding an exact row alone, where its unit asks for them."""
+        """Time the decoding of an exact row alone, in seconds, where its unit asks for it."""
         if not (unit.timed and one.check.exact):
             return {}
         call = mode.decode(one.vectors, unit.length)
@@ -163,11 +163,11 @@ class Worker:
             self.experiments = dict(reversed(list(names)))
 
     def _target(self, text: str, length: int) -> Tensor:
-        """(N,) int64: the first tokens of a text of the run."""
+        """Return (N,) int64: the first tokens of a text of the run."""
         return torch.tensor(self.texts[text]["ids"][:length], dtype=torch.int64, device="cpu")
 
     def _asked(self, unit: Unit, r: int) -> dict[str, Any]:
-        """What row r of a unit was asked to be."""
+        """Return what row r of a unit was asked to be."""
         text = self.texts[unit.texts[r]]
         names = (
             "mode", "model", "source", "length", "share", "group_size", "arrangement", "vectors",
@@ -184,7 +184,7 @@ class Worker:
         }
 
     def _texts_columns(self, lm: FrozenLM, unit: Unit, r: int, decoded: Tensor) -> dict[str, Any]:
-        """Target and decoding, as ids and text, and H_LM of the target."""
+        """Return target and decoding, as ids and text, and H_LM of the target."""
         target = self._target(unit.texts[r], unit.length)
         nats, scored = self._information(lm, tuple(target.tolist()))
         has_text = lm.tokenizer is not None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file, its line ends as they are.
+    """Read a UTF-8 file; ValueError where it is missing, not UTF-8 or empty.
 
     Raises:
         ValueError: it is missing, a folder, cannot be read, is not UTF-8, or is empty.
@@ -33,7 +33,7 @@ def read_text(path: str | Path) -> str:
 
 
 def chunks(lm: FrozenLM, text: str, length: int, limit: int | None = None) -> list[list[int]]:
-    """Consecutive pieces of `length` tokens, the last one shorter; at most `limit` of them.
+    """Cut a text into at most `limit` pieces of `length` tokens, the last one shorter.
 
     Their ids one after another are those of the text, so decoded chunks joined are the text.
     """

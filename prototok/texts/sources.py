@@ -1,9 +1,8 @@
-"""Where target texts come from: books, documents, random words, a model's own continuations."""
+"""Sources of target texts: books, documents, random words, a model's own continuations."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections import deque
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from prototok.common.arguments import is_count
+from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sample import sample
@@ -70,12 +71,18 @@ class Source:
             raise ValueError(
                 "source: generated needs the source it continues: generated:folder:PATH"
             )
+        if not isinstance(self.column, str):
+            raise ValueError(f"source: column {self.column!r} is not a name")
+        if not is_count(self.context_tokens):
+            raise ValueError(
+                f"source: context_tokens {self.context_tokens!r} is not a positive integer"
+            )
         if self.words is not None and not 2 <= self.words[0] <= self.words[1]:
             raise ValueError(f"source: words {list(self.words)} are not a fewest and a most")
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """`[NAME=]KIND[:PATH]`, such as `held-out`, `PG-19=folder:books`, `generated:held-out`.
+        """Read `[NAME=]KIND[:PATH]`, such as `held-out`, `PG-19=folder:books`.
 
         A data set's column follows a `#`.
         """
@@ -117,7 +124,7 @@ class TargetText:
 def target_texts(
     source: Source, encode: Encode, count: int, length: int, seed: int = 0
 ) -> list[TargetText]:
-    """The first `count` texts of a source that have `length` tokens, cut to exactly those.
+    """Return the first `count` texts of a source that have `length` tokens, cut to those.
 
     Raises:
         ValueError: the source cannot be read or has fewer such texts.
@@ -139,7 +146,7 @@ def target_texts(
 def continuations(
     source: Source, lm: FrozenLM, contexts: int, each: int, length: int, seed: int = 0
 ) -> list[TargetText]:
-    """`each` continuations of `length` tokens of each of the first contexts of `source.of`.
+    """Sample `each` continuations of `length` tokens of each of the first contexts.
 
     Sampled by the model itself at temperature 1 with no top-k and no top-p, never ending early (the
     paper's PG-19 (gen)); `context` of the result says which context it continues.
@@ -178,7 +185,7 @@ def continuations(
 
 
 def passages(source: Source, seed: int = 0) -> Iterator[Passage]:
-    """The texts of a source in their order, the same for the same seed; without end for "random".
+    """Yield the texts of a source, the same for the same seed; without end for "random".
 
     Books take turns, so that the first texts are of many books.
     """
@@ -205,7 +212,7 @@ def _cut(text: str, words: tuple[int, int] | None, seed: int, name: str) -> Iter
 
 
 def chunks_of_sentences(text: str, words: tuple[int, int], seed: str) -> Iterator[tuple[str, str]]:
-    """Kuratov et al.'s chunks: runs of consecutive sentences, halved into context and target.
+    """Cut Kuratov et al.'s chunks: runs of consecutive sentences, as context and target.
 
     A run is ended by the sentence with which it reaches a number of words drawn from `words`.
     Sentences that are left over at the end are dropped.
@@ -246,7 +253,7 @@ def _book(path: Path, folder: Path, source: Source, seed: int) -> Iterator[Passa
 
 
 def documents(path: str, column: str) -> Iterator[str]:
-    """The texts of a data set in Parquet or JSON lines: a file, a folder, or a hub id.
+    """Yield the texts of a data set in Parquet or JSON lines: a file, a folder, or a hub id.
 
     A hub id is fetched through huggingface_hub, or found in its cache where there is no network.
     """
@@ -274,27 +281,35 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"source: {path} has no column {column!r} (it has {names})")
+            kind = file.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise ValueError(f"source: column {column!r} of {path} holds {kind}, not text")
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 yield from (text for text in batch[column].to_pylist() if text)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"source: {path} is not Parquet ({error})") from error
 
 
 def _lines(path: Path, column: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = json.loads(line)[column]
+                text = parse_json(line)[column]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"source: line {number} of {path} is no JSON with {column!r} ({error!r})"
                 ) from None
+            if text is not None and not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(
+                    f"source: {column!r} in line {number} of {path} is {kind}, not text"
+                )
             if text:
                 yield text
 
 
 def _random(path: str | None, seed: int) -> Iterator[Passage]:
-    """Words drawn alike from the most frequent ones of a list; longer than any target."""
+    """Draw words alike from the most frequent ones of a list; longer than any target."""
     words = word_list(path)
     for number in itertools.count():
         draw = random.Random(f"{seed} {number}")
@@ -302,7 +317,7 @@ def _random(path: str | None, seed: int) -> Iterator[Passage]:
 
 
 def word_list(path: str | None) -> list[str]:
-    """The first field of each line of a list, or the words of the held-out book."""
+    """Return the first field of each line of a list, or the words of the held-out book."""
     if path is None:
         text = read_text(Path(path_of(BUILT_IN[0])) / "held_out.txt").lower()
         return sorted(set(re.findall(r"[a-z]{2,}", text)))

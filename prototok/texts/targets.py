@@ -16,7 +16,7 @@ Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor | An
 
 
 def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Tensor]:
-    """Target ids of each text, (N,) int64 on the CPU, cut to `length` where it is given.
+    """Return each text's target ids, (N,) int64 on the CPU, cut to `length` where it is given.
 
     Args:
         texts: strings, ragged lists of token ids, or a LongTensor (texts, N); a numpy array, a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,15 @@ from support import small_llama
 THREADS = 8
 LENGTHS = {"equal lengths": [32] * THREADS, "different lengths": [3, 60, 9, 33, 1, 48, 17, 62]}
 DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.fixture(autouse=True)
+def one_core_each() -> Iterator[None]:
+    """Or eight teams of threads would wait for each other's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=DTYPES)

@@ -18,8 +18,8 @@ from prototok_kernels import packed
 from prototok_kernels.backend import _cpu, unavailable
 from prototok_kernels.pair.first_layer import first_layer_spanned
 from prototok_kernels.pair.second_layer import (
-    second_layer_products,
-    second_layer_products_ref,
+    second_layer_projections,
+    second_layer_projections_ref,
 )
 from zoo import OWN, made
 
@@ -85,8 +85,8 @@ def test_equal_the_products_at_every_position(name: str, length: int, groups: in
         first, second = body.layers[:2]
         x, coef, span = first_layer_spanned(e, m, group, length, first, *body.rotary(length), plan)
         if ref:
-            return x, *second_layer_products_ref(x, second)
-        return x, *second_layer_products(x, coef, span, second)
+            return x, *second_layer_projections_ref(x, second)
+        return x, *second_layer_projections(x, coef, span, second)
 
     found, expected = (
         with_gradients(lambda e, m, ref=ref: run(e, m, ref), [e, m], torch.float64)
@@ -187,7 +187,7 @@ def test_nothing_is_larger_than_the_products() -> None:
         for t in first_layer_spanned(e, m, None, length, first, *body.rotary(length), plan)
     )
     with Largest() as seen:
-        qkv, z = second_layer_products(x, coef, span, second)
+        qkv, z = second_layer_projections(x, coef, span, second)
         torch.autograd.grad([qkv.sum(), z.sum()], [coef, span])
     assert seen.elements == max(qkv.numel(), z.numel()) < ROWS * second.qkv.numel()
 
@@ -196,8 +196,8 @@ def test_products_of_another_block_are_refused() -> None:
     body, llama = (body_of(n, torch.float32) for n in ("gpt-neox, parallel", "qwen2"))
     width, tables = body.norm.numel(), body.rotary(7)
     x, qkv = torch.randn(2, 7, width), torch.randn(2, 7, 3 * width)
-    with pytest.raises(ValueError, match=r"products: must be \(2, 7, 80\) of torch.float32, saw"):
+    with pytest.raises(ValueError, match=r"projected: must be \(2, 7, 80\) of torch.float32, saw"):
         body._blocks(x, *tables, plan_for(body.layers, 2, 7, "torch"), 1, (qkv, qkv))
-    with pytest.raises(ValueError, match="products: only a block with a parallel residual"):
+    with pytest.raises(ValueError, match="projected: only a block with a parallel residual"):
         plan = plan_for(llama.layers, 2, 7, "torch")
         llama._blocks(x, *llama.rotary(7), plan, 1, (qkv, qkv))

@@ -215,7 +215,7 @@ def test_save_replaces_no_larger_fit(tmp_path: Path) -> None:
 
 
 def part_of(result: FitResult, text: int) -> FitResult:
-    names = ("accuracy", "exact", "margin", "correct", "loss", "steps", "seconds")
+    names = ("accuracy", "exact", "margin", "correct", "loss", "steps", "seconds", "seed")
     return FitResult(
         tokens=result.tokens.select([text]), targets=[result.targets[text]],
         accuracy_in_batch=result.accuracy_in_batch[text : text + 1],

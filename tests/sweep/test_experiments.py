@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
+from prototok.cli import main
 from prototok.fitting.capacity import GRID
 from prototok.sweep.experiments import (
     ARRANGEMENTS,
@@ -161,3 +163,19 @@ def test_no_experiment_has_a_key_that_is_no_setting() -> None:
     for name, experiment in EXPERIMENTS.items():
         s = settings_of(name, "small")
         assert all(hasattr(s, key) for key in experiment.keys)
+
+
+def test_the_place_is_tried_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prototok.common.files.flush", full)
+    monkeypatch.setattr("prototok.sweep.experiments.plan", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "plan", "table3", "--preset", "small", "-o", "run"])
+    assert ended.value.code == 2
+    assert "out: run cannot be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -76,7 +76,7 @@ class _SecondLayerProducts(torch.autograd.Function):
         return None, grad_coef, grad_span, None
 
 
-def second_layer_products(
+def second_layer_projections(
     x: Tensor,  # (B, N, d)
     coef: Tensor,  # (B, S, N)
     span: Tensor,  # (B, S, d)
@@ -90,7 +90,7 @@ def second_layer_products(
     return _SecondLayerProducts.apply(x, coef, span, layer)
 
 
-def second_layer_products_ref(x: Tensor, layer: NeoXLayer) -> tuple[Tensor, Tensor]:
+def second_layer_projections_ref(x: Tensor, layer: NeoXLayer) -> tuple[Tensor, Tensor]:
     """The same products at all N positions in plain torch, differentiable in x."""
     qkv = F.linear(input_norm(x, None, layer, "torch")[1], layer.qkv, layer.qkv_bias)
     return qkv, F.linear(post_norm(x, None, layer, "torch")[1], layer.up)

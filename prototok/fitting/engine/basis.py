@@ -50,7 +50,7 @@ def with_basis(setup: Setup) -> Setup:
 
 
 def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
-    """(2, d, d) fp32 on the model's device: eigenvectors for e and for m, in columns.
+    """Return (2, d, d) fp32 on the model's device: eigenvectors for e and for m, in columns.
 
     The same model gives the same basis up to rounding, whatever is fitted with it. It is computed
     at the first call and kept as long as `lm` lives; it costs what a hundred steps of 32 rows of 16
@@ -63,7 +63,7 @@ def eigenbasis(lm: FrozenLM, backend: str) -> Tensor:
 
 
 def gradient_covariance(lm: FrozenLM, backend: str) -> Tensor:
-    """(2, d, d): Σ g gᵀ / |g|² over fits of random token ids, for e and for m."""
+    """Sum g gᵀ / |g|² over fits of random token ids: (2, d, d), for e and for m."""
     length = min(_LENGTH, lm.context or _LENGTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (_ROWS, length), generator=generator, device="cpu")

@@ -73,7 +73,7 @@ def rows_that_fit(setup: Setup, length: int) -> int:
 
 
 def _peak(setup: Setup, length: int, rows: int) -> int:
-    """Bytes that a forward and backward of so many rows takes beside the weights."""
+    """Measure the bytes that a forward and backward of `rows` rows takes beside the weights."""
     lm = setup.lm
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(lm.device)

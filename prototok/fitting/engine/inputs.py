@@ -1,4 +1,4 @@
-"""What the frozen model is fed: a row's vectors, arranged, and where its targets are read.
+"""Inputs of the frozen model: a row's vectors, arranged, and where its targets are read.
 
 Letters: R rows, N targets (of the longest row), L input positions, K leading vectors, d hidden
 size, V vocabulary.
@@ -22,7 +22,7 @@ class Inputs(Protocol):
 
     @property
     def leading(self) -> int:
-        """K, the vectors a row has of its own beside m."""
+        """Return K, the vectors a row has of its own beside m."""
         ...
 
     @property
@@ -30,7 +30,7 @@ class Inputs(Protocol):
 
     @property
     def is_pair(self) -> bool:
-        """Whether the input is [e, m, m, …, m], whose first block has a closed form."""
+        """Return True if the input is [e, m, m, …, m], whose first block has a closed form."""
         ...
 
     @property
@@ -38,28 +38,28 @@ class Inputs(Protocol):
 
     @property
     def given(self) -> int:
-        """Targets at the front that the input holds, so that they are not scored."""
+        """Return how many targets the input holds at its front; these are not scored."""
         ...
 
     @property
     def prior(self) -> Prior | None:
-        """Where its vectors start and in which coordinates they move; None: the recipe says."""
+        """Return where vectors start and how their coordinates turn; None: see the recipe."""
         ...
 
     def starting(self, prior: Prior | None) -> Inputs:
-        """The same inputs with this prior."""
+        """Return the same inputs with this prior."""
         ...
 
     def input_length(self, length: int) -> int:
-        """L for N targets."""
+        """Return L for N targets."""
         ...
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """What `embeds` needs to know of each row, (R, …), from targets (R, N) padded with 0."""
+        """Lay out what `embeds` needs of each row, (R, …), from targets (R, N) padded with 0."""
         ...
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:
-        """Vectors (R, slots, d) and their rows of the layout to inputs_embeds (R, L, d)."""
+        """Map vectors (R, slots, d) and their rows of the layout to inputs_embeds (R, L, d)."""
         ...
 
 
@@ -94,7 +94,7 @@ class OneForward:
         return self.arrangement.input_length(length)
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """One-hot (R, L, slots): which vector stands where."""
+        """Return (R, L, slots), one-hot: the vector at each position."""
         slots, total = self.arrangement.slots, self.input_length(targets.shape[1])
         layout = torch.zeros(len(lengths), total, slots, dtype=dtype, device="cpu")
         layouts = {n: self.arrangement.layout(n) for n in set(lengths)}
@@ -138,7 +138,7 @@ class TeacherForced:
         return self.leading + length - 1
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """(R, N − 1, d), the embedded text that follows the vectors."""
+        """Return (R, N − 1, d), the embedded text that follows the vectors."""
         return self.embedding[targets[:, :-1]].to(dtype)
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Group:
 def make_groups(
     targets: list[Tensor], seeds: list[int], share: str | None, group_size: int | None
 ) -> list[Group]:
-    """Rows text by text; a group is `group_size` texts in their order with all of their seeds."""
+    """Make rows text by text; a group is `group_size` texts in order with all of their seeds."""
     rows = [
         Row(t * len(seeds) + s, t, seed, ids)
         for t, ids in enumerate(targets)
@@ -53,7 +53,7 @@ def make_groups(
 
 
 def initial_vectors(group: Group, leading: int, width: int, std: float) -> tuple[Tensor, Tensor]:
-    """e (n_e, K, d) and m (n_m, d), fp32: one a row, or one in all for the shared vector.
+    """Draw e (n_e, K, d) and m (n_m, d), fp32: one for each row, or one in all if it is shared.
 
     A row's vectors depend on its seed and its targets alone: not on the batch, the order of the
     texts, the device or the number of other rows. A shared vector depends on those of its group.
@@ -75,7 +75,7 @@ def initial_vectors(group: Group, leading: int, width: int, std: float) -> tuple
 
 
 def _normal(key: bytes, size: int) -> np.ndarray:
-    """`size` draws of N(0, 1), fp32, from a counter-based generator keyed by the bytes."""
+    """Draw `size` values of N(0, 1), fp32, from a counter-based generator keyed by the bytes."""
     words = np.frombuffer(hashlib.sha256(key).digest()[:16], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=words))
     return generator.standard_normal(size, dtype=np.float32)

@@ -58,7 +58,7 @@ class StepRunner:
     """
 
     burst = 1  # steps between two looks at the flags; on the CPU a look costs nothing
-    lags = False  # whether a poll gives the look before the last, so that nothing waits for it
+    lags = False  # True: a poll gives the look before the last, so that nothing waits for it
 
     def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
         self.lm, self.slots, self.rows_per_forward = lm, slots, rows_per_forward
@@ -71,7 +71,7 @@ class StepRunner:
             self._step()
 
     def poll(self) -> Poll | None:
-        """What the steps so far led to; where polls lag those before the last burst, if any."""
+        """Look at what the steps so far led to; where polls lag, those before the last burst."""
         with named_range("poll", self.lm.device):
             look = self._look()
         if not self.lags:
@@ -88,12 +88,12 @@ class StepRunner:
         return poll
 
     def best_of(self, group: int) -> list[Tensor]:
-        """The best vectors of a group that is done or spent, fp32, on the CPU."""
+        """Return the best vectors of a group that is done or spent, fp32, on the CPU."""
         return [vectors.cpu().clone() for vectors in self.slots.best_of(group)]
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Around every change of the slots from outside."""
+        """Enclose every change of the slots from outside."""
         yield
 
     def reopen(self, group: int, margin: float) -> None:
@@ -104,7 +104,7 @@ class StepRunner:
             self.reopened.add(self.slots.groups[group].index)
 
     def finish(self) -> None:
-        """To be called before the slots are let go."""
+        """Wait for the device, before the slots are let go."""
 
     def _step(self) -> None:
         while True:
@@ -236,7 +236,7 @@ class CapturedStep(StepRunner):
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one it came with, is for want of memory."""
+    """Return True if this error, or one it came with, is for want of memory."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -249,10 +249,10 @@ def _runner(device: torch.device) -> type[StepRunner]:
 
 
 def step_runner(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepRunner:
-    """What runs steps fastest where the model is."""
+    """Return what runs steps fastest where the model is."""
     return _runner(lm.device)(lm, slots, rows_per_forward)
 
 
 def burst_of(device: torch.device) -> int:
-    """Steps between two looks at the flags there."""
+    """Return the steps between two looks at the flags on this device."""
     return _runner(device).burst

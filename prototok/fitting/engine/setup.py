@@ -1,4 +1,4 @@
-"""What is the same for every row of a fit."""
+"""The setup of a fit: all that is the same for every row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prototok.model.frozen_lm import FrozenLM
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What travels together from the public call to the step.
+    """Values that travel together from the public call to the step.
 
     lm          the frozen model
     inputs      how vectors become its input, and where they start

@@ -21,7 +21,7 @@ from prototok_kernels.adamw_rows import AdamWState
 
 @dataclass(frozen=True)
 class Room:
-    """How much the buffers hold."""
+    """The room that the buffers have."""
 
     rows: int
     groups: int
@@ -52,7 +52,7 @@ class Bank:
     basis: Tensor | None  # (d, d), orthonormal columns
 
     def buffers(self) -> list[Tensor]:
-        """Everything that stays with a vector as it moves."""
+        """Return everything that stays with a vector as it moves."""
         return [self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step]
 
 
@@ -109,12 +109,12 @@ class Slots:
 
     @property
     def rows(self) -> int:
-        """Rows in flight."""
+        """Count the rows in flight."""
         return sum(len(group.rows) for group in self.groups)
 
     @property
     def window(self) -> Window:
-        """What the next step computes.
+        """Return what the next step computes.
 
         On the CPU just what is in flight. On CUDA, where each window is a graph to capture, all
         that the buffers hold, halved as often as what is in flight still fits.
@@ -129,7 +129,7 @@ class Slots:
         )
 
     def layout_of(self, part: slice, length: int) -> Tensor:
-        """The layout of some rows for inputs of `length` targets."""
+        """Return the layout of some rows for inputs of `length` targets."""
         beyond = self.room.length - length
         return self.layout[part, : self.layout.shape[1] - beyond]
 
@@ -164,7 +164,7 @@ class Slots:
         self.row_correct[here] = 0
 
     def _initial(self, group: Group) -> tuple[Tensor, Tensor]:
-        """e (n_e, K, d) and m (n_m, d) of a group, fp32, on the CPU."""
+        """Draw e (n_e, K, d) and m (n_m, d) of a group, fp32, on the CPU."""
         prior, start = self.inputs.prior, group.rows[0].start
         if start is not None:
             return start[None, : self.inputs.leading], start[-1:]
@@ -220,14 +220,14 @@ class Slots:
             self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
 
     def spent(self) -> Tensor:
-        """(room.groups,) bool: groups that have made all the updates their recipe grants them."""
+        """Flag groups that have made all updates their recipe grants: (room.groups,) bool."""
         over = self.step >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience
         return over
 
     def best_of(self, group: int) -> list[Tensor]:
-        """e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a group at their best."""
+        """Return e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a group at their best."""
         start = sum(len(other.rows) for other in self.groups[:group])
         rows = slice(start, start + len(self.groups[group].rows))
         return [
@@ -244,14 +244,14 @@ class Slots:
         self.failed[groups] = False
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host on the device, without waiting for what the device is doing."""
+        """Send a tensor from host to device, without waiting for what the device is doing."""
         if self.device.type != "cuda" or not len(tensor):
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _halved(whole: int, needed: int) -> int:
-    """`whole`, halved as often as it stays at least `needed`."""
+    """Halve `whole` as often as it stays at least `needed`."""
     while whole > 1 and (whole + 1) // 2 >= needed:
         whole = (whole + 1) // 2
     return whole

@@ -49,7 +49,7 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
 def forward_backward(
     lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice
 ) -> tuple[Tensor, ...]:
-    """Scores of some rows, written, and the gradient of the sum of their losses."""
+    """Score some rows, and return the gradient of the sum of their losses."""
     length, offset = slots.window.length, slots.inputs.offset
     targets, scored = slots.targets[part, :length], slots.scored[part, :length]
     positions = slots.inputs.input_length(length)
@@ -73,7 +73,7 @@ def forward_backward(
 
 
 def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan: Plan) -> Tensor:
-    """(R, L, d) hidden states of some rows, from the vectors they use."""
+    """Compute the hidden states (R, L, d) of some rows from the vectors they use."""
     body, length = lm.body, slots.window.length
     owner = slots.group_of_row[part]
     if plan.first_layer.taken != "in full":
@@ -127,7 +127,7 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
 
 
 def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
-    """(G,) bool: the losses and the gradients of all of a group's rows are finite."""
+    """Flag groups whose rows all have finite losses and gradients: (G,) bool."""
     good = torch.ones_like(slots.done[: slots.window.groups])
     loss = slots.loss[: len(owner)].isfinite()
     for bank, grad in zip(slots.banks, grads, strict=True):
@@ -141,7 +141,7 @@ def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
 
 
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
-    """AdamW for the vectors of active groups; each group is at a step of its own."""
+    """Update the vectors of active groups by AdamW, each group at a step of its own."""
     step, owner = slots.step[: window.groups], slots.group_of_row[: window.rows]
     rate_of_e = slots.recipe.lr_at(step)
     for name, bank, n in zip("em", slots.banks, counts, strict=False):
@@ -169,5 +169,5 @@ def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, bac
 
 
 def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
-    """`into[where] = values[where]`, in place and without counting what is true."""
+    """Set `into[where] = values[where]`, in place and without counting what is true."""
     torch.where(where, values, into, out=into)

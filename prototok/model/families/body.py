@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,25 +16,42 @@ from prototok.model.families.rotary import RotaryTables
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
-from prototok_kernels.pair.second_layer import second_layer_products
+from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
 from prototok_kernels.prefix import behind_prefix
 
 
+class Ends(NamedTuple):
+    """What stands in front of a model's blocks and behind them."""
+
+    embedding: Tensor  # (V, d)
+    rotary: RotaryTables
+    norm: Tensor  # (d,)
+    norm_bias: Tensor | None  # (d,)
+    head: Tensor | None  # (V, d)
+
+
 @dataclass(frozen=True)
 class DecoderBody:
-    """What the Llama and GPT-NeoX families make of a model."""
+    """A model of the Llama or GPT-NeoX family as plain tensors."""
 
     family: str
     layers: list[DecoderLayer]
+    embedding: Tensor  # (V, d)
     norm: Tensor  # (d,)
     norm_bias: Tensor | None  # (d,)
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
     bare: DecoderBody | None = None  # the same without a prefix
 
+    reason = "its own forward"
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix, (…, d)."""
+        return self.embedding[ids]
+
     def flash(self) -> DecoderBody:
-        """The same body, attending by the flash-attn package."""
+        """Return the same body, attending by the flash-attn package."""
         return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
     def behind(self, vectors: Tensor) -> DecoderBody:
@@ -51,7 +69,7 @@ class DecoderBody:
         return self.rotary(self.prefix_length + length)
 
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
-        """(B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
+        """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
         cos, sin = (t[self.prefix_length :] for t in self.tables(inputs_embeds.shape[1]))
         return self._blocks(inputs_embeds, cos, sin, plan)
 
@@ -63,9 +81,9 @@ class DecoderBody:
         length: int,  # N
         plan: Plan,
     ) -> Tensor:  # (B, N, d)
-        """`hidden` of the input [e, m, …, m] (N positions), its first block in closed form.
+        """Compute `hidden` of [e, m, …, m] (N positions), its first block in closed form.
 
-        And, where the plan says so, the first products of the second block. Its first layer must
+        And, where the plan says so, the first projections of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
         """
         tables = self.tables(length)
@@ -74,12 +92,12 @@ class DecoderBody:
         if plan.second_layer.taken != "span":
             return self._blocks(first_layer(*pair), cos, sin, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
-        products = second_layer_products(x, coef, span, self.layers[1])
-        return self._blocks(x, cos, sin, plan, start=1, products=products)
+        projected = second_layer_projections(x, coef, span, self.layers[1])
+        return self._blocks(x, cos, sin, plan, start=1, projected=projected)
 
     @cached_property
     def shape(self) -> Shape:
-        """What a plan must know of this body."""
+        """Return what a plan must know of this body."""
         return Shape.of(self.layers, self.head)
 
     @cached_property

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def stacked(
     tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """The tensors one above the other; None where there are none.
+    """Stack tensors one above the other; None where there are none.
 
     A single tensor that already has the dtype and device shares its storage with the model's.
     """
@@ -22,7 +22,7 @@ def stacked(
 def stacked_linear(
     modules: list[nn.Linear], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of several nn.Linear with one input, as one."""
+    """Join the weights and biases of several nn.Linear with one input."""
     weight = stacked([m.weight for m in modules], device, dtype)
     assert weight is not None
     return weight, stacked([m.bias for m in modules], device, dtype)

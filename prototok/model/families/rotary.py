@@ -6,16 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-
-# Rope variants whose frequencies do not depend on the length of the input.
-_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-
-
-def has_static_rope(config: PreTrainedConfig) -> bool:
-    """Whether one table of angles serves inputs of every length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type", "default") in _STATIC_ROPE
 
 
 class RotaryTables:
@@ -32,7 +22,7 @@ class RotaryTables:
 
     @property
     def width(self) -> int:
-        """r"""
+        """Return r."""
         return 2 * len(self.inv_freq)
 
     def __call__(self, length: int) -> tuple[Tensor, Tensor]:

@@ -42,5 +42,5 @@ STUDIES = (
 
 
 def sections(results: Results) -> list[Section]:
-    """E1 … E9, and what lies beyond the paper."""
+    """Make the sections E1 … E9, and that of what lies beyond the paper."""
     return [*(section_of(study, results) for study in STUDIES), solutions.section(results)]

@@ -40,12 +40,12 @@ class Statistic:
 
 
 def longest_lengths(fits: list[Fit]) -> list[int]:
-    """Longest N of each text; 0 where not even the shortest came back."""
+    """Return each text's longest N; 0 where not even the shortest came back."""
     return [0 if fit is None else fit["length"] for fit in longest(fits).values()]
 
 
 def nats(fits: list[Fit]) -> Cell:
-    """H_LM at the longest N, mean ± std over texts; 0 where none came back."""
+    """Average H_LM at the longest N, ± std over texts; 0 where none came back."""
     return mean_std([0.0 if fit is None else fit["h_lm"] for fit in longest(fits).values()], 1)
 
 
@@ -155,7 +155,7 @@ def _table(one: Outcome, statistic: Statistic) -> Table:
 
 
 def _solved(part: Outcome, i: int) -> Chart:
-    """Share of texts that came back, over N."""
+    """Draw the share of texts that came back, over N."""
     lengths = sorted(part.values("length"))
     series = []
     for source in part.values("source"):

@@ -75,7 +75,7 @@ def make(results: Results) -> Content:
 
 
 def distances(results: Results, fits: list[Fit]) -> Pairs:
-    """Every two solutions of some fits, with the distance of their e."""
+    """Pair all solutions of some fits, with the distance of their e."""
     vectors = []
     opened: dict[str, ProtoTokens] = {}
     for fit in fits:
@@ -92,7 +92,7 @@ def distances(results: Results, fits: list[Fit]) -> Pairs:
 
 
 def semantic_of(results: Results, fits: list[Fit]) -> torch.Tensor | None:
-    """(R, d) sentence embeddings of the fits' texts, where they were measured."""
+    """Return (R, d) sentence embeddings of the fits' texts, where they were measured."""
     known = results.measured.get("semantic", {}).get("vectors", {})
     found = [known.get(f"{f['text_id']}-{f['length']}") for f in fits]
     if any(v is None for v in found):
@@ -107,7 +107,7 @@ def _spread(values: torch.Tensor) -> Cell:
 
 
 def _density(name: str, title: str, pairs: Pairs) -> Chart:
-    """Gaussian kernel densities, bandwidth by Scott's rule."""
+    """Draw Gaussian kernel densities, bandwidth by Scott's rule."""
     top = float(pairs.distance.max()) if len(pairs.distance) else 1.0
     points = np.linspace(0, top * 1.1, 160)
     series = []

@@ -1,4 +1,4 @@
-"""What several experiments have in common: axes, lines over N, cells of accuracy."""
+"""Parts that several experiments share: axes, lines over N, cells of accuracy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ACCURACY = Axis("token accuracy", low=0, high=1)
 
 
 def accuracy(fits: list[Fit]) -> Cell:
-    """Mean ± std of the token accuracy, over the best seed of each text."""
+    """Average the token accuracy of the best seed of each text, ± std."""
     return mean_std([f["accuracy"] for f in best_seeds(fits)])
 
 
 def published(names: tuple[str, ...], values: Mapping[int, tuple[float, float]]) -> GridRow:
-    """A row of the paper's: mean ± std by column."""
+    """Make a row of the paper's: mean ± std by column."""
     return GridRow(names, [Cell(f"{m:.2f}±{s:.2f}", m) for m, s in values.values()])
 
 
@@ -26,7 +26,7 @@ def n_columns(lengths: Sequence[int]) -> list[str]:
 
 
 def tokens_axis(lengths: Sequence[int]) -> Axis:
-    """N on a log scale, with at most ten of the lengths as ticks."""
+    """Put N on a log scale, with at most ten of the lengths as ticks."""
     shown = list(lengths)
     while len(shown) > 10:
         shown = shown[::2]
@@ -34,7 +34,7 @@ def tokens_axis(lengths: Sequence[int]) -> Axis:
 
 
 def line(name: str, x: Sequence[float], cells: Sequence[Cell], band: bool = True) -> Series:
-    """The means of cells as a line, ± one standard deviation as its band, kept within 0 … 1."""
+    """Draw the means of cells as a line, ± one standard deviation as a band within 0 … 1."""
     known = [(at, one) for at, one in zip(x, cells, strict=True) if one.value is not None]
     middle = [one.value or 0.0 for _, one in known]
     spread = [one.std for _, one in known]

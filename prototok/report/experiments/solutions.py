@@ -47,7 +47,7 @@ class WhereRow:
 
 
 def section(results: Results) -> Section:
-    """The section of what `prototok report --measure` found in this run's solutions."""
+    """Make the section of what `prototok report --measure` found in this run's solutions."""
     groups = results.measured.get("solutions", {}).get("groups", [])
     counts = ", ".join(f"{g['solutions']} solutions of {name_of(g['model'])}" for g in groups)
     return Section(
@@ -123,7 +123,7 @@ def _under(condition: tuple[str, str], group: dict[str, Any]) -> Cell:
 
 
 def _components(name: str, found: dict[str, Any], title: str) -> Chart:
-    """Solutions in the plane of their first two principal components, by context."""
+    """Draw solutions in the plane of their first two principal components, by context."""
     series = []
     for home in dict.fromkeys(found["context"]):
         at = [j for j, c in enumerate(found["context"]) if c == home]
