@@ -115,14 +115,19 @@ def _is_truth(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _are_ids(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(is_integer, value))
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "mode": MODES.__contains__, "model": _is_text, "source": _is_text,
     "texts": lambda v: len(v) > 0 and all(map(_is_text, v)),
     "seeds": lambda v: all(map(is_integer, v)),
     "length": is_count, "share": (None, "m", "e").__contains__,
     "group_size": lambda v: v is None or is_count(v), "arrangement": _is_text, "vectors": is_count,
-    "recipe": _is_text, "changes": lambda v: isinstance(v, dict), "dtype": _is_text,
-    "alone": _is_truth, "timed": _is_truth,
+    "prefix": lambda v: v is None or _is_text(v) or _are_ids(v), "recipe": _is_text,
+    "changes": lambda v: isinstance(v, dict), "dtype": _is_text, "alone": _is_truth,
+    "timed": _is_truth,
 }  # fmt: skip
 
 

@@ -26,6 +26,8 @@ def test_units_without_one_keep_the_keys_that_they_had() -> None:
         other = dataclasses.replace(unit, prefix=prefix)
         assert other.key != unit.key and other.group() != unit.group()
         assert Unit.parse(other.spec()) == other
+    with pytest.raises(ValueError, match="a unit has 7 as its prefix"):
+        Unit.parse(other.spec().replace("[5,17]", "7"))
 
 
 def test_settings_hand_it_to_every_unit(tmp_path: Path) -> None:
