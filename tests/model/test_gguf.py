@@ -18,7 +18,7 @@ gguf = pytest.importorskip("gguf", reason="needs the gguf package, the extra `gg
 TOKENS = ["<s>", "</s>", "<unk>", *map(chr, range(97, 123)), "ab", "cd"]
 SIZES = {
     "vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 0,
-    "eos_token_id": 1,
+    "eos_token_id": 1, "rms_norm_eps": float(np.float32(1e-6)),
 }  # fmt: skip
 
 
