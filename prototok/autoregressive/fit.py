@@ -22,7 +22,8 @@ from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.frozen_lm import FrozenLM, require_frozen
-from prototok.model.prefix import Prefix, PrefixLike
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.results.mem_fit import MemFit
 from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of

@@ -73,8 +73,9 @@ def generate(
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
         length -= 1
-    if lm.prefix is not None:
-        prompt = torch.cat([lm.prefix.on(lm).expand(rows, -1, -1), prompt], dim=1)
+    front = lm.prefix_vectors
+    if front is not None:
+        prompt = torch.cat([front.expand(rows, -1, -1), prompt], dim=1)
     ids = (
         first.new_empty(rows, 0)
         if first is not None

@@ -34,10 +34,11 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
         or found.positions < body.prefix_length + positions
         or found.longest < longest
     ):
-        prefix = None if lm.prefix is None else lm.prefix.on(lm)
         capacity = -(-(body.prefix_length + positions) // POSITIONS) * POSITIONS
         rotary = body.rotary(capacity)
-        found = Decoder(model, len(body.head), rotary, (rows, capacity, longest), prefix=prefix)
+        found = Decoder(
+            model, len(body.head), rotary, (rows, capacity, longest), prefix=lm.prefix_vectors
+        )
         _decoders.of[lm] = found
     return found
 

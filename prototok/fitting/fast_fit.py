@@ -23,7 +23,8 @@ from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
-from prototok.model.prefix import Prefix, PrefixLike
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens

@@ -5,7 +5,8 @@ from __future__ import annotations
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM
-from prototok.model.prefix import Prefix, PrefixLike, prefix_of
+from prototok.model.in_front import PrefixLike, prefix_of
+from prototok.model.prefix import Prefix
 from prototok.model.sink import sink_of
 
 

@@ -17,7 +17,8 @@ from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM, require_frozen
-from prototok.model.prefix import Prefix, PrefixLike
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.model.sample import sample
 from prototok.results.provenance import as_json
 from prototok.texts.targets import Texts, targets_of

@@ -153,12 +153,23 @@ class FrozenLM:
             if prefix.key not in bare._behind:
                 bare._behind[prefix.key] = replace(
                     bare,
-                    body=bare.body.behind(prefix.on(bare)),
+                    body=bare.body.behind(bare._vectors_of(prefix)),
                     context=None if bare.context is None else bare.context - len(prefix),
                     prefix=prefix,
                     _bare=bare,
                 )
             return bare._behind[prefix.key]
+
+    @property
+    def prefix_vectors(self) -> Tensor | None:
+        """(P, d) what stands in front, in the model's dtype and on its device; None: nothing."""
+        return None if self.prefix is None else self.bare._vectors_of(self.prefix)
+
+    def _vectors_of(self, prefix: Prefix) -> Tensor:
+        """The prefix as the model would embed its tokens itself, where it has any."""
+        if prefix.ids is not None:
+            return self.embed(torch.tensor(prefix.ids, device="cpu"))
+        return prefix.vectors.to(self.device, self.dtype)
 
     def in_both_dtypes(self) -> list[FrozenLM]:
         """Return the model in its own dtype and in float32, once where they are the same.

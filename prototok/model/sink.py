@@ -19,7 +19,8 @@ from torch import Tensor
 
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
-from prototok.model.prefix import Prefix, prefix_of
+from prototok.model.in_front import prefix_of
+from prototok.model.prefix import Prefix
 from prototok_kernels.attention import rotary
 from prototok_kernels.layers import DecoderLayer, decoder_block, input_norm, stacked_heads
 

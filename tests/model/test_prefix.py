@@ -14,7 +14,8 @@ from model.families.test_against_transformers import GENERAL, relative_error
 from prototok.autoregressive.generate import generate
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families import DecoderBody
-from prototok.model.prefix import Prefix, prefix_of
+from prototok.model.in_front import prefix_of
+from prototok.model.prefix import Prefix
 from prototok.model.sink import first_position_share, sink_of
 from support import DEVICES, small_llama
 from zoo import OWN, made
