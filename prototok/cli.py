@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prototok.bench.command import bench
-from prototok.common.command_line import SHAPE, Device, Dtype, require_positive, say
+from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, require_positive, say
 from prototok.common.command_line import run as run_app
 from prototok.common.files import try_file, write_text
 from prototok.sweep.cli import app as sweep_app
@@ -64,6 +64,7 @@ def fit(
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_OVERWRITE)] = False,
@@ -86,7 +87,8 @@ def fit(
     layout, settings = Arrangement.parse(arrangement), recipe_of(recipe)
     require_share(share, layout)
     rows = batch_size or "auto"
-    request = _Fit(length, limit, settings, layout, share, seed_list(seeds), rows)
+    front = None if prefix == "none" else prefix
+    request = _Fit(length, limit, settings, layout, share, seed_list(seeds), front, rows)
     folder = FitFolder(out, resume, overwrite)
     with folder.claimed():
         from prototok.model.load import load
@@ -105,21 +107,26 @@ class _Fit:
     arrangement: Arrangement
     share: str | None
     seeds: list[int]
+    prefix: str | None
     batch_size: int | str
 
 
 def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> None:
     """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
     from prototok.fitting.fast_fit import fast_fit
+    from prototok.fitting.front import front_of
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
     from prototok.texts.files import chunks, text_difference
 
     pieces = chunks(lm, text, asked.length, asked.limit)
     where = f"{str(lm.dtype)[6:]} on {lm.device}"
-    say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}")
+    stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
+    say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
-    plan = plan_of(lm, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
+    behind, in_front = front_of(lm, asked.prefix, asked.recipe)
+    say(f"in front: {in_front}")
+    plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
     floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
     done = folder.begin(plan, 2 * 4 * floats)
     left = sorted(set(range(len(pieces))) - set(done))
@@ -139,7 +146,7 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
         if left:
             result = fast_fit(
                 lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
-                arrangement=asked.arrangement.name, recipe=asked.recipe,
+                arrangement=asked.arrangement.name, recipe=asked.recipe, prefix=asked.prefix,
                 batch_size=asked.batch_size, progress=True,
                 on_text=lambda i, result: folder.commit(left[i], labelled(result)),
             )  # fmt: skip
@@ -243,6 +250,7 @@ def capacity(
     longest: Annotated[int, typer.Option(help="Tokens a text.")] = 128,
     recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
     restarts: Annotated[int, typer.Option(help="Fresh starts after a failure.")] = 1,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV, one line a text.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -265,7 +273,10 @@ def capacity(
         try_file(out, "out", lambda head: head.startswith(_CAPACITY_COLUMNS.encode()))
     lm = load(model, device, dtype)
     pieces = chunks(lm, text, longest, texts)
-    found = find_capacity(lm, pieces, recipe=recipe, restarts=restarts, progress=True)
+    found = find_capacity(
+        lm, pieces, recipe=recipe, restarts=restarts, progress=True,
+        prefix=None if prefix == "none" else prefix,
+    )  # fmt: skip
     lines = [_CAPACITY_COLUMNS]
     for t in range(len(pieces)):
         lines.append(

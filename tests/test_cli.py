@@ -47,6 +47,19 @@ def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None
     assert read.stderr.count(": exact\n") == exact
 
 
+def test_a_prefix_is_fitted_behind_and_decoded_behind(book: Path, tmp_path: Path) -> None:
+    fit = ["fit", str(book), "--length", "2", "--limit", "2", "-o", "tokens"]
+    made = prototok_cli(*fit, "--prefix", " the", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "in front: ' the', token " in made.stderr
+    tokens = FitResult.load(tmp_path / "tokens").tokens
+    assert tokens.prefix is not None
+    read = prototok_cli("decode", "tokens", cwd=tmp_path)
+    assert "2 of 2 chunks are exact" in read.stderr
+    other = prototok_cli(*fit, "--prefix", "none", "--resume", cwd=tmp_path)
+    assert other.returncode == 2 and "holds a fit of other prefix" in other.stderr
+
+
 def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> None:
     prototok_cli("fit", str(book), "--length", "2", "--limit", "1", "-o", "tokens", cwd=tmp_path)
     wrong = prototok_cli("decode", "tokens", "--model", "tiny-neox", cwd=tmp_path)

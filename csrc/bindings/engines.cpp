@@ -174,8 +174,8 @@ BlocksInput blocks_shape(const DecoderModel& m, int64_t texts, int64_t length,
 }
 
 BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv,
-                                   const View& z, const View& cos, const View& sin, int64_t first,
-                                   int64_t tile) {
+                                   const View& z, const View& cos, const View& sin,
+                                   const View& prefix, int64_t first, int64_t tile) {
   const auto [texts, length, hidden] = x.sizes<3>();
   BlocksInput input = blocks_shape(m, texts, length, first, tile);
   require(qkv.given == z.given, "z: must be given exactly where qkv is");
@@ -184,15 +184,20 @@ BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv,
   input.cos = cos.rows<const float>({length, m.rotated});
   input.sin = sin.rows<const float>({length, m.rotated});
   input.table_row = m.rotated;
+  if (prefix.given) {
+    input.front = prefix.sizes<5>()[3];
+    input.front_kv = prefix.data<const bf16>(
+        {int64_t(m.blocks.size()), 2, m.kv_heads, input.front, m.head_size});
+  }
   input.of = block_input<const bf16>(m, texts, length, x, qkv, z);
   return input;
 }
 
 void blocks_forward(const DecoderBlocks& self, const View& x, const View& qkv, const View& z,
                     const View& out, const View& saved, const View& cos, const View& sin,
-                    int64_t first, int64_t tile, int threads) {
+                    const View& prefix, int64_t first, int64_t tile, int threads) {
   const DecoderModel& m = self.model();
-  const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, first, tile);
+  const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, prefix, first, tile);
   bf16* to = out.data<bf16>({input.texts, input.length, m.hidden});
   auto* kept = saved.data_or_null<std::uint8_t>({self.saved_bytes(input)});
   const py::gil_scoped_release others_may_run;
@@ -201,10 +206,10 @@ void blocks_forward(const DecoderBlocks& self, const View& x, const View& qkv, c
 
 void blocks_backward(DecoderBlocks& self, const View& x, const View& qkv, const View& z,
                      const View& grad, const View& grad_x, const View& grad_qkv, const View& grad_z,
-                     const View& saved, const View& cos, const View& sin, int64_t first,
-                     int64_t tile, int threads) {
+                     const View& saved, const View& cos, const View& sin, const View& prefix,
+                     int64_t first, int64_t tile, int threads) {
   const DecoderModel& m = self.model();
-  const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, first, tile);
+  const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, prefix, first, tile);
   const int64_t texts = input.texts, length = input.length;
   const bf16* of_out = grad.data<const bf16>({texts, length, m.hidden});
   const auto grads = block_input<bf16>(m, texts, length, grad_x, grad_qkv, grad_z);
@@ -322,9 +327,10 @@ void bind_engines(py::module_& m) {
            },
            named, "texts"_a, "length"_a, "first"_a, "tile"_a)
       .def("forward", &blocks_forward, named, "x"_a, "qkv"_a, "z"_a, "out"_a, "saved"_a, "cos"_a,
-           "sin"_a, "first"_a, "tile"_a, "threads"_a)
+           "sin"_a, "prefix"_a, "first"_a, "tile"_a, "threads"_a)
       .def("backward", &blocks_backward, named, "x"_a, "qkv"_a, "z"_a, "grad"_a, "grad_x"_a,
-           "grad_qkv"_a, "grad_z"_a, "saved"_a, "cos"_a, "sin"_a, "first"_a, "tile"_a, "threads"_a);
+           "grad_qkv"_a, "grad_z"_a, "saved"_a, "cos"_a, "sin"_a, "prefix"_a,
+           "first"_a, "tile"_a, "threads"_a);
   py::class_<FirstLayer>(m, "FirstLayer")
       .def(py::init(&first_layer), named, "weights"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
            "activation"_a, "gated"_a, "eps"_a, "scaling"_a, py::keep_alive<1, 2>())

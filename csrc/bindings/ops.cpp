@@ -93,8 +93,8 @@ void run_activation(const View& grad, const View& z, const View& bias, const Vie
 }
 
 void run_attention(const View& qkv, const View& grad_out, const View& out, const View& cos,
-               const View& sin, int64_t heads, int64_t kv_heads, int64_t window, float scaling,
-               int threads, const std::string& instruction_set) {
+               const View& sin, const View& prefix, int64_t heads, int64_t kv_heads,
+               int64_t window, float scaling, int threads, const std::string& instruction_set) {
   const Element element = qkv.element();
   const auto [rows, length, width] = qkv.sizes<3>();
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0,
@@ -102,14 +102,15 @@ void run_attention(const View& qkv, const View& grad_out, const View& out, const
   require(width % (heads + 2 * kv_heads) == 0, "qkv: must hold heads of one size");
   require(window >= 1, "window: must be at least 1 position");
   const int64_t size = width / (heads + 2 * kv_heads), mixed = heads * size;
-  const int64_t rotary = rotary_size(cos, size);
+  const int64_t rotary = rotary_size(cos, size), front = prefix.given ? prefix.sizes<4>()[2] : 0;
   const Attention attention{
       qkv.data(element, {rows, length, width}),
       grad_out.data_or_null(element, {rows, length, mixed}),
       out.data(element, {rows, length, grad_out.given ? width : mixed}),
       rows,
       {length, heads, kv_heads, size, rotary, window, scaling,
-       cos.rows<const float>({length, rotary}), sin.rows<const float>({length, rotary}), rotary},
+       cos.rows<const float>({length, rotary}), sin.rows<const float>({length, rotary}), rotary,
+       front, prefix.data_or_null(element, {2, kv_heads, front, size})},
       element};
   const Kernels& kernels = kernels_for(instruction_set);
   const py::gil_scoped_release others_may_run;
@@ -133,7 +134,7 @@ void bind_ops(py::module_& m) {
   m.def("activation", &run_activation, named, "grad"_a, "z"_a, "bias"_a, "out"_a, "kind"_a, "gated"_a,
         "threads"_a, "instruction_set"_a = "");
   m.def("attention", &run_attention, named, "qkv"_a, "grad_out"_a, "out"_a, "cos"_a, "sin"_a,
-        "heads"_a, "kv_heads"_a, "window"_a, "scaling"_a, "threads"_a, "instruction_set"_a = "");
+        "prefix"_a, "heads"_a, "kv_heads"_a, "window"_a, "scaling"_a, "threads"_a, "instruction_set"_a = "");
 }
 
 }  // namespace prototok

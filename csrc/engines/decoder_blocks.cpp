@@ -111,13 +111,15 @@ void DecoderBlocks::norm_backward(const bf16* grad_normed, const bf16* sum, cons
 }
 
 // Forward to (M, H c), or with `grad_mixed` backward to the gradient of qkv.
-void DecoderBlocks::attend(const BlocksInput& tile, const DecoderBlock& block, const bf16* qkv,
+void DecoderBlocks::attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
                            const bf16* grad_mixed, bf16* out) const {
   const DecoderModel& m = model_;
-  const std::int64_t N = tile.length;
+  const std::int64_t N = tile.length, keys = tile.front + N;
+  const std::int64_t window = m.blocks[std::size_t(block)].window;
   const AttentionShape shape{N, m.heads, m.kv_heads, m.head_size, m.rotated,
-                             block.window > 0 ? std::min(block.window, N) : N,
-                             m.scaling, tile.cos, tile.sin, tile.table_row};
+                             window > 0 ? std::min(window, keys) : keys,
+                             m.scaling, tile.cos, tile.sin, tile.table_row, tile.front,
+                             tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
   for (std::int64_t text = 0; text < tile.texts; ++text)
     for (std::int64_t head = 0; head < m.kv_heads; ++head) {
       const bf16* of_text = qkv + text * N * stacked();
@@ -150,7 +152,7 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
       if (delta != nullptr) x = saved.stream;
       multiply(normed, products.qkv, block.qkv_bias, saved.qkv, M);
     }
-    attend(tile, block, qkv, nullptr, scratch.heads);
+    attend(tile, b, qkv, nullptr, scratch.heads);
     delta = scratch.narrow[1];
     multiply(scratch.heads, products.out, block.out_bias, delta, M);
     if (!given) {
@@ -202,7 +204,7 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
       norm_backward(of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true, M);
     multiply(grad, products.out, nullptr, scratch.heads, M);
-    attend(tile, block, qkv, scratch.heads, grad_qkv);
+    attend(tile, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
     multiply(grad_qkv, products.qkv, nullptr, of_norm, M);
     if (m.parallel)

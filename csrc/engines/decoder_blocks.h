@@ -38,6 +38,8 @@ struct BlocksInput {
   const float* sin;
   std::int64_t table_row;
   BlockInput<const bf16> of;
+  std::int64_t front = 0;      // F constant positions before the first, in front of every text
+  const bf16* front_kv = nullptr;  // (L, 2, K, F, c): keys, rotated, and values in every block
 };
 
 class DecoderBlocks {
@@ -75,7 +77,7 @@ class DecoderBlocks {
   void norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight, const void* bias,
                      const NormStatistics* statistics, bf16* grad, bool along,
                      std::int64_t M) const;
-  void attend(const BlocksInput& tile, const DecoderBlock& block, const bf16* qkv,
+  void attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
               const bf16* grad_mixed, bf16* out) const;
   void multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias, bf16* out,
                 std::int64_t M, bool add = false) const;

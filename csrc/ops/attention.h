@@ -3,7 +3,8 @@
 //
 // All products are small matrices in fp32 that stay in the caches: queries are taken kQueryBlock at a
 // time, against the keys up to the last of them. Work above the diagonal is left out by tiles.
-// Letters: N positions, P = N rounded up to vectors, c head size, C = c rounded up to vectors.
+// Letters: N positions, T = F + N with those in front, P = T rounded up to vectors, c head size, C = c
+// rounded up to vectors.
 #pragma once
 
 #include "ops/rotary.h"
@@ -28,13 +29,15 @@ inline void store_column(const float* from, float* to, std::int64_t to_row, std:
 
 // Sizes and strides of one row's tensors; a key-value head has `group` query heads.
 struct AttentionSizes {
-  std::int64_t N, c, P, C, group;
+  std::int64_t N, F, T, c, P, C, group;
   std::int64_t width, out_width;  // (H + 2 K) c and H c
   std::int64_t keys, values;      // where they begin in a position's stacked product
   AttentionSizes(const AttentionShape& shape, std::int64_t kv_head)
       : N(shape.length),
+        F(shape.front),
+        T(shape.front + shape.length),
         c(shape.size),
-        P(padded(shape.length)),
+        P(padded(T)),
         C(padded(shape.size)),
         group(shape.heads / shape.kv_heads),
         width((shape.heads + 2 * shape.kv_heads) * shape.size),
@@ -43,24 +46,33 @@ struct AttentionSizes {
         values(keys + shape.kv_heads * shape.size) {}
 };
 
+// The keys and values, (F, c) each, that stand in front of a key-value head's own.
+template <class T>
+struct Front {
+  const T *keys, *values;
+  Front(const AttentionShape& shape, std::int64_t kv_head)
+      : keys(static_cast<const T*>(shape.front_kv) + kv_head * shape.front * shape.size),
+        values(keys + shape.kv_heads * shape.front * shape.size) {}
+};
+
 struct AttentionScratch {
-  float *keys_t, *values;             // (c, P), (N, C)
+  float *keys_t, *values;             // (c, P), (T, C)
   float *queries, *weights, *mixed;   // (kQueryBlock, C), (kQueryBlock, P), (kQueryBlock, C)
   AttentionScratch(Arena& arena, const AttentionSizes& n)
       : keys_t(arena.take<float>(n.c * n.P)),
-        values(arena.take<float>(n.N * n.C)),
+        values(arena.take<float>(n.T * n.C)),
         queries(arena.take<float>(kQueryBlock * n.C)),
         weights(arena.take<float>(kQueryBlock * n.P)),
         mixed(arena.take<float>(kQueryBlock * n.C)) {}
 };
 
 struct AttentionBackwardScratch {
-  float *keys, *keys_t, *values_t;          // (N, C), (c, P), (c, P)
+  float *keys, *keys_t, *values_t;          // (T, C), (c, P), (c, P)
   float *grad_keys, *grad_values;           // (N, C)
   float *queries, *grads, *grad_queries;    // (kQueryBlock, C)
   float *weights, *slopes;                  // (kQueryBlock, P)
   AttentionBackwardScratch(Arena& arena, const AttentionSizes& n)
-      : keys(arena.take<float>(n.N * n.C)),
+      : keys(arena.take<float>(n.T * n.C)),
         keys_t(arena.take<float>(n.c * n.P)),
         values_t(arena.take<float>(n.c * n.P)),
         grad_keys(arena.take<float>(n.N * n.C)),
@@ -76,14 +88,15 @@ struct AttentionBackwardScratch {
 // is 1 / the sum of row i.
 inline void block_weights(const AttentionShape& shape, const float* queries, const float* keys_t,
                           std::int64_t begin, std::int64_t rows, float* weights, float* inverse) {
-  const std::int64_t P = padded(shape.length), C = padded(shape.size);
+  const std::int64_t F = shape.front, P = padded(F + shape.length), C = padded(shape.size);
   for (std::int64_t i = 0; i < rows; i += kTileRows) {
-    const std::int64_t tile = least(kTileRows, rows - i), columns = padded(begin + i + tile);
+    const std::int64_t tile = least(kTileRows, rows - i), columns = padded(F + begin + i + tile);
     product(tile, columns, {queries + i * C, C, 1}, keys_t, P, weights + i * P, P, shape.size,
             false);
     for (std::int64_t r = i; r < i + tile; ++r) {
       float* row = weights + r * P;
-      inverse[r] = softmax_row(row, row, lowest(shape, begin + r), begin + r, columns);
+      const std::int64_t position = F + begin + r;
+      inverse[r] = softmax_row(row, row, lowest(shape, position), position, columns);
     }
   }
 }
@@ -92,18 +105,24 @@ template <class T>
 inline void attention_heads(const AttentionShape& shape, const T* qkv, T* out,
                             std::int64_t kv_head) {
   const AttentionSizes n(shape, kv_head);
-  const std::int64_t N = n.N, c = n.c, P = n.P, C = n.C;
+  const std::int64_t N = n.N, F = n.F, c = n.c, P = n.P, C = n.C;
+  const Front<T> front(shape, kv_head);
   const Scratch<AttentionScratch> scratch(n);
   const auto [keys_t, values, queries, weights, mixed] = *scratch;
   float inverse[kQueryBlock];
 
   clear(keys_t, c * P);
-  clear(values, N * C);
-  for (std::int64_t j = 0; j < N; ++j) {
-    rotate_head(qkv + j * n.width + n.keys, queries, c, shape.table(), j, 1.0f, 1.0f);
+  clear(values, n.T * C);
+  for (std::int64_t j = 0; j < F; ++j) {
+    copy_scaled(front.keys + j * c, queries, c, 1.0f);
     store_column(queries, keys_t + j, P, c);
   }
-  copy_rows(qkv + n.values, n.width, values, C, N, c);
+  for (std::int64_t j = 0; j < N; ++j) {
+    rotate_head(qkv + j * n.width + n.keys, queries, c, shape.table(), j, 1.0f, 1.0f);
+    store_column(queries, keys_t + F + j, P, c);
+  }
+  copy_rows(front.values, c, values, C, F, c);
+  copy_rows(qkv + n.values, n.width, values + F * C, C, N, c);
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
     for (std::int64_t begin = 0; begin < N; begin += kQueryBlock) {
       const std::int64_t rows = least(kQueryBlock, N - begin);
@@ -112,8 +131,8 @@ inline void attention_heads(const AttentionShape& shape, const T* qkv, T* out,
       block_weights(shape, queries, keys_t, begin, rows, weights, inverse);
       for (std::int64_t i = 0; i < rows; i += kTileRows) {
         const std::int64_t tile = least(kTileRows, rows - i);
-        product(tile, C, {weights + i * P, P, 1}, values, C, mixed + i * C, C, begin + i + tile,
-                false);
+        product(tile, C, {weights + i * P, P, 1}, values, C, mixed + i * C, C,
+                F + begin + i + tile, false);
       }
       for (std::int64_t i = 0; i < rows; ++i)
         copy_scaled(mixed + i * C, out + (begin + i) * n.out_width + head * c, c, inverse[i]);
@@ -142,24 +161,27 @@ template <class T>
 inline void attention_backward_heads(const AttentionShape& shape, const T* qkv, const T* grad_out,
                                      T* grad_qkv, std::int64_t kv_head) {
   const AttentionSizes n(shape, kv_head);
-  const std::int64_t N = n.N, c = n.c, P = n.P, C = n.C;
+  const std::int64_t N = n.N, F = n.F, c = n.c, P = n.P, C = n.C;
+  const Front<T> front(shape, kv_head);
   const Scratch<AttentionBackwardScratch> scratch(n);
   const auto [keys, keys_t, values_t, grad_keys, grad_values, queries, grads, grad_queries, weights,
               slopes] = *scratch;
   float inverse[kQueryBlock];
 
-  clear(keys, N * C);
+  clear(keys, n.T * C);
   clear(keys_t, c * P);
   clear(values_t, c * P);
   clear(grad_keys, N * C);
   clear(grad_values, N * C);
   clear(queries, kQueryBlock * C);
   clear(grads, kQueryBlock * C);
-  rotate_rows(qkv + n.keys, n.width, keys, C, N, c, shape.table(), 0, 1.0f, 1.0f);
+  copy_rows(front.keys, c, keys, C, F, c);
+  rotate_rows(qkv + n.keys, n.width, keys + F * C, C, N, c, shape.table(), 0, 1.0f, 1.0f);
   // One after the other: the cache lines that both write at a time may be more than a cache holds.
-  for (std::int64_t j = 0; j < N; ++j) store_column(keys + j * C, keys_t + j, P, c);
-  for (std::int64_t j = 0; j < N; ++j) {
-    copy_scaled(qkv + j * n.width + n.values, queries, c, 1.0f);
+  for (std::int64_t j = 0; j < n.T; ++j) store_column(keys + j * C, keys_t + j, P, c);
+  for (std::int64_t j = 0; j < n.T; ++j) {
+    const T* value = j < F ? front.values + j * c : qkv + (j - F) * n.width + n.values;
+    copy_scaled(value, queries, c, 1.0f);
     store_column(queries, values_t + j, P, c);
   }
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
@@ -171,7 +193,7 @@ inline void attention_backward_heads(const AttentionShape& shape, const T* qkv, 
       block_weights(shape, queries, keys_t, begin, rows, weights, inverse);
       for (std::int64_t i = 0; i < rows; i += kTileRows) {
         const std::int64_t tile = least(kTileRows, rows - i);
-        const std::int64_t seen = begin + i + tile, columns = padded(seen);
+        const std::int64_t seen = F + begin + i + tile, columns = padded(seen);
         product(tile, columns, {grads + i * C, C, 1}, values_t, P, slopes + i * P, P, c, false);
         for (std::int64_t r = i; r < i + tile; ++r)
           slopes_of_row(weights + r * P, inverse[r], slopes + r * P, columns);
@@ -180,11 +202,11 @@ inline void attention_backward_heads(const AttentionShape& shape, const T* qkv, 
       for (std::int64_t j = 0; j < end; j += kTileRows) {
         const std::int64_t tile = least(kTileRows, end - j);
         // The first query of the block that sees key j.
-        const std::int64_t skip = j > begin ? j - begin : 0;
-        product(tile, C, {slopes + skip * P + j, 1, P}, queries + skip * C, C, grad_keys + j * C, C,
+        const std::int64_t skip = j > begin ? j - begin : 0, from = skip * P + F + j;
+        product(tile, C, {slopes + from, 1, P}, queries + skip * C, C, grad_keys + j * C, C,
                 rows - skip, true);
-        product(tile, C, {weights + skip * P + j, 1, P}, grads + skip * C, C, grad_values + j * C,
-                C, rows - skip, true);
+        product(tile, C, {weights + from, 1, P}, grads + skip * C, C, grad_values + j * C, C,
+                rows - skip, true);
       }
       rotate_rows(grad_queries, C, grad_qkv + begin * n.width + head * c, n.width, rows, c,
                   shape.table(), begin, -1.0f, shape.scaling);

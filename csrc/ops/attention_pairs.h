@@ -1,8 +1,8 @@
 // The attention of attention.h in bf16, its products in pairs by the instruction for them: twice the
 // rate of fp32. Weights and slopes are rounded to bf16 as any bf16 attention rounds them; sums are
 // fp32.
-// Letters: N positions, P = N rounded up to vectors, c head size, C = c rounded up to vectors of
-// words, E = c rounded up to vectors of pairs.
+// Letters: N positions, T = F + N with those in front, P = T rounded up to vectors, c head size, C = c
+// rounded up to vectors of words, E = c rounded up to vectors of pairs.
 #pragma once
 
 #include "ops/attention.h"
@@ -72,32 +72,36 @@ struct PairAttentionBackwardScratch {
 inline void attention_heads_in_pairs(const AttentionShape& shape, const bf16* qkv, bf16* out,
                                      std::int64_t kv_head) {
   const AttentionSizes n(shape, kv_head);
-  const std::int64_t N = n.N, c = n.c, P = n.P, C = n.C, E = pairs_padded(c), depth = (c + 1) / 2;
+  const std::int64_t N = n.N, F = n.F, T = n.T, c = n.c, P = n.P, C = n.C, E = pairs_padded(c);
+  const std::int64_t depth = (c + 1) / 2;
+  const Front<bf16> front(shape, kv_head);
   const Scratch<PairAttentionScratch> scratch(n);
   const auto [rows, keys_t, values, weights, logits, mixed] = *scratch;
   float inverse[kPairRows];
 
   clear(rows, P * E);
-  rotate_rows(qkv + n.keys, n.width, rows, E, N, c, shape.table(), 0, 1.0f, 1.0f);
+  copy_rows(front.keys, c, rows, E, F, c);
+  rotate_rows(qkv + n.keys, n.width, rows + F * E, E, N, c, shape.table(), 0, 1.0f, 1.0f);
   transpose_pairs(rows, keys_t, E, P);
-  const bf16* value = qkv + n.values;
-  for (std::int64_t j = 0; j < N; j += 2)
-    interleave(value + j * n.width, j + 1 < N ? value + (j + 1) * n.width : nullptr,
-               values + j / 2 * C, c);
-  clear(values + (N + 1) / 2 * C, (P / 2 - (N + 1) / 2) * C);
+  const auto value = [&](std::int64_t j) -> const bf16* {
+    if (j >= T) return nullptr;
+    return j < F ? front.values + j * c : qkv + (j - F) * n.width + n.values;
+  };
+  for (std::int64_t j = 0; j < T; j += 2) interleave(value(j), value(j + 1), values + j / 2 * C, c);
+  clear(values + (T + 1) / 2 * C, (P / 2 - (T + 1) / 2) * C);
 
   bf16* queries = rows;
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
     for (std::int64_t begin = 0; begin < N; begin += kPairRows) {
-      const std::int64_t tile = least(kPairRows, N - begin), columns = padded(begin + tile);
+      const std::int64_t tile = least(kPairRows, N - begin), seen = F + begin + tile;
+      const std::int64_t columns = padded(seen);
       rotate_rows(qkv + begin * n.width + head * c, n.width, queries, E, tile, c, shape.table(),
                   begin, 1.0f, shape.scaling * kLog2e);
       product(tile, columns, {pairs(queries), E / 2, 1}, keys_t, P, logits, P, depth, false);
       for (std::int64_t i = 0; i < tile; ++i)
-        inverse[i] = softmax_row(logits + i * P, weights + i * P, lowest(shape, begin + i),
-                                 begin + i, columns);
-      product(tile, C, {pairs(weights), P / 2, 1}, values, C, mixed, C, (begin + tile + 1) / 2,
-              false);
+        inverse[i] = softmax_row(logits + i * P, weights + i * P, lowest(shape, F + begin + i),
+                                 F + begin + i, columns);
+      product(tile, C, {pairs(weights), P / 2, 1}, values, C, mixed, C, (seen + 1) / 2, false);
       for (std::int64_t i = 0; i < tile; ++i)
         copy_scaled(mixed + i * C, out + (begin + i) * n.out_width + head * c, c, inverse[i]);
     }
@@ -151,7 +155,9 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
                                               const bf16* grad_out, bf16* grad_qkv,
                                               std::int64_t kv_head) {
   const AttentionSizes n(shape, kv_head);
-  const std::int64_t N = n.N, c = n.c, P = n.P, C = n.C, E = pairs_padded(c), depth = (c + 1) / 2;
+  const std::int64_t N = n.N, F = n.F, c = n.c, P = n.P, C = n.C, E = pairs_padded(c);
+  const std::int64_t depth = (c + 1) / 2;
+  const Front<bf16> front(shape, kv_head);
   const Scratch<PairAttentionBackwardScratch> scratch(n);
   const PairAttentionBackwardScratch s = *scratch;
 
@@ -160,11 +166,13 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
   clear(s.grad_rows, kQueryBlock * E);
   clear(s.grad_keys, P * C);
   clear(s.grad_values, P * C);
-  rotate_rows(qkv + n.keys, n.width, s.rows, E, N, c, shape.table(), 0, 1.0f, 1.0f);
+  copy_rows(front.keys, c, s.rows, E, F, c);
+  rotate_rows(qkv + n.keys, n.width, s.rows + F * E, E, N, c, shape.table(), 0, 1.0f, 1.0f);
   for (std::int64_t j = 0; j < P; j += 2)
     interleave(s.rows + j * E, s.rows + (j + 1) * E, s.keys + j / 2 * C, c);
   transpose_pairs(s.rows, s.keys_t, E, P);
-  copy_rows(qkv + n.values, n.width, s.rows, E, N, c);
+  copy_rows(front.values, c, s.rows, E, F, c);
+  copy_rows(qkv + n.values, n.width, s.rows + F * E, E, N, c);
   transpose_pairs(s.rows, s.values_t, E, P);
 
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
@@ -174,7 +182,7 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
                                                 begin, count, s);
       for (std::int64_t i = 0; i < even; i += kPairRows) {
         const std::int64_t tile = least(kPairRows, even - i);
-        const std::int64_t seen = begin + i + tile, columns = padded(seen);
+        const std::int64_t seen = F + begin + i + tile, columns = padded(seen);
         product(tile, columns, {pairs(s.query_rows + i * E), E / 2, 1}, s.keys_t, P, s.powers, P,
                 depth, false);
         product(tile, columns, {pairs(s.grad_rows + i * E), E / 2, 1}, s.values_t, P,
@@ -182,7 +190,7 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
         for (std::int64_t r = 0; r < tile; r += 2) {
           float inverse[2];
           for (std::int64_t k = 0; k < 2; ++k) {
-            const std::int64_t query = begin + i + r + k;
+            const std::int64_t query = F + begin + i + r + k;
             float* row = s.powers + (r + k) * P;
             inverse[k] = softmax_row(row, row, lowest(shape, query), query, columns);
           }
@@ -200,10 +208,11 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
       for (std::int64_t j = 0, tile; j < begin + even; j += tile) {
         tile = least(kPairRows, (j < begin ? begin : begin + even) - j);
         const std::int64_t skip = j > begin ? (j - begin) / 2 : 0;  // pairs that do not see key j
-        product(tile, C, {s.slopes + skip * P + j, 1, P}, s.queries + skip * C, C,
-                s.grad_keys + j * C, C, even / 2 - skip, true);
-        product(tile, C, {s.weights + skip * P + j, 1, P}, s.grads + skip * C, C,
-                s.grad_values + j * C, C, even / 2 - skip, true);
+        const std::int64_t from = skip * P + F + j;
+        product(tile, C, {s.slopes + from, 1, P}, s.queries + skip * C, C, s.grad_keys + j * C, C,
+                even / 2 - skip, true);
+        product(tile, C, {s.weights + from, 1, P}, s.grads + skip * C, C, s.grad_values + j * C, C,
+                even / 2 - skip, true);
       }
     }
   // The queries were scaled by log2 e for the exponentials.

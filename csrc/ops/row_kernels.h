@@ -1,6 +1,7 @@
 // What the CPU does beside large matrix products: passes over a row of logits, of AdamW, of a norm
 // or of an activation, and attention of one key-value head.
-// Letters: V vocabulary, D coordinates a row, N positions, H heads, K key-value heads, c head size.
+// Letters: V vocabulary, D coordinates a row, N positions, F constant positions in front of them, H
+// heads, K key-value heads, c head size.
 #pragma once
 
 #include "simd/bf16.h"
@@ -52,6 +53,10 @@ struct AttentionShape {
   const float* cos;         // (>= N, >= r / 2), rows `table_row` apart
   const float* sin;
   std::int64_t table_row;
+  // F constant positions that stand before the first, whose rows the tables leave out: their keys,
+  // rotated, and their values, (2, K, F, c) of the tensors' type. No gradient goes to them.
+  std::int64_t front = 0;
+  const void* front_kv = nullptr;
 
   RotaryTable table() const { return {cos, sin, table_row, rotary}; }
 };

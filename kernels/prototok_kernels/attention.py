@@ -2,7 +2,8 @@
 
 On the CPU one C++ pass; on CUDA a rotation in place, and torch's attention (cuDNN, Flash) on views.
 
-Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c).
+Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c), P
+constant positions in front of all rows (prefix.py).
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def _cpu_pass(
     grad: Tensor | None,  # (B, N, H·c); None: forward
     cos: Tensor,
     sin: Tensor,
+    prefix: Tensor | None,  # (2, K, P, c)
     shape: tuple[int, ...],  # N, H, K, c, r, window
     scaling: float,
 ) -> Tensor:
@@ -145,7 +147,7 @@ def _cpu_pass(
         grad = grad.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     _cpu.attention(
-        **views(qkv=qkv, grad_out=grad, out=out, cos=cos, sin=sin), heads=heads,
+        **views(qkv=qkv, grad_out=grad, out=out, cos=cos, sin=sin, prefix=prefix), heads=heads,
         kv_heads=kv_heads, window=window, scaling=scaling, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -154,17 +156,19 @@ def _cpu_pass(
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], scaling: float
-    ) -> Tensor:
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, prefix: Tensor | None,
+        shape: tuple[int, ...], scaling: float,
+    ) -> Tensor:  # fmt: skip
         qkv = qkv.contiguous()
-        ctx.save_for_backward(qkv, cos, sin)
+        ctx.save_for_backward(qkv, cos, sin, prefix)
         ctx.shape, ctx.scaling = shape, scaling
-        return _cpu_pass(qkv, None, cos, sin, shape, scaling)
+        return _cpu_pass(qkv, None, cos, sin, prefix, shape, scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos, sin = ctx.saved_tensors
-        return _cpu_pass(qkv, grad, cos, sin, ctx.shape, ctx.scaling), None, None, None, None
+        qkv, cos, sin, prefix = ctx.saved_tensors
+        grad_qkv = _cpu_pass(qkv, grad, cos, sin, prefix, ctx.shape, ctx.scaling)
+        return grad_qkv, None, None, None, None, None
 
 
 def causal_attention(
@@ -174,24 +178,32 @@ def causal_attention(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
+    prefix: Tensor | None = None,  # (2, K, P, c), keys and values
 ) -> Tensor:  # (B, N, H·c)
     """Causal (sliding-window where given) attention by torch or by flash-attn, heads merged."""
-    length, mask, dtype = q.shape[2], None, v.dtype
+    mask, dtype = None, v.dtype
+    if prefix is not None:
+        k, v = (
+            torch.cat([front.expand(len(q), -1, -1, -1), own], dim=2)
+            for front, own in zip(prefix, (k, v), strict=True)
+        )
     if flash:
         from flash_attn import flash_attn_func
 
         seen = (-1, -1) if window is None else (window - 1, 0)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        # Where keys are more than queries it takes the queries for the last positions.
         out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=seen)
         return out.flatten(2)
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         # Torch's bf16 attention backward on the CPU is an order of magnitude slower than its fp32
         # one; casting costs a fraction of the difference (docs/log.md has the figures).
         q, k, v = q.float(), k.float(), v.float()
-    if window is not None and window < length:
-        position = torch.arange(length, device=q.device)
-        distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window)
+    length, keys = q.shape[2], k.shape[2]
+    if keys > length or (window is not None and window < length):
+        position = torch.arange(keys, device=q.device)
+        distance = position[keys - length :, None] - position[None, :]
+        mask = (distance >= 0) & (distance < (window or keys))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -222,6 +234,7 @@ def attention(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
+    prefix: Tensor | None = None,  # (2, K, P, c), keys, rotated, and values
     backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (B, N, H·c)
     """Causal self-attention with rotary positions, differentiable in qkv.
@@ -231,16 +244,20 @@ def attention(
     "triton" q and k are rotated in place, so that **qkv is overwritten**, and torch attends, or
     with `flash` the flash-attn package, which must be there; "cpu" has no use for it.
 
+    Behind a prefix every query sees its P positions as well, within the window; then cos and sin
+    begin with position P. No gradient goes to the prefix.
+
     Raises ValueError for a shape, dtype or backend that cannot be met.
     """
     require(backend, qkv)
     _check(qkv, cos, sin, heads, kv_heads, window)
+    _check_prefix(prefix, qkv, heads, kv_heads)
     if flash and backend == "cpu":
         raise ValueError("flash: backend 'cpu' attends by itself")
     if backend == "torch":
         return attention_ref(
             qkv, cos, sin, heads=heads, kv_heads=kv_heads, scaling=scaling, window=window,
-            flash=flash,
+            flash=flash, prefix=prefix,
         )  # fmt: skip
     length = qkv.shape[1]
     cos, sin = cos.float(), sin.float()
@@ -248,14 +265,16 @@ def attention(
         qkv = qkv.contiguous()
         q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return causal_attention(q, k, v, scaling, window, flash)
+        return causal_attention(q, k, v, scaling, window, flash, prefix)
     size = qkv.shape[2] // (heads + 2 * kv_heads)
-    # Beyond the length a window hides nothing.
-    seen = length if window is None else min(window, length)
+    prefix = None if prefix is None else prefix.contiguous()
+    keys = length if prefix is None else prefix.shape[2] + length
+    # Beyond the keys a window hides nothing.
+    seen = keys if window is None else min(window, keys)
     shape = (length, heads, kv_heads, size, cos.shape[1], max(1, seen))
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _CpuAttention.apply(qkv, cos, sin, shape, scaling)
-    return _cpu_pass(qkv.contiguous(), None, cos, sin, shape, scaling)
+        return _CpuAttention.apply(qkv, cos, sin, prefix, shape, scaling)
+    return _cpu_pass(qkv.contiguous(), None, cos, sin, prefix, shape, scaling)
 
 
 def _check(
@@ -279,6 +298,16 @@ def _check(
         raise ValueError(f"window: must be at least 1 position, saw {window}")
 
 
+def _check_prefix(prefix: Tensor | None, qkv: Tensor, heads: int, kv_heads: int) -> None:
+    if prefix is None:
+        return
+    size, shape = qkv.shape[-1] // (heads + 2 * kv_heads), tuple(prefix.shape)
+    if prefix.dtype != qkv.dtype or shape != (2, kv_heads, *shape[2:3], size):
+        raise ValueError(
+            f"prefix: must be {qkv.dtype} (2, {kv_heads}, P, {size}), saw {prefix.dtype} {shape}"
+        )
+
+
 def attention_ref(
     qkv: Tensor,
     cos: Tensor,
@@ -289,9 +318,11 @@ def attention_ref(
     scaling: float,
     window: int | None = None,
     flash: bool = False,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch."""
     length = qkv.shape[1]
     q, k, v = (t.transpose(1, 2) for t in _heads(qkv, heads, kv_heads))
     cos, sin = cos[:length].to(qkv.dtype), sin[:length].to(qkv.dtype)
-    return causal_attention(rotary(q, cos, sin), rotary(k, cos, sin), v, scaling, window, flash)
+    q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+    return causal_attention(q, k, v, scaling, window, flash, prefix)

@@ -84,18 +84,31 @@ class Decoder:
         rotary: tuple[Tensor, Tensor],  # cos and sin, each (≥ T, r)
         shape: tuple[int, int, int],  # R, T, longest
         instruction_set: str = "",
+        prefix: Tensor | None = None,  # (F, d), what stands in front of every row, within T
     ) -> None:
         self.model, self._vocabulary = model, vocabulary
         self.rows, capacity, self.longest = shape
+        self._front = 0 if prefix is None else len(prefix)
         self.positions = -(-capacity // POSITIONS) * POSITIONS
         cos, sin = (table.float().contiguous() for table in rotary)
         self._cpp: Any = _cpu.Decoder(
             model=model, rows=self.rows, positions=self.positions, longest_pass=self.longest,
             **views(cos=cos, sin=sin), instruction_set=instruction_set,
         )  # fmt: skip
+        # Nothing writes these positions of the cache again.
+        for start in range(0, self._front, self.longest):
+            assert prefix is not None
+            part = prefix[start : start + self.longest].expand(self.rows, -1, -1)
+            self._pass(part, start)
 
     def pass_(self, inputs: Tensor, start: int) -> None:
-        """Inputs (R, P, d), embeddings of positions start … start + P − 1, through all blocks."""
+        """Inputs (R, P, d), embeddings of positions start … start + P − 1, through all blocks.
+
+        Positions are counted behind the prefix.
+        """
+        self._pass(inputs, self._front + start)
+
+    def _pass(self, inputs: Tensor, start: int) -> None:
         inputs = inputs.float().contiguous()
         self._length = inputs.shape[1]
         self._cpp.pass_(**views(inputs=inputs), start=start, threads=torch.get_num_threads())
@@ -123,4 +136,5 @@ class Decoder:
         if begin == 0:
             self._cpp.predict(**views(ids=ids[0]), threads=threads)
             begin = 1
+        start += self._front
         self._cpp.generate(**views(ids=ids), begin=begin, start=start, threads=threads)

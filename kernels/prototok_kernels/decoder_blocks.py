@@ -5,7 +5,8 @@ through all blocks before the next one. Everywhere else it is the loop of `layer
 
 The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of
 making them: those of GPT-NeoX's second block are cheaper from the first one's span
-(second_layer.py).
+(second_layer.py). Blocks behind a constant prefix (prefix.py) share the packed weights of those
+without.
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP, r rotary
 size.
@@ -48,8 +49,12 @@ class DecoderBlocks:
         layers: Sequence[DecoderLayer],
         norm: Tensor,  # (d,)
         norm_bias: Tensor | None,  # (d,); None: RMSNorm
+        bare: DecoderBlocks | None = None,  # the same without a prefix, whose packed weights serve
     ) -> None:
         self.layers, self.norm, self.norm_bias = list(layers), norm, norm_bias
+        self._bare = bare
+        fronts = [layer.prefix for layer in self.layers if layer.prefix is not None]
+        self._prefix = torch.stack(fronts) if fronts else None  # (L, 2, K, P, c)
         self._weights = [weight for layer in self.layers for weight in layer.tensors]
         self._weights += [norm] if norm_bias is None else [norm, norm_bias]
 
@@ -64,6 +69,7 @@ class DecoderBlocks:
     ) -> Tensor:  # (B, N, d)
         """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
 
+        Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
         `projected`: q, k, v and the up-projection of block `start`, which must be a parallel one;
         Triton's passes overwrite them.
 
@@ -77,10 +83,14 @@ class DecoderBlocks:
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         qkv, z = (None, None) if projected is None else (t.contiguous() for t in projected)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _CpuBlocks.apply(x, qkv, z, cos, sin, cpp, start)
-        return _forward((x.contiguous(), qkv, z), None, cos, sin, cpp, _shape(x, start))
+            return _CpuBlocks.apply(x, qkv, z, cos, sin, self._prefix, cpp, start)
+        constants = cos, sin, self._prefix
+        return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start))
 
     def _packed(self, rotated: int) -> Any:
+        if self._bare is not None:
+            return self._bare._packed(rotated)
+
         def make() -> Any:
             norm = self.norm, self.norm_bias
             return _cpu.DecoderBlocks(model=decoder_model(self.layers, norm, rotated, None))
@@ -110,16 +120,15 @@ def _shape(x: Tensor, start: int) -> dict[str, int]:
 def _forward(
     inputs: tuple[Tensor, Tensor | None, Tensor | None],  # x, and the projections where given
     saved: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    constants: tuple[Tensor, Tensor, Tensor | None],  # cos, sin and the prefix
     cpp: Any,
     shape: dict[str, int],
 ) -> Tensor:
-    x, qkv, z = inputs
+    (x, qkv, z), (cos, sin, prefix) = inputs, constants
     out = torch.empty_like(x)
     cpp.forward(
-        **views(x=x, qkv=qkv, z=z, out=out, saved=saved, cos=cos, sin=sin), **shape,
-        threads=torch.get_num_threads(),
+        **views(x=x, qkv=qkv, z=z, out=out, saved=saved, cos=cos, sin=sin, prefix=prefix),
+        **shape, threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -128,29 +137,29 @@ class _CpuBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, qkv: Tensor | None, z: Tensor | None, cos: Tensor, sin: Tensor,
-        cpp: Any, start: int,
+        prefix: Tensor | None, cpp: Any, start: int,
     ) -> Tensor:  # fmt: skip
         inputs, shape = (x.contiguous(), qkv, z), _shape(x, start)
         size = cpp.saved_bytes(texts=len(x), length=x.shape[1], **shape)
         saved = torch.empty(size, dtype=torch.uint8, device="cpu")
-        out = _forward(inputs, saved, cos, sin, cpp, shape)
-        ctx.save_for_backward(*inputs, saved, cos, sin)
+        out = _forward(inputs, saved, (cos, sin, prefix), cpp, shape)
+        ctx.save_for_backward(*inputs, saved, cos, sin, prefix)
         ctx.cpp, ctx.shape = cpp, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, qkv, z, saved, cos, sin = ctx.saved_tensors
+        x, qkv, z, saved, cos, sin, prefix = ctx.saved_tensors
         grads = [None if t is None else torch.empty_like(t) for t in (x, qkv, z)]
         grad_x, grad_qkv, grad_z = grads
         ctx.cpp.backward(
             **views(
                 x=x, qkv=qkv, z=z, grad=grad.contiguous(), grad_x=grad_x, grad_qkv=grad_qkv,
-                grad_z=grad_z, saved=saved, cos=cos, sin=sin,
+                grad_z=grad_z, saved=saved, cos=cos, sin=sin, prefix=prefix,
             ),
             **ctx.shape, threads=torch.get_num_threads(),
         )  # fmt: skip
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def decoder_blocks_ref(

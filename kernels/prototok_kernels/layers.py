@@ -1,7 +1,8 @@
 """Frozen decoder blocks as plain tensors, and the general layer that runs them.
 
 Letters: B rows, N positions, d hidden size, H heads, K key-value heads, c head size, r rotary size
-(r ≤ c), I inner size of the MLP. Matrices lie as in `nn.Linear`: (out, in).
+(r ≤ c), I inner size of the MLP, P vectors of a prefix (prefix.py). Matrices lie as in `nn.Linear`:
+(out, in).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class DecoderLayer:
     activation: str  # one of ACTIVATIONS
     window: int | None = None  # positions a query sees, its own included; None: all before it
     flash: bool = False  # attend by the flash-attn package
+    prefix: Tensor | None = None  # (2, K, P, c): keys, rotated to 0 … P − 1, and values of a prefix
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -80,6 +82,11 @@ class DecoderLayer:
     def v(self) -> tuple[Tensor, Tensor | None]:
         """Weight (K·c, d) and bias (K·c,)."""
         return self._projection(self.heads + self.kv_heads, self.kv_heads)
+
+    @property
+    def prefix_length(self) -> int:
+        """P; 0 without a prefix."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
     @cached_property
     def tensors(self) -> list[Tensor]:
@@ -170,6 +177,19 @@ def post_norm(
     return residual_norm(x, delta, layer.post_norm, bias, layer.eps, backend)
 
 
+def stacked_heads(normed: Tensor, layer: DecoderLayer) -> Tensor:
+    """q, k and v of normed (B, N, d), norms over heads included: (B, N, (H + 2 K)·c)."""
+    qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+    if layer.q_norm is None or layer.k_norm is None:
+        return qkv
+    q, k, v = qkv.unflatten(-1, (-1, layer.head_size)).split(
+        [layer.heads, layer.kv_heads, layer.kv_heads], dim=2
+    )
+    q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
+    k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, layer.eps)
+    return torch.cat([q, k, v], dim=2).flatten(2)
+
+
 def self_attention(
     normed: Tensor,  # (B, N, d)
     layer: DecoderLayer,
@@ -178,15 +198,7 @@ def self_attention(
     backend: str,
 ) -> Tensor:  # (B, N, d)
     """Causal self-attention between its input and output projections."""
-    qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k, v = qkv.unflatten(-1, (-1, layer.head_size)).split(
-            [layer.heads, layer.kv_heads, layer.kv_heads], dim=2
-        )
-        q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.eps)
-        k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, layer.eps)
-        qkv = torch.cat([q, k, v], dim=2).flatten(2)
-    return _attended(qkv, layer, cos, sin, backend)
+    return _attended(stacked_heads(normed, layer), layer, cos, sin, backend)
 
 
 def _attended(
@@ -199,7 +211,7 @@ def _attended(
     """Self-attention behind its input projections."""
     mixed = attention(
         qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
-        window=layer.window, flash=layer.flash, backend=backend,
+        window=layer.window, flash=layer.flash, prefix=layer.prefix, backend=backend,
     )  # fmt: skip
     return F.linear(mixed, layer.o, layer.o_bias)
 
@@ -242,6 +254,7 @@ def decoder_block(
 ) -> tuple[Tensor, Tensor]:
     """One block on the stream x + delta, positions 0 … N − 1, causal.
 
+    Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
     What a block adds to the stream is left for the next norm, which adds and normalises in one
     pass: the result is the pair of a new stream and what is still to be added to it.
     """

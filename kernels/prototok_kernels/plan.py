@@ -4,7 +4,8 @@
 never asks again. A plan says of each part what was taken, why, and why nothing else was; print it
 with `str(plan)`.
 
-Letters: B rows, N positions, d hidden size, H heads, S = H + 2 spanning vectors per row.
+Letters: B rows, N positions, d hidden size, H heads, P vectors of a prefix, S = 2 + H (1 + P)
+spanning vectors per row.
 """
 
 from __future__ import annotations
@@ -110,8 +111,14 @@ class Shape:
     flash: bool = False
     normed_heads: bool = False  # norms on q and k, in any block
     parallel: tuple[bool, ...] = ()  # of the first two blocks
+    prefix: int = 0  # P
     unpacked: str | None = None
     head_unpacked: str | None = "the model ends in logits"
+
+    @property
+    def spanning(self) -> int:
+        """S"""
+        return 2 + self.heads * (1 + self.prefix)
 
     @classmethod
     def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
@@ -127,6 +134,7 @@ class Shape:
             flash=any(layer.flash for layer in layers),
             normed_heads=any(layer.q_norm is not None for layer in layers),
             parallel=tuple(is_parallel(layer) for layer in layers[:2]),
+            prefix=first.prefix_length,
             unpacked=why_unpacked(weights),
             head_unpacked="there is no head" if head is None else why_unpacked([head]),
         )
@@ -184,7 +192,9 @@ def _plan_of(
     normed_heads = "q and k have norms" if shape.normed_heads else None
     is_flash = "flash-attn attends" if shape.flash else None
     two_vectors = None if shape.parallel[:1] == (False,) else "a parallel block needs e and m alone"
-    spanned = (shape.heads + 2) * (shape.hidden_size + length) < length * shape.hidden_size
+    behind = "there is a prefix" if shape.prefix else None
+    long_prefix = "the prefix is longer than the text" if shape.prefix > length else None
+    spanned = shape.spanning * (shape.hidden_size + length) < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
     no_pair = _against_closed_form(shape, length, pair)
 
@@ -203,11 +213,11 @@ def _plan_of(
         attention=attention,
         first_layer=_choose(
             (
-                "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
+                "cpu", no_pair, behind, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
                 few_positions, "the head size is odd" if shape.head_size % 2 else None,
             ),
-            ("triton", no_pair, no_triton),
-            ("torch", no_pair),
+            ("triton", no_pair, behind, no_triton),
+            ("torch", no_pair, long_prefix),
             ("in full",),
         ),
         first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
@@ -216,7 +226,7 @@ def _plan_of(
                 "span", no_pair,
                 None if shape.parallel == (True, True) else "it needs two parallel blocks",
                 # Up to 3 S positions it is no faster (docs/log.md).
-                None if length > 3 * (shape.heads + 2) else "it pays beyond 3 S positions",
+                None if length > 3 * shape.spanning else "it pays beyond 3 S positions",
             ),
             ("in full",),
         ),
@@ -255,7 +265,7 @@ def _against_closed_form(shape: Shape, length: int, pair: bool) -> str | None:
         return "transformers runs the model"
     if not pair:
         return "the input is not [e, m, …, m]"
-    if shape.window is not None and shape.window < length:
+    if shape.window is not None and shape.window < shape.prefix + length:
         return f"positions beyond the window of {shape.window} do not see e"
     return None
 

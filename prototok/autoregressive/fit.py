@@ -19,8 +19,11 @@ from prototok.fitting.engine.inputs import TeacherForced
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.front import front_of
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.results.mem_fit import MemFit
 from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of
@@ -36,6 +39,7 @@ def fit(
     seeds: int | Sequence[int] = 1,
     recipe: str | Recipe = "fast",
     first: str = "predicted",
+    prefix: PrefixLike | Prefix = "auto",
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -58,6 +62,7 @@ def fit(
         recipe: "fast", "paper", "kuratov" (their settings, see `kuratov`), or a `Recipe`.
         first: "predicted" has mem_K predict t_1; "given" feeds t_1 and scores N − 1 tokens, as
             Kuratov et al. do.
+        prefix: what stands in front of mem_1, as in `fast_fit`.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
         batch_size: rows on the device at once.
         progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
@@ -81,13 +86,15 @@ def fit(
     for i, ids in enumerate(targets):
         if len(ids) <= given:
             raise ValueError(f"texts: text {i} has one token, and first = 'given' scores none")
+    lm, in_front = front_of(lm, prefix, settings)
     require_room_for(targets, lambda n: require_room(lm, k, n))
     setup = teacher_forced(lm, k, settings, backend, rows_at_once, given)
 
     def collect(rows: list[EndedRow[Generated]]) -> MemFit:
         positions = setup.inputs.input_length(max(len(ids) for ids in targets))
         plan = lm.plan(len(targets) * len(chosen), positions, backend)
-        provenance = provenance_of(lm, settings, chosen, plan) | {"verified with": cache_of(lm)}
+        provenance = provenance_of(lm, settings, chosen, plan)
+        provenance |= {"verified with": cache_of(lm), "prefix": in_front}
         return mem_fit_of(setup, rows, len(chosen), provenance)
 
     groups = make_groups(targets, chosen, None, None)
@@ -125,6 +132,7 @@ def mem_fit_of(
         seconds=column(lambda one: one.seconds),
         seed=column(lambda one: one.row.seed, torch.int64),
         provenance=provenance,
+        prefix=setup.lm.prefix,
     )
 
 

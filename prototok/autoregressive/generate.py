@@ -73,6 +73,9 @@ def generate(
     if first is not None:
         prompt = torch.cat([prompt, lm.embed(first)[:, None]], dim=1)
         length -= 1
+    front = lm.prefix_vectors
+    if front is not None:
+        prompt = torch.cat([front.expand(rows, -1, -1), prompt], dim=1)
     ids = (
         first.new_empty(rows, 0)
         if first is not None
@@ -157,7 +160,8 @@ def bytes_read(lm: FrozenLM, rows: int, positions: int) -> int:
     """Return the bytes that decoding `positions` tokens one by one must read."""
     cached = 0
     for layer in _body(lm).layers:
-        seen = sum(min(p + 1, layer.window or p + 1) for p in range(positions))
+        ends = range(layer.prefix_length + 1, layer.prefix_length + 1 + positions)
+        seen = sum(min(end, layer.window or end) for end in ends)
         cached += 2 * rows * layer.kv_heads * layer.head_size * lm.dtype.itemsize * seen
     return positions * sum(weight.nbytes for weight in matrices(lm) or []) + cached
 
@@ -185,7 +189,8 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
 
 def _static_decoder(lm: FrozenLM, rows: int, positions: int, backend: str) -> StaticDecoder:
     """Return a decoder with room for `positions`: that of the last call where it fits."""
-    capacity = -(-positions // POSITIONS) * POSITIONS
+    front = _body(lm).prefix_length
+    capacity = -(-(front + positions) // POSITIONS) * POSITIONS
     found: StaticDecoder | None = _decoders.of.get(lm)
     wanted = (rows, capacity, backend)
     if found is None or (found.rows, found.capacity, found.backend) != wanted:

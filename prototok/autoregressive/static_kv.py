@@ -49,6 +49,10 @@ class StaticDecoder:
 
         self.keys = [new(rows, first.kv_heads, capacity, size) for _ in body.layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        for layer, keys, values in zip(body.layers, self.keys, self.values, strict=True):
+            if layer.prefix is not None:
+                keys[:, :, : body.prefix_length] = layer.prefix[0]
+                values[:, :, : body.prefix_length] = layer.prefix[1]
         self.x = new(rows, lm.hidden_size)
         self.qkv = new(rows, sum(self.parts) * size)
         self.inner = new(rows, len(inner_projection(first)[0]))
@@ -71,7 +75,7 @@ class StaticDecoder:
             prompt.append(self.embedding[self.ids[0]])
             start = 1
         if length > start:
-            self.position.zero_()
+            self.position.fill_(self.body.prefix_length)
             for vector in prompt:
                 self.x.copy_(vector)
                 self._forward()

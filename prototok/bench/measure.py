@@ -189,6 +189,7 @@ def _measure(
     arrangement = Arrangement.parse("e m*")
     exact = accuracy = per_text = steps = step_seconds = None
     which: list[bool] = []
+    front = lm
     if settings.shape is not None:
         generator = torch.Generator().manual_seed(0)
         targets = list(
@@ -211,10 +212,11 @@ def _measure(
         steps = float(solved.float().median()) if len(solved) else None
         row = int(fit.exact.flatten().int().argmax())
         vectors = fit.tokens.vectors(row)[None]
-        decoded = decode_ids(lm, vectors, arrangement, length, "auto")[0]
+        front = lm.behind(fit.tokens.prefix)
+        decoded = decode_ids(front, vectors, arrangement, length, "auto")[0]
         if exact and not torch.equal(decoded, fit.targets[row]):
             raise RuntimeError(f"{name}: a fit that was exact no longer decodes to its text")
-    timings = time_all(lm, vectors, length, peak, settings.vllm_python)
+    timings = time_all(front, vectors, length, peak, settings.vllm_python)
     one = [t for t in timings if t.method == ONE]
     others = [t for t in timings if t.method != ONE]
     dynamic = [t for t in others if "dynamic" in t.method]

@@ -113,13 +113,16 @@ def time_all(
     peak: Peak,
     vllm_python: Path | None = None,
 ) -> list[Timing]:
-    """Time all ways at all batch sizes; they take turns at each size, so that drift hits all."""
+    """Time all ways at all batch sizes; they take turns at each size, so that drift hits all.
+
+    A prefix that `lm` has stands in front of the one forward alone.
+    """
     dtypes = [lm.dtype]
     if lm.device.type == "cpu" and lm.dtype != torch.float32:
         dtypes.append(torch.float32)  # at batch 1 the wider dtype can be the faster baseline
-    generate = {dtype: Generate(lm, dtype) for dtype in dtypes}
+    generate = {dtype: Generate(lm.bare, dtype) for dtype in dtypes}
     own = lm.body.family != "general"
-    engine = {dtype: Engine(lm, dtype) for dtype in dtypes if own}
+    engine = {dtype: Engine(lm.bare, dtype) for dtype in dtypes if own}
     arrangement = Arrangement.parse("e m*")
     timings = []
     for batch in BATCHES:

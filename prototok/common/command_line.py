@@ -15,6 +15,7 @@ import typer
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
+PREFIX = "Text in front of e in every row, not fitted; none, or auto to leave it to the recipe."
 SHAPE = (
     "A published shape with random weights, for speed alone: pythia-160m, pythia-410m, "
     "pythia-1.4b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b."

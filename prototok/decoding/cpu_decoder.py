@@ -31,12 +31,14 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
         found is None
         or found.model is not model
         or found.rows != rows
-        or found.positions < positions
+        or found.positions < body.prefix_length + positions
         or found.longest < longest
     ):
-        capacity = -(-positions // POSITIONS) * POSITIONS
+        capacity = -(-(body.prefix_length + positions) // POSITIONS) * POSITIONS
         rotary = body.rotary(capacity)
-        found = Decoder(model, len(body.head), rotary, (rows, capacity, longest))
+        found = Decoder(
+            model, len(body.head), rotary, (rows, capacity, longest), prefix=lm.prefix_vectors
+        )
         _decoders.of[lm] = found
     return found
 

@@ -119,7 +119,7 @@ def decode(
 
     Args:
         lm: the model the vectors were fitted on.
-        tokens: what to decode.
+        tokens: what to decode, behind its own prefix where it has one.
         length: read this many tokens of every row instead of its own number.
         batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
             size can round differently and flip a token whose margin is near zero.
@@ -133,6 +133,7 @@ def decode(
     """
     require_frozen(lm)
     tokens.require_model(lm)
+    lm = lm.behind(tokens.prefix)
     arrangement = Arrangement.parse(tokens.arrangement)
     if length is not None:
         require_length(length, lm, arrangement)

@@ -18,10 +18,13 @@ from prototok.decoding.decode import require_length
 from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.fast_fit import one_forward
+from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
 
@@ -58,6 +61,7 @@ def capacity(
     *,
     lengths: Sequence[int] = GRID,
     recipe: str | Recipe = "fast",
+    prefix: PrefixLike | Prefix = "auto",
     init: Prior | None = None,
     restarts: int = 1,
     backend: str = "auto",
@@ -75,6 +79,7 @@ def capacity(
         texts: strings, ragged lists of token ids, or a LongTensor (T, N).
         lengths: the grid, rising.
         recipe: "fast", "paper", or a `Recipe`; its `max_steps` are those of one fit.
+        prefix: what stands in front of e, as in `fast_fit`.
         init: where fresh vectors start, as in `fast_fit`.
         restarts: fresh starts after a warm one has come near and failed.
         backend, batch_size, progress: as in `fast_fit`.
@@ -92,8 +97,9 @@ def capacity(
     if init is not None:
         init.require_model(lm)
     settings, layout = recipe_of(recipe), Arrangement.parse("e m*")
-    setup = one_forward(lm, layout, settings, init, backend, batch_size_of(batch_size))
     targets = targets_of(lm, texts)
+    lm, _ = front_of(lm, prefix, settings, init)
+    setup = one_forward(lm, layout, settings, init, backend, batch_size_of(batch_size))
     room = [n for n in grid if lm.context is None or layout.input_length(n) <= lm.context]
     require_length(grid[0], lm, layout)
 

@@ -18,10 +18,13 @@ from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
@@ -41,6 +44,7 @@ def fast_fit(
     group_size: int | None = None,
     seeds: int | Sequence[int] = 1,
     arrangement: str = "e m*",
+    prefix: PrefixLike | Prefix = "auto",
     recipe: str | Recipe = "fast",
     init: Prior | None = None,
     backend: str = "auto",
@@ -63,6 +67,9 @@ def fast_fit(
         group_size: texts a group, in the order given; None is one group of all.
         seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
         arrangement: where e and m stand, see `prototok.results.arrangement.Arrangement`.
+        prefix: what stands in front of e in every row and is not fitted: text, token ids, vectors
+            (P, d), or None for nothing. "auto" leaves it to the recipe: "fast" puts one token in
+            front of a model that has an attention sink, "paper" nothing. The result keeps it.
         recipe: "fast", "paper", or a `Recipe`.
         init: where vectors start, from `prototok.learn_shared`; None leaves it to the recipe, and
             "fast" then starts built-in models from the prior they come with.
@@ -95,18 +102,20 @@ def fast_fit(
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
+    lm, in_front = front_of(lm, prefix, settings, init)
     require_room_for(targets, lambda n: require_length(n, lm, layout))
 
     def collect(rows: list[EndedRow[Verified]]) -> FitResult:
         positions = layout.input_length(max(len(ids) for ids in targets))
         plan = lm.plan(len(targets) * len(chosen), positions, backend, layout.is_pair)
-        provenance = provenance_of(lm, settings, chosen, plan)
+        provenance = provenance_of(lm, settings, chosen, plan) | {"prefix": in_front}
         tokens = tokens_of(setup, rows, len(chosen), share, provenance)
         return _result(tokens, rows)
 
     setup = one_forward(lm, layout, settings, init, backend, rows_at_once)
     groups = make_groups(targets, chosen, share, group_size)
-    return fit_all(setup, groups, verify, collect, Watching("fit", progress, callback, on_text))
+    what = "fit" if lm.prefix is None else f"fit behind {in_front}"
+    return fit_all(setup, groups, verify, collect, Watching(what, progress, callback, on_text))
 
 
 def require_share(share: str | None, arrangement: Arrangement) -> None:
@@ -169,6 +178,7 @@ def tokens_of(
         share=share,
         groups=groups,
         provenance=provenance,
+        prefix=setup.lm.prefix,
     )
 
 

@@ -13,9 +13,12 @@ from prototok.common.version import VERSION
 from prototok.common.world import own_world
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
+from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
 from prototok.model.sample import sample
 from prototok.results.provenance import as_json
 from prototok.texts.targets import Texts, targets_of
@@ -32,6 +35,7 @@ def learn_shared(
     *,
     length: int | None = None,
     steps: int = 300,
+    prefix: PrefixLike | Prefix = "auto",
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -47,6 +51,7 @@ def learn_shared(
         length: cut every text to this many tokens; None: to 16, or to 8 or 4 where the joint fit of
             longer ones gets fewer than 0.9 of their tokens right.
         steps: most updates of the joint fit.
+        prefix: what stands in front of e, as in `fast_fit`, and of the fits that start from here.
         backend, batch_size, progress: as in `fast_fit`.
 
     Raises:
@@ -63,13 +68,14 @@ def learn_shared(
         raise ValueError("texts: one text has nothing in common with others; pass two or more")
     recipe = Recipe(
         name="joint", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
-        init_std=0.3, temperature=0.5, max_steps=steps,
+        init_std=0.3, temperature=0.5, max_steps=steps, against_sink=True,
     )  # fmt: skip
+    lm, in_front = front_of(lm, prefix, recipe)
     for length in lengths:
         targets = [ids[:length] for ids in targets]
         fit = fast_fit(
             lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
-            progress=progress,
+            prefix=lm.prefix, progress=progress,
         )  # fmt: skip
         if float(fit.accuracy.mean()) >= _ENOUGH:
             break
@@ -84,10 +90,12 @@ def learn_shared(
             "recipe": as_json(recipe),
             "texts": str(len(targets)),
             "length": str(length),
+            "prefix": in_front,
             "accuracy": f"{float(fit.accuracy.mean()):.3f}",
             "prototok": VERSION,
             "torch": torch.__version__,
         },
+        prefix=lm.prefix,
     )
 
 

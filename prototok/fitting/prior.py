@@ -13,6 +13,13 @@ from torch import Tensor
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.load import BUILT_IN, path_of
+from prototok.model.prefix import Prefix
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
@@ -35,6 +42,7 @@ class Prior:
     std    (2, d) fp32; zero for a vector that always starts at its mean
     basis  (2, d, d) fp32, orthonormal columns for e and for m; None: the model's own coordinates
     model  which frozen model it belongs to
+    prefix what stood in front of the fits it was learned from; None: nothing
     """
 
     mean: Tensor
@@ -42,6 +50,7 @@ class Prior:
     basis: Tensor | None
     model: ModelIdentity
     provenance: dict[str, str] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def require_model(self, lm: FrozenLM) -> None:
         """Raise ValueError unless this was learned on the model that `lm` holds."""
@@ -54,8 +63,10 @@ class Prior:
             "version": _VERSION,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         tensors = {"mean": self.mean, "std": self.std, "basis": self.basis}
+        tensors |= prefix_tensors(self.prefix)
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -68,18 +79,21 @@ class Prior:
         header, tensors = read_tensors(path, "a prior", (_FORMAT, _VERSION), _require_consistent)
         return cls(
             tensors["mean"], tensors["std"], tensors.get("basis"), identity_of(header),
-            provenance_in(header),
+            provenance_in(header), prefix_in(header, tensors),
         )  # fmt: skip
 
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are those of a prior of its model."""
-    d = identity_of(header).hidden_size
+    identity = identity_of(header)
+    d = identity.hidden_size
     provenance_in(header)
+    require_prefix(header, shapes, d, identity.vocab_size)
     expected = {"mean": (2, d), "std": (2, d), "basis": (2, d, d)}
-    if not {"mean", "std"} <= set(shapes) <= set(expected):
+    if not {"mean", "std"} <= set(shapes) <= {*expected, "prefix"}:
         raise ValueError(f"it holds {sorted(shapes)}")
-    for name, (dtype, shape) in shapes.items():
+    for name in shapes.keys() & expected.keys():
+        dtype, shape = shapes[name]
         if dtype != "F32" or shape != expected[name]:
             raise ValueError(f"{name} is {dtype} {shape} where F32 {expected[name]} is expected")
 

@@ -34,6 +34,8 @@ class Recipe:
             and weight_decay is scaled so that an update takes as much off as before; None: lr
             with a prior too.
         m_rate: the rate of m as a multiple of that of e; 0 leaves m where it starts.
+        against_sink: put one ordinary token in front of a model that has an attention sink, where
+            the call leaves the prefix to the recipe (`model.sink`).
         shipped_prior: start from the `Prior` that comes with a built-in model, where none is given.
         temperature: T of the loss CE(logits / T); predictions and margins are at T = 1.
         max_steps: most updates of one row.
@@ -54,6 +56,7 @@ class Recipe:
     eigenbasis: bool = False
     prior_rate: float | None = None
     m_rate: float = 1.0
+    against_sink: bool = False
     shipped_prior: bool = False
     temperature: float = 1.0
     max_steps: int = 5000
@@ -156,6 +159,7 @@ FAST = Recipe(
     warmup=5,
     init_std=0.3,
     prior_rate=0.3,
+    against_sink=True,
     shipped_prior=True,
     temperature=0.5,
     max_steps=4500,

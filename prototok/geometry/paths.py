@@ -168,6 +168,7 @@ class _Ends:
         require_frozen(lm)
         tokens = fit.tokens
         tokens.require_model(lm)
+        lm = lm.behind(tokens.prefix)
         seeds = tokens.seeds
         try:
             chosen = _exact_pairs(fit) if pairs is None else [tuple(pair) for pair in pairs]

@@ -120,12 +120,13 @@ def decodings(
     longest = int(fit.tokens.lengths.max()) + longer
     arrangement = Arrangement.parse(fit.tokens.arrangement)
     steady = arrangement.name not in ("e* m*",)  # its layout depends on the length
-    if steady and (lm.context is None or arrangement.input_length(longest) <= lm.context):
+    context = lm.behind(fit.tokens.prefix).context
+    if steady and (context is None or arrangement.input_length(longest) <= context):
         stretched = replace(fit.tokens, lengths=fit.tokens.lengths + longer)
         found.append(_withstood("decoding", f"{longer} position more", score(lm, fit, stretched)))
     if lm.body.family != "general":
         body = GeneralBody.from_model(lm.source, lm.device, lm.dtype)
-        plain = replace(lm, body=body, _twins={})
+        plain = replace(lm, body=body, _twins={}, _behind={})
         found.append(_withstood("decoding", "transformers' forward", score(plain, fit)))
     return found
 

@@ -6,7 +6,7 @@ Letters: B rows, N positions, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from prototok.common.world import own_world
 from prototok.model.families import Body, DecoderBody, body_of
 from prototok.model.families.general import GeneralBody
 from prototok.model.identity import ModelIdentity, is_sampled, sampled_fingerprint_of
+from prototok.model.prefix import Prefix
 from prototok_kernels.plan import Plan, plan_of
 
 _casting = threading.Lock()
@@ -40,6 +41,8 @@ class FrozenLM:
         source: the transformers model, its weights as stored; shared with a model of the user's
             that was in memory, which must stay as it was: see `require_unchanged`.
         attention: "sdpa", "flash" (the flash-attn package), or "transformers" for the general body.
+        dequantised: how the matrices of a GGUF file are stored, such as "Q4_1"; None elsewhere.
+        prefix: what stands in front of every input (see `behind`); None: nothing.
     """
 
     identity: ModelIdentity
@@ -51,6 +54,10 @@ class FrozenLM:
     source: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     attention: str = "sdpa"
+    dequantised: str | None = None
+    prefix: Prefix | None = None
+    _bare: FrozenLM | None = field(repr=False, default=None)
+    _behind: dict[bytes, FrozenLM] = field(repr=False, default_factory=dict)
     _version: int = field(repr=False, default=0)
     _sampled: str = field(repr=False, default="")
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
@@ -94,7 +101,7 @@ class FrozenLM:
 
     def hidden_of_ids(self, ids: Tensor, backend: str = "auto") -> Tensor:
         """`hidden` of token ids (B, N), which go through the model's own embedding."""
-        if isinstance(self.body, DecoderBody):
+        if isinstance(self.body, DecoderBody) or self.prefix is not None:
             return self.hidden(self.embed(ids), backend)
         self.require_unchanged()
         return self.body.hidden_of_ids(ids.to(self.device))
@@ -116,6 +123,8 @@ class FrozenLM:
         self.require_unchanged()
         if dtype == self.dtype:
             return self
+        if self._bare is not None:
+            return self._bare.cast(dtype).behind(self.prefix)
         with _casting:  # so that threads that start together make it once
             if dtype not in self._twins:
                 self.require_unchanged(sampled=True)
@@ -123,6 +132,44 @@ class FrozenLM:
                     self.source, self.identity, self.tokenizer, self.device, dtype
                 )
             return self._twins[dtype]
+
+    @property
+    def bare(self) -> FrozenLM:
+        """The model without a prefix."""
+        return self._bare or self
+
+    @own_world
+    def behind(self, prefix: Prefix | None) -> FrozenLM:
+        """Return the model with a constant prefix in front of every input, made once and kept.
+
+        To its callers it is a model like any other: inputs are as long as they were, and `context`
+        is what is left. Keys and values of the prefix are computed here, in the model's dtype. A
+        prefix that the model had is replaced; None takes it away.
+        """
+        bare = self.bare
+        if prefix is None:
+            return bare
+        with _casting:  # so that threads that start together make it once
+            if prefix.key not in bare._behind:
+                bare._behind[prefix.key] = replace(
+                    bare,
+                    body=bare.body.behind(bare._vectors_of(prefix)),
+                    context=None if bare.context is None else bare.context - len(prefix),
+                    prefix=prefix,
+                    _bare=bare,
+                )
+            return bare._behind[prefix.key]
+
+    @property
+    def prefix_vectors(self) -> Tensor | None:
+        """(P, d) what stands in front, in the model's dtype and on its device; None: nothing."""
+        return None if self.prefix is None else self.bare._vectors_of(self.prefix)
+
+    def _vectors_of(self, prefix: Prefix) -> Tensor:
+        """The prefix as the model would embed its tokens itself, where it has any."""
+        if prefix.ids is not None:
+            return self.embed(torch.tensor(prefix.ids, device="cpu"))
+        return prefix.vectors.to(self.device, self.dtype)
 
     def in_both_dtypes(self) -> list[FrozenLM]:
         """Return the model in its own dtype and in float32, once where they are the same.

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file, logging
 
 from prototok.common.world import own_world
+from prototok.model import gguf
 from prototok.model.examine import require_forward, require_plain_weights
 from prototok.model.families import DecoderBody, body_of, choose
 from prototok.model.families.general import twin_of_model
@@ -49,7 +50,8 @@ def load(
     """Load and freeze a causal language model.
 
     Args:
-        model: a hub id, a folder in Hub layout, "tiny-llama" or "tiny-neox" (built in), or a
+        model: a hub id, a folder in Hub layout, a GGUF file, which is dequantised
+            (`lm.dequantised` says from what), "tiny-llama" or "tiny-neox" (built in), or a
             `PreTrainedModel` of your own, which is read and never changed; also one that peft,
             `torch.compile` or `DataParallel` has wrapped. Weights that need no cast are shared with
             it, so it must not be trained on while it is used here: that is noticed and refused.
@@ -59,9 +61,9 @@ def load(
         attention: "auto" and "sdpa" leave it to torch, which on CUDA takes cuDNN's or its own Flash
             kernel and on the CPU our C++; "flash" is the flash-attn package, CUDA and 16 bit alone.
 
-    Only safetensors weights are read and no code of the repository is run. A few positions are run
-    to see that the model is causal, and that its own forward, where it has one here, gives what
-    transformers gives.
+    Only safetensors and GGUF weights are read and no code of the repository is run. A few positions
+    are run to see that the model is causal, and that its own forward, where it has one here, gives
+    what transformers gives.
 
     Raises:
         ValueError: missing, gated, not causal, quantised, pickle-only, weights not finite, or a
@@ -70,6 +72,7 @@ def load(
     device = device_of(device)
     dtype = dtype_of(dtype, device)
     _require_attention(attention, device, dtype)
+    dequantised = None
     if isinstance(model, torch.nn.Module):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
@@ -82,7 +85,10 @@ def load(
     else:
         name = str(model)
         path = path_of(name)
-        source, resolved = _read(path, revision)
+        if gguf.is_gguf(path):
+            source, resolved, dequantised = _read_gguf(path, revision), None, gguf.stored_as(path)
+        else:
+            source, resolved = _read(path, revision)
         require_plain_weights(source, name)
         tokenizer = _tokenizer_of(path, resolved)
     chosen = choose(source)
@@ -99,6 +105,7 @@ def load(
         tokenizer_hash=hash_of_tokenizer(tokenizer),
     )
     lm = freeze(source, identity, tokenizer, device, dtype, body)
+    lm = replace(lm, dequantised=dequantised)
     if attention != "flash":
         return lm
     if not isinstance(lm.body, DecoderBody):
@@ -243,6 +250,15 @@ def _read(path: str, revision: str | None) -> tuple[PreTrainedModel, str | None]
     return source, revision
 
 
+def _read_gguf(path: str, revision: str | None) -> PreTrainedModel:
+    if revision is not None:
+        raise ValueError(f"revision: {revision!r} means nothing for the local file {path}")
+    config = gguf.read_config(path)
+    _require_causal_class(config, path, *(config.architectures or []))
+    with _no_progress_bar():
+        return gguf.read_model(path, config)
+
+
 def _has_adapter(path: str, revision: str | None) -> bool:
     return (
         cached_file(
@@ -329,7 +345,9 @@ def _require_causal_class(config: PreTrainedConfig, name: str, *architectures: s
 
 
 def _tokenizer_of(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """Load the model's tokenizer; None where the folder or repository has none."""
+    """Load the model's tokenizer; None where the folder, file or repository has none."""
+    if gguf.is_gguf(path):
+        return gguf.read_tokenizer(path)
     if not any(_has(path, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
     try:

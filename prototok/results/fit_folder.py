@@ -22,6 +22,7 @@ from typing import Any
 from prototok.common.files import remove_orphans, try_folder, write_text
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
+from prototok.model.prefix import Prefix
 from prototok.results.fit_result import FitResult, join, require_writable
 
 _FORMAT, _VERSION = "prototok.unfinished_fit", 1
@@ -203,11 +204,14 @@ def plan_of(
     lm: FrozenLM, targets: Sequence[Sequence[int]], arrangement: str, share: str | None,
     seeds: Sequence[int], recipe: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Describe a fit by everything that its result depends on; `recipe` is its settings as JSON."""
+    """Describe a fit by everything that its result depends on.
+
+    `lm` is the model behind the prefix of the fit; `recipe` is its settings as JSON.
+    """
     return _plan(
         texts=len(targets), targets=targets, model=lm.identity.fingerprint,
         dtype=str(lm.dtype).removeprefix("torch."), arrangement=arrangement, share=share,
-        seeds=list(seeds), recipe=recipe,
+        seeds=list(seeds), recipe=recipe, prefix=_named(lm.prefix),
     )  # fmt: skip
 
 
@@ -219,8 +223,12 @@ def plan_of_result(result: FitResult) -> dict[str, Any]:
         model=tokens.model.fingerprint, dtype=tokens.provenance.get("dtype"),
         arrangement=tokens.arrangement, share=tokens.share,
         seeds=parse_json(tokens.provenance.get("seeds", "null")),
-        recipe=tokens.provenance.get("recipe"),
+        recipe=tokens.provenance.get("recipe"), prefix=_named(tokens.prefix),
     )  # fmt: skip
+
+
+def _named(prefix: Prefix | None) -> str | None:
+    return None if prefix is None else hashlib.sha256(prefix.key).hexdigest()
 
 
 def _plan(targets: Sequence[Sequence[int]], **rest: Any) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def join(parts: Sequence[FitResult]) -> FitResult:
             getattr(tokens, name) == getattr(first, name)
             for name in ("arrangement", "model", "seeds", "share")
         )
+        alike &= (tokens.prefix and tokens.prefix.key) == (first.prefix and first.prefix.key)
         if not alike or tokens.share is not None:
             raise ValueError("parts: these fits were not made alike, or share a vector")
     ms = [part.tokens.m for part in parts if part.tokens.m is not None]

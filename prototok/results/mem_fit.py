@@ -13,6 +13,13 @@ from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import (
     Shapes,
@@ -53,6 +60,7 @@ class MemFit:
     steps     int64, updates made before the fit of the row ended
     seconds   fp32, the row's share of the wall time of the batches it was in
     seed      int64, the seed that the row started from
+    prefix    what stands in front of every row's vectors, the same for all; None: nothing
     """
 
     mem: Tensor
@@ -67,6 +75,7 @@ class MemFit:
     seconds: Tensor
     seed: Tensor
     provenance: dict[str, str]
+    prefix: Prefix | None = None
 
     @property
     def failed(self) -> Tensor:
@@ -83,6 +92,7 @@ class MemFit:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {name: getattr(self, name) for name in ("mem", "seed", *_MEASURED)}
+        tensors |= prefix_tensors(self.prefix)
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor(
             [len(ids) for ids in self.targets], dtype=torch.int64, device="cpu"
@@ -93,6 +103,7 @@ class MemFit:
             "first": self.first,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         write_tensors(path, tensors, header)
 
@@ -115,7 +126,7 @@ class MemFit:
             seed = seeds_of(provenance, shape[1]).expand(shape).clone()
         return cls(
             mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
-            model=model, provenance=provenance, seed=seed,
+            model=model, provenance=provenance, seed=seed, prefix=prefix_in(header, tensors),
             **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
 
@@ -125,11 +136,13 @@ _NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 def _require_consistent(header: dict, shapes: Shapes) -> None:
     """Raise ValueError unless the shapes in the file are those of one fit."""
-    width = identity_of(header).hidden_size
+    identity = identity_of(header)
+    width = identity.hidden_size
     provenance_in(header)
+    require_prefix(header, shapes, width, identity.vocab_size)
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
-    if set(shapes) - {"seed"} != {"mem", "targets", "lengths", *_MEASURED}:
+    if set(shapes) - {"seed", "prefix"} != {"mem", "targets", "lengths", *_MEASURED}:
         raise ValueError(f"it holds {sorted(shapes)}")
     dtype, shape = shapes["mem"]
     if dtype != "F32" or len(shape) != 4 or shape[3] != width:

@@ -14,7 +14,14 @@ from torch import Tensor
 from prototok.common.arguments import is_count
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
+from prototok.results.prefix_file import (
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 from prototok.results.tensor_file import (
     Shapes,
     identity_of,
@@ -38,6 +45,7 @@ class ProtoTokens:
     m        (T, S, d), or (G, d) if shared; None for the arrangement without m
     lengths  (T,) int64, the N of each text
     groups   (T,) int64, each text's sharing group; None when nothing is shared
+    prefix   what stands in front of every row, the same for all; None: nothing
     """
 
     e: Tensor
@@ -49,6 +57,7 @@ class ProtoTokens:
     share: str | None = None
     groups: Tensor | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     @property
     def texts(self) -> int:
@@ -108,6 +117,7 @@ class ProtoTokens:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {"e": self.e, "m": self.m, "lengths": self.lengths, "groups": self.groups}
+        tensors |= prefix_tensors(self.prefix)
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -116,6 +126,7 @@ class ProtoTokens:
             "seeds": self.seeds,
             "model": asdict(self.model),
             "provenance": self.provenance,
+            **prefix_header(self.prefix),
         }
         write_tensors(path, tensors, header)
 
@@ -146,6 +157,7 @@ class ProtoTokens:
             share=header["share"],
             groups=tensors.get("groups"),
             provenance=header["provenance"],
+            prefix=prefix_in(header, tensors),
         )
 
 
@@ -161,7 +173,8 @@ def _require_consistent(header: dict, shapes: Shapes) -> None:
         raise ValueError(f"it shares {share!r}")
     names = {"e", "lengths"} | ({"m"} if arrangement.has_m else set())
     names |= {"groups"} if share else set()
-    if set(shapes) != names or share not in (None, *names):
+    require_prefix(header, shapes, identity.hidden_size, identity.vocab_size)
+    if set(shapes) - {"prefix"} != names or share not in (None, *names):
         raise ValueError(f"it holds {sorted(shapes)} where {sorted(names)} are expected")
     (texts,) = shapes["lengths"][1] if len(shapes["lengths"][1]) == 1 else (-1,)
     inner = {"e": (arrangement.leading,) if arrangement.leading > 1 else (), "m": ()}

@@ -43,6 +43,7 @@ def provenance_of(lm: FrozenLM, recipe: Any, seeds: list[int], plan: Plan) -> di
         "backend": plan.passes.taken,
         "plan": plan.summary(),
         "attention": lm.attention,
+        **({"dequantised from": lm.dequantised} if lm.dequantised else {}),
         "family": lm.body.family,
         **versions(),
     }

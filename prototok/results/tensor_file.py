@@ -19,7 +19,8 @@ from prototok.model.identity import ModelIdentity
 
 KEY = "prototok"  # of our JSON header among a safetensors file's metadata
 
-_VECTORS = ("e", "m", "mem", "mean", "std", "basis")  # what a model reads, so it must be finite
+# What a model reads, so it must be finite.
+_VECTORS = ("e", "m", "mem", "mean", "std", "basis", "prefix")
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name to its dtype, as F32, and shape
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prototok.common.command_line import Device, say
+from prototok.common.command_line import PREFIX, Device, say
 from prototok.common.files import try_folder
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def plan(
     model: Annotated[list[str] | None, typer.Option(help=_MODEL)] = None,
     source: Annotated[list[str] | None, typer.Option(help=_SOURCE)] = None,
     preset: Annotated[str, typer.Option(help=_PRESET)] = "paper",
+    prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML that overrides settings.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -51,6 +52,7 @@ def plan(
     settings = settings_of(
         experiment, preset, config,
         models=tuple(model or ()), sources=tuple(Source.parse(s) for s in source or ()),
+        prefix=prefix,
     )  # fmt: skip
     with try_folder(out, "out"):  # before models are loaded and texts generated
         units, texts = plan_experiment(out, experiment, settings, device)

@@ -35,7 +35,8 @@ HELD_OUT, RANDOM, GENERATED = (
     Source.parse(text) for text in ("held-out", "random", "generated:held-out")
 )
 _COMMON = (
-    "models", "sources", "texts", "lengths", "seeds", "recipe", "changes", "dtype", "text_seed",
+    "models", "sources", "texts", "lengths", "seeds", "prefix", "recipe", "changes", "dtype",
+    "text_seed",
 )  # fmt: skip
 
 
@@ -142,6 +143,8 @@ def settings_of(
     if config is not None:
         found |= read_config(config, experiment.keys)
     found |= {key: value for key, value in given.items() if value}
+    if found.get("prefix") == "none":
+        found["prefix"] = None
     return Settings(**found)
 
 
@@ -198,8 +201,8 @@ def _loaded(model: str, device: str, dtype: str) -> Any:
 def expand(model: str, source: str, texts: list[str], s: Settings) -> Iterator[Unit]:
     """Yield all units of one model and source, over texts by their ids."""
     common: dict[str, Any] = {
-        "model": model, "source": source, "recipe": s.recipe, "changes": s.changes,
-        "dtype": s.dtype, "alone": s.alone, "timed": s.timed,
+        "model": model, "source": source, "prefix": s.prefix, "recipe": s.recipe,
+        "changes": s.changes, "dtype": s.dtype, "alone": s.alone, "timed": s.timed,
     }  # fmt: skip
     for arrangement in s.arrangements:
         for share in s.share:

@@ -115,7 +115,10 @@ class AutoregressiveMode:
 
 
 def mode_of(lm: FrozenLM, unit: Unit, recipe: Recipe, batch_size: int | None) -> Mode:
-    """Return the mode of a unit, which is that of all units of its `group()`."""
+    """Return the mode of a unit, which is that of all units of its `group()`.
+
+    `lm` is the model behind the prefix that they have.
+    """
     if unit.mode == "autoregressive":
         return AutoregressiveMode(teacher_forced(lm, unit.vectors, recipe, "auto", batch_size, 0))
     arrangement = Arrangement.parse(unit.arrangement)

@@ -37,6 +37,7 @@ class Settings:
         group_sizes: texts that share; None is all texts of a (model, source, N).
         seeds_share: the seeds of a text share the vector, too; else they are fits of their own.
         vectors: K of the autoregressive fits beside them; none where it is empty.
+        prefix: what stands in front, text, token ids or None; "auto" leaves it to the recipe.
         contexts, continuations: of figures 4 and 5, where each context is continued so many times.
         recipe: its name; `changes` are fields of `Recipe` that differ from it.
         dtype: of the frozen weights.
@@ -55,6 +56,7 @@ class Settings:
     group_sizes: tuple[int | None, ...] = (None,)
     seeds_share: bool = False
     vectors: tuple[int, ...] = ()
+    prefix: str | tuple[int, ...] | None = "auto"
     contexts: int = 0
     continuations: int = 0
     recipe: str = "paper"
@@ -88,6 +90,8 @@ class Settings:
         for share in self.share:
             if share not in (None, "m", "e"):
                 raise ValueError(f"share: {shown(share)} is not none, m or e")
+        if isinstance(self.prefix, tuple) and not all(type(token) is int for token in self.prefix):
+            raise ValueError(f"prefix: {shown(self.prefix)} is not text, token ids, none or auto")
         if self.recipe not in ("fast", "paper"):
             raise ValueError(f"recipe: {shown(self.recipe)} is not fast or paper")
         dtype_of(self.dtype, torch.device("cpu"))
@@ -144,6 +148,10 @@ def _value(key: str, value: Any) -> Any:
         if key in ("models", "arrangements") and not all(isinstance(v, str) for v in listed):
             raise ValueError(f"{key}: {shown(value)} is not a list of names")
         return tuple(listed)
+    if key == "prefix":
+        if not isinstance(value, str | list):
+            raise ValueError(f"prefix: {value!r} is not text, a list of token ids, none or auto")
+        return tuple(value) if isinstance(value, list) else value
     if key == "changes":
         if not isinstance(value, dict):
             raise ValueError(f"changes: {shown(value)} is not a mapping of fields of a recipe")

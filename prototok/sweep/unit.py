@@ -32,6 +32,7 @@ class Unit:
         group_size: texts a sharing group, as the experiment asked for it; None for all of them.
         arrangement: of the one-forward mode (`prototok.results.arrangement`).
         vectors: K of the autoregressive mode.
+        prefix: what stands in front, text, token ids or None; "auto" leaves it to the recipe.
         recipe: name of a recipe; `changes` are the `Recipe` fields that differ from it.
         dtype: of the frozen weights, "auto" to let the device decide.
         alone: fit this unit with nothing beside it in the batch (the paper's Table 4).
@@ -48,6 +49,7 @@ class Unit:
     group_size: int | None = None
     arrangement: str = "e m*"
     vectors: int = 1
+    prefix: str | tuple[int, ...] | None = "auto"
     recipe: str = "paper"
     changes: dict[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
@@ -60,10 +62,15 @@ class Unit:
         return hashlib.sha256(self.spec().encode()).hexdigest()[:24]
 
     def spec(self) -> str:
-        """Write the specification as canonical JSON: sorted names, no spaces."""
-        return json.dumps(
-            dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True
-        )
+        """Write the specification as canonical JSON: sorted names, no spaces.
+
+        A prefix that is left to the recipe is not named, so that keys are those from before there
+        were any.
+        """
+        named = dataclasses.asdict(self)
+        if self.prefix == "auto":
+            del named["prefix"]
+        return json.dumps(named, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def parse(cls, spec: str) -> Unit:
@@ -73,7 +80,10 @@ class Unit:
         if not isinstance(found, dict) or not set(found) <= known:
             raise ValueError("a unit is not made of the fields of one")
         try:
-            unit = cls(**found | {name: tuple(found[name]) for name in ("texts", "seeds")})
+            lists = {name: tuple(found[name]) for name in ("texts", "seeds")}
+            if isinstance(found.get("prefix"), list):
+                lists["prefix"] = tuple(found["prefix"])
+            unit = cls(**found | lists)
         except (KeyError, TypeError) as error:
             raise ValueError(f"a unit lacks something ({error})") from None
         for name, fits in _FIELDS.items():
@@ -86,8 +96,9 @@ class Unit:
     def group(self) -> tuple:
         """Return what units that can be fitted in one batch have in common; N may differ."""
         return (
-            self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.recipe,
-            json.dumps(self.changes, sort_keys=True), self.share, self.alone, self.timed,
+            self.model, self.dtype, self.mode, self.arrangement, self.vectors, self.prefix,
+            self.recipe, json.dumps(self.changes, sort_keys=True), self.share, self.alone,
+            self.timed,
         )  # fmt: skip
 
     @property
@@ -104,14 +115,19 @@ def _is_truth(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _are_ids(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(is_integer, value))
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "mode": MODES.__contains__, "model": _is_text, "source": _is_text,
     "texts": lambda v: len(v) > 0 and all(map(_is_text, v)),
     "seeds": lambda v: all(map(is_integer, v)),
     "length": is_count, "share": (None, "m", "e").__contains__,
     "group_size": lambda v: v is None or is_count(v), "arrangement": _is_text, "vectors": is_count,
-    "recipe": _is_text, "changes": lambda v: isinstance(v, dict), "dtype": _is_text,
-    "alone": _is_truth, "timed": _is_truth,
+    "prefix": lambda v: v is None or _is_text(v) or _are_ids(v), "recipe": _is_text,
+    "changes": lambda v: isinstance(v, dict), "dtype": _is_text, "alone": _is_truth,
+    "timed": _is_truth,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from prototok.common.clock import timed
 from prototok.decoding.information import information
 from prototok.fitting.driver import EndedRow, fit_groups
 from prototok.fitting.engine.rows import Group, Row
+from prototok.fitting.front import front_of
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.mem_fit import MemFit
 from prototok.results.provenance import arithmetic, as_json, versions
@@ -90,6 +91,7 @@ class Worker:
 
     def _fit(self, lm: FrozenLM, units: list[Unit]) -> Iterator[str]:
         recipe = recipe_of_unit(units[0].recipe, units[0].changes)
+        lm, in_front = front_of(lm, units[0].prefix, recipe)
         mode = mode_of(lm, units[0], recipe, self.batch_size)
         for unit in units:
             mode.require(unit.length)
@@ -108,7 +110,8 @@ class Worker:
                 same | self._record(mode, unit, r, one) | self._time(mode, unit, one)
                 for r, one in enumerate(rows)
             ]
-            provenance = {"unit": unit.spec(), "recipe": settings, **ran, **versions()}
+            provenance = {"unit": unit.spec(), "recipe": settings, "prefix": in_front}
+            provenance |= ran | versions()
             self.run.commit(unit.key, records, mode.saving(rows, provenance))
             yield unit.key
 
@@ -134,7 +137,9 @@ class Worker:
             **mode.measured(one),
         }
         return (
-            self._asked(unit, r) | measured | self._texts_columns(mode.setup.lm, unit, r, check.ids)
+            self._asked(unit, r)
+            | measured
+            | self._texts_columns(mode.setup.lm.bare, unit, r, check.ids)
         )
 
     def _time(self, mode: Mode, unit: Unit, one: EndedRow) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def recheck(run: RunFolder, key: str, rows: list[dict[str, Any]], lm: FrozenLM) 
     stored = run.tensors(key)
     stored.require_model(lm)
     unit = run.units()[key]
+    lm = lm.behind(stored.prefix)
     mode = mode_of(lm, unit, recipe_of_unit(unit.recipe, unit.changes), None)
     problems = []
     for row in rows:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ 
 # Letters: R rows, N positions, d hidden size, I inner size, H heads, K key-value heads, c head
 # size, V vocabulary.
 R, N, D, INNER, H, K, C, V = 3, 4, 8, 12, 2, 1, 4, 10
+L, F = 1, 2  # blocks, constant positions in front
 MIXED, STACKED = H * C, (H + 2 * K) * C
 LAYER = {"heads": H, "kv_heads": K, "head_size": C, "eps": 1e-5, "scaling": 0.5}
 
@@ -103,7 +104,7 @@ class Call:
 def calls() -> dict[str, Call]:
     row_norm = {"weight": floats(D), "statistics": floats(R, 2)}
     texts = {"e": floats(R, D), "m": floats(R, D), **tables()}
-    stream = {"x": halves(R, N, D), **tables()}
+    stream = {"x": halves(R, N, D), "prefix": halves(L, 2, K, F, C), **tables()}
     of_first = {"first": 0, "tile": 1}
     saved_bytes = saved_floats = 0
     if "avx512bf16" in _cpu.instruction_sets():
@@ -149,16 +150,17 @@ def calls() -> dict[str, Call]:
             lambda **t: _cpu.attention(
                 **t, heads=H, kv_heads=K, window=N, scaling=0.5, **one
             ),
-            {"qkv": floats(R, N, STACKED), "grad_out": None, "out": floats(R, N, MIXED)}
-            | tables(),
-            ("grad_out",),
+            {"qkv": floats(R, N, STACKED), "grad_out": None, "out": floats(R, N, MIXED),
+             "prefix": floats(2, K, F, C)} | tables(),
+            ("grad_out", "prefix"),
         ),
         "attention backward": Call(
             lambda **t: _cpu.attention(
                 **t, heads=H, kv_heads=K, window=N, scaling=0.5, **one
             ),
             {"qkv": floats(R, N, STACKED), "grad_out": floats(R, N, MIXED),
-             "out": floats(R, N, STACKED)} | tables(),
+             "out": floats(R, N, STACKED), "prefix": floats(2, K, F, C)} | tables(),
+            ("prefix",),
         ),
         "DecoderModel, its ends": Call(
             lambda **t: _cpu.DecoderModel(
@@ -203,14 +205,14 @@ def calls() -> dict[str, Call]:
             lambda **t: blocks().forward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "out": halves(R, N, D),
                       "saved": torch.zeros(saved_bytes, dtype=torch.uint8)},
-            ("qkv", "z", "saved"), needs_bf16=True,
+            ("qkv", "z", "saved", "prefix"), needs_bf16=True,
         ),
         "DecoderBlocks.backward": Call(
             lambda **t: blocks().backward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "grad": halves(R, N, D), "grad_x": halves(R, N, D),
                       "grad_qkv": None, "grad_z": None,
                       "saved": torch.zeros(saved_bytes, dtype=torch.uint8)},
-            ("qkv", "z", "grad_qkv", "grad_z"), needs_bf16=True,
+            ("qkv", "z", "grad_qkv", "grad_z", "prefix"), needs_bf16=True,
         ),
         "FirstLayer": Call(
             first_layer, first_layer_weights(),

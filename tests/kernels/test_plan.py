@@ -95,6 +95,24 @@ def test_the_closed_form_is_for_pairs_within_the_window() -> None:
     assert taken(planned(Shape()))["first_layer"] == "in full"
 
 
+def test_behind_a_prefix_the_first_layer_is_torchs_and_its_span_is_wider() -> None:
+    behind = dataclasses.replace(LLAMA, prefix=1)
+    found = taken(planned(behind))
+    assert found["first_layer"] == "torch" and found["blocks"] == "cpu"
+    assert ("cpu", "there is a prefix") in planned(behind).first_layer.others
+    assert taken(planned(behind, GPU, device="cuda"))["first_layer"] == "torch"
+    assert found["first_mlp"] == "span"
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=12)))["first_mlp"] == "positions"
+    long = dataclasses.replace(LLAMA, prefix=65)
+    assert taken(planned(long))["first_layer"] == "in full"
+    windowed = dataclasses.replace(LLAMA, prefix=1, window=64)
+    assert taken(planned(windowed))["first_layer"] == "in full"
+    wider = dataclasses.replace(NEOX, prefix=3)
+    assert taken(planned(NEOX))["second_layer"] == "span"
+    assert taken(planned(wider, length=54))["second_layer"] == "in full"
+    assert taken(planned(wider, length=55))["second_layer"] == "span"
+
+
 def test_long_texts_on_few_rows_share_their_products() -> None:
     wide = dataclasses.replace(LLAMA, hidden_size=768)
     length = -(-SMALL_TEXT // 768**2)

@@ -6,7 +6,7 @@ combinations of S projected vectors a row, instead of products at N positions. d
 derives it.
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, I inner size of the MLP,
-S = H + 2 spanning vectors per row.
+S spanning vectors per row.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, post_no
 from prototok_kernels.pair.first_layer import (
     affine_norm_backward,
     centred_for,
-    combined,
     rms_inverse_of,
 )
+from prototok_kernels.pair.scan import combined
 
 # Weight and bias of a LayerNorm, weight and bias of the product behind it.
 _Part = tuple[Tensor, Tensor, Tensor, Tensor | None]

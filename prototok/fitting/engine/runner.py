@@ -164,7 +164,7 @@ class CapturedStep(StepRunner):
     def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
         super().__init__(lm, slots, rows_per_forward)
         # Tables that grow with the input are let go when they do; the graphs go on reading these.
-        self.tables = getattr(lm.body, "rotary", lambda n: None)(
+        self.tables = getattr(lm.body, "tables", lambda n: None)(
             slots.inputs.input_length(slots.room.length)
         )
         self.stream = torch.cuda.Stream(lm.device)

@@ -1,7 +1,7 @@
 """A frozen decoder: its blocks, the norm behind them and the head's weight.
 
 Letters: B rows, G groups of rows that share m, N positions, d hidden size, V vocabulary, r rotated
-part of a head.
+part of a head, P vectors of a prefix.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
+from prototok_kernels.prefix import behind_prefix
 
 
 class Ends(NamedTuple):
@@ -41,6 +42,7 @@ class DecoderBody:
     norm_bias: Tensor | None  # (d,)
     head: Tensor | None  # (V, d)
     rotary: RotaryTables
+    bare: DecoderBody | None = None  # the same without a prefix
 
     reason = "its own forward"
 
@@ -52,10 +54,24 @@ class DecoderBody:
         """Return the same body, attending by the flash-attn package."""
         return replace(self, layers=[replace(layer, flash=True) for layer in self.layers])
 
+    def behind(self, vectors: Tensor) -> DecoderBody:
+        """Return the same body with vectors (P, d) in front of every input."""
+        layers = behind_prefix(self.layers, vectors, *self.rotary(len(vectors)))
+        return replace(self, layers=layers, bare=self)
+
+    @property
+    def prefix_length(self) -> int:
+        """P; 0 without a prefix."""
+        return self.layers[0].prefix_length
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (P + N, r) for inputs of N positions, row i for position i."""
+        return self.rotary(self.prefix_length + length)
+
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
-        rotary = self.rotary(inputs_embeds.shape[1])
-        return self._blocks(inputs_embeds, *rotary, plan)
+        cos, sin = (t[self.prefix_length :] for t in self.tables(inputs_embeds.shape[1]))
+        return self._blocks(inputs_embeds, cos, sin, plan)
 
     def hidden_of_pair(
         self,
@@ -70,13 +86,14 @@ class DecoderBody:
         And, where the plan says so, the first projections of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
         """
-        rotary = self.rotary(length)
-        pair = (e, m, group, length, self.layers[0], *rotary, plan)
+        tables = self.tables(length)
+        cos, sin = (t[self.prefix_length :] for t in tables)
+        pair = (e, m, group, length, self.layers[0], *tables, plan)
         if plan.second_layer.taken != "span":
-            return self._blocks(first_layer(*pair), *rotary, plan, start=1)
+            return self._blocks(first_layer(*pair), cos, sin, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
         projected = second_layer_projections(x, coef, span, self.layers[1])
-        return self._blocks(x, *rotary, plan, start=1, projected=projected)
+        return self._blocks(x, cos, sin, plan, start=1, projected=projected)
 
     @cached_property
     def shape(self) -> Shape:
@@ -85,4 +102,5 @@ class DecoderBody:
 
     @cached_property
     def _blocks(self) -> DecoderBlocks:
-        return DecoderBlocks(self.layers, self.norm, self.norm_bias)
+        bare = None if self.bare is None else self.bare._blocks
+        return DecoderBlocks(self.layers, self.norm, self.norm_bias, bare)

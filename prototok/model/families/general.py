@@ -25,9 +25,16 @@ class GeneralBody:
     head: Tensor | None = None
     shape = Shape()
 
-    def __init__(self, model: PreTrainedModel, reason: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, reason: str = "", prefix: Tensor | None = None
+    ) -> None:
         self.model = model
         self.reason = reason
+        self.prefix = prefix  # (P, d)
+
+    def behind(self, vectors: Tensor) -> GeneralBody:
+        """Return the same twin with vectors (P, d) in front of every input."""
+        return GeneralBody(self.model, self.reason, vectors)
 
     @classmethod
     def from_model(
@@ -44,8 +51,12 @@ class GeneralBody:
 
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """(B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
-        # Some models scale what they are given in place.
-        return self.model(inputs_embeds=inputs_embeds.clone(), use_cache=False).logits
+        if self.prefix is None:
+            # Some models scale what they are given in place.
+            return self.model(inputs_embeds=inputs_embeds.clone(), use_cache=False).logits
+        front = self.prefix.expand(len(inputs_embeds), -1, -1)
+        whole = torch.cat([front, inputs_embeds], dim=1)
+        return self.model(inputs_embeds=whole, use_cache=False).logits[:, len(self.prefix) :]
 
     def hidden_of_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) to logits (B, N, V), by the model's own embedding."""
