@@ -180,7 +180,7 @@ def causal_attention(
     flash: bool = False,
     prefix: Tensor | None = None,  # (2, K, P, c), keys and values
 ) -> Tensor:  # (B, N, H·c)
-    """Attend causally by torch or by flash-attn, within a window where one is given; heads merged."""
+    """Attend causally by torch or flash-attn, within a window where one is given; merge heads."""
     mask, dtype = None, v.dtype
     if prefix is not None:
         k, v = (

@@ -102,7 +102,7 @@ class Decoder:
             self._pass(part, start)
 
     def pass_(self, inputs: Tensor, start: int) -> None:
-        """Take inputs (R, P, d), the embeddings of positions start … start + P − 1, through all blocks.
+        """Take inputs (R, P, d), at positions start … start + P − 1, through all blocks.
 
         Positions are counted behind the prefix.
         """

@@ -138,7 +138,7 @@ def is_parallel(layer: DecoderLayer) -> TypeGuard[NeoXLayer]:
 
 
 def inner_activation(z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str) -> Tensor:
-    """Return what `down` reads, (…, I), from the projections before it, (…, I) or gated (…, 2 I)."""
+    """Return what `down` reads, (…, I), from what is projected, (…, I) or gated (…, 2 I)."""
     return activation(z, bias, layer.activation, isinstance(layer, LlamaLayer), backend)
 
 
@@ -274,7 +274,7 @@ def parallel_block_end(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
-    """Return what a parallel block adds to the stream, from its stacked q, k, v and up-projection."""
+    """Return what a parallel block adds to the stream, from its q, k, v and up-projection."""
     qkv, z = projected
     return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
 

@@ -30,7 +30,7 @@ _Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _parts(layer: DecoderLayer) -> list[_Part]:
-    """List the parts: q, k, v, and the up-projection, whose bias the activation adds in its pass."""
+    """List the parts: q, k, v, and the up-projection, whose bias the activation adds itself."""
     assert isinstance(layer, NeoXLayer)
     return [
         (layer.input_norm, layer.input_norm_bias, layer.qkv, layer.qkv_bias),
