@@ -198,6 +198,16 @@ def _plan_of(
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
     no_pair = _against_closed_form(shape, length, pair)
 
+    blocks = _choose(
+        (
+            "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, few_texts, normed_heads,
+            is_flash, None if rows * length else "there is nothing to do",
+        ),
+        ("one by one",),
+    )  # fmt: skip
+    # Behind a prefix torch's closed form competes with one more block in C++ (docs/log.md).
+    one_more_block = few_positions if behind and blocks.taken == "cpu" else None
+
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
     else:
@@ -217,7 +227,7 @@ def _plan_of(
                 few_positions, "the head size is odd" if shape.head_size % 2 else None,
             ),
             ("triton", no_pair, behind, no_triton),
-            ("torch", no_pair, long_prefix),
+            ("torch", no_pair, long_prefix, one_more_block),
             ("in full",),
         ),
         first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
@@ -230,13 +240,7 @@ def _plan_of(
             ),
             ("in full",),
         ),
-        blocks=_choose(
-            (
-                "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, few_texts, normed_heads,
-                is_flash, None if rows * length else "there is nothing to do",
-            ),
-            ("one by one",),
-        ),
+        blocks=blocks,
         decoder=_choose(
             (
                 "cpu", run_elsewhere, no_cpp,

@@ -103,6 +103,9 @@ def test_behind_a_prefix_the_first_layer_is_torchs_and_its_span_is_wider() -> No
     assert taken(planned(behind, GPU, device="cuda"))["first_layer"] == "torch"
     assert found["first_mlp"] == "span"
     assert taken(planned(dataclasses.replace(LLAMA, prefix=12)))["first_mlp"] == "positions"
+    # So few positions go through one more block in C++, where there is one.
+    assert taken(planned(behind, length=8))["first_layer"] == "in full"
+    assert taken(planned(behind, OLD_CPU, length=8))["first_layer"] == "torch"
     long = dataclasses.replace(LLAMA, prefix=65)
     assert taken(planned(long))["first_layer"] == "in full"
     windowed = dataclasses.replace(LLAMA, prefix=1, window=64)
