@@ -237,7 +237,7 @@ def _throughput(results: Results) -> Verdict:
             found.append(
                 Comparison(
                     decided[0] if len(set(decided)) == 1 else None,
-                    f"{model}: {min(ratios):.1f}× to {max(ratios):.1f}× over {len(ratios)} sources",
+                    f"{model}: {min(ratios):.1f}× to {max(ratios):.1f}× (sources: {len(ratios)})",
                 )
             )
     return judged(found)

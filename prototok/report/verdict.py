@@ -27,6 +27,8 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.value:.2f} (n = 1, no interval)"
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f}, n = {self.n})"
 
     def at_least(self, bound: float) -> bool | None:
