@@ -27,6 +27,12 @@ inline void store_column(const float* from, float* to, std::int64_t to_row, std:
   for (std::int64_t t = 0; t < count; ++t) to[t * to_row] = from[t];
 }
 
+// T rounded up to vectors. Products in pairs take an even number of queries, and behind an odd F the
+// key of one too many may be one more than T.
+inline std::int64_t padded_keys(const AttentionShape& shape) {
+  return padded(shape.front + shape.length + shape.front % 2);
+}
+
 // Sizes and strides of one row's tensors; a key-value head has `group` query heads.
 struct AttentionSizes {
   std::int64_t N, F, T, c, P, C, group;
@@ -37,7 +43,7 @@ struct AttentionSizes {
         F(shape.front),
         T(shape.front + shape.length),
         c(shape.size),
-        P(padded(T)),
+        P(padded_keys(shape)),
         C(padded(shape.size)),
         group(shape.heads / shape.kv_heads),
         width((shape.heads + 2 * shape.kv_heads) * shape.size),
@@ -88,7 +94,7 @@ struct AttentionBackwardScratch {
 // is 1 / the sum of row i.
 inline void block_weights(const AttentionShape& shape, const float* queries, const float* keys_t,
                           std::int64_t begin, std::int64_t rows, float* weights, float* inverse) {
-  const std::int64_t F = shape.front, P = padded(F + shape.length), C = padded(shape.size);
+  const std::int64_t F = shape.front, P = padded_keys(shape), C = padded(shape.size);
   for (std::int64_t i = 0; i < rows; i += kTileRows) {
     const std::int64_t tile = least(kTileRows, rows - i), columns = padded(F + begin + i + tile);
     product(tile, columns, {queries + i * C, C, 1}, keys_t, P, weights + i * P, P, shape.size,
