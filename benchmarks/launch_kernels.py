@@ -24,6 +24,7 @@ from prototok_kernels.attention import attention
 from prototok_kernels.layers import LlamaLayer, NeoXLayer
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from prototok_kernels.pair.first_layer import first_layer
+from prototok_kernels.plan import Shape, plan_of
 from prototok_kernels.residual_norm import residual_norm
 
 
@@ -102,7 +103,11 @@ def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
     ).repeat(1, 2)
     for layer in layers:
         e, m = (torch.randn(size.rows, d, device=device, requires_grad=True) for _ in range(2))
-        h = first_layer(e, m, None, n, layer, angle.cos(), angle.sin(), "triton")
+        plan = plan_of(
+            Shape.of([layer], None), rows=size.rows, length=n, dtype=dtype, device=device,
+            backend="triton", pair=True,
+        )  # fmt: skip
+        h = first_layer(e, m, None, n, layer, angle.cos(), angle.sin(), plan)
         torch.autograd.grad(h, (e, m), torch.randn_like(h))
 
 

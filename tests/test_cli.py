@@ -194,4 +194,4 @@ def test_general_family_says_so(book: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert made.returncode == 0, made.stderr
-    assert "model: general (the general way, transformers)" in made.stderr
+    assert "model: general (its rope is 'dynamic', which depends" in made.stderr

@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prototok.common.allocator import keep_freed_memory
+from prototok_kernels import plan as planning
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, decoder_layer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
 from prototok_kernels.pair.second_layer import (
     second_layer_projections,
     second_layer_projections_ref,
 )
+from prototok_kernels.plan import Plan, plan_of
 
 LENGTH, ROUNDS = 256, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,6 +174,13 @@ def compare(
     print(json.dumps(record))
 
 
+def plan_for(layer: DecoderLayer, shape: Shape) -> Plan:
+    return plan_of(
+        planning.Shape.of([layer], None), rows=shape.rows, length=LENGTH, dtype=layer.dtype,
+        device=DEVICE, backend="auto", pair=True,
+    )  # fmt: skip
+
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -187,15 +196,19 @@ def test_first_layer(benchmark: Any, name: str, dtype: torch.dtype) -> None:
 
     def general(layer: DecoderLayer) -> Results:
         x = torch.cat([e[:, None], m[:, None].expand(-1, LENGTH - 1, -1)], dim=1)
-        return with_gradients((decoder_layer(x.to(layer.dtype), layer, cos, sin),), (e, m), grads)
+        # float64 is the truth, which no kernel computes in.
+        backend = plan_for(layer, s).passes.taken
+        h = decoder_layer(x.to(layer.dtype), layer, cos, sin, backend)
+        return with_gradients((h,), (e, m), grads)
 
-    def collapsed(function: Callable[..., Tensor]) -> Results:
-        return with_gradients((function(e, m, None, LENGTH, layer, cos, sin),), (e, m), grads)
+    def collapsed(function: Callable[..., Tensor], *plan: Plan) -> Results:
+        h = function(e, m, None, LENGTH, layer, cos, sin, *plan)
+        return with_gradients((h,), (e, m), grads)
 
     variants: dict[str, Callable[[], Results]] = {
         "general": lambda: general(layer),
         "closed form, autograd": lambda: collapsed(first_layer_ref),
-        "first_layer": lambda: collapsed(first_layer),
+        "first_layer": lambda: collapsed(first_layer, plan_for(layer, s)),
     }
     record = {"case": name, "dtype": str(dtype), "rows": s.rows}
     compare(benchmark, record, variants, general(layer.to(torch.float64)))
@@ -212,11 +225,12 @@ def test_second_layer(benchmark: Any, dtype: torch.dtype) -> None:
     grads = arriving(s, len(layer.qkv), s.inner)
 
     def general(layer: DecoderLayer) -> Results:
-        x = first_layer(e, m, None, LENGTH, layer, cos, sin)
+        x = first_layer(e, m, None, LENGTH, layer, cos, sin, plan_for(layer, s))
         return with_gradients(second_layer_projections_ref(x, layer), (e, m), grads)
 
     def collapsed() -> Results:
-        x, coef, span = first_layer_spanned(e, m, None, LENGTH, layer, cos, sin)
+        plan = plan_for(layer, s)
+        x, coef, span = first_layer_spanned(e, m, None, LENGTH, layer, cos, sin, plan)
         return with_gradients(second_layer_projections(x, coef, span, layer), (e, m), grads)
 
     variants: dict[str, Callable[[], Results]] = {

@@ -13,11 +13,15 @@ struct Free {
   void operator()(unsigned char* memory) const { std::free(memory); }
 };
 
+// Only pages that are touched cost memory, and most calls never need a second block.
+constexpr std::size_t kSmallestBlock = std::size_t(1) << 20;
+
 struct Block {
   std::unique_ptr<unsigned char[], Free> memory;
   std::size_t bytes = 0, used = 0;
 
-  explicit Block(std::size_t wanted) : bytes((wanted + 63) / 64 * 64) {
+  explicit Block(std::size_t wanted)
+      : bytes(std::max(kSmallestBlock, (wanted + 63) / 64 * 64)) {
     memory.reset(static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
     if (!memory) throw std::bad_alloc();
   }

@@ -34,7 +34,7 @@ ACTIVATIONS = {
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """The activation called `name` in a Hugging Face configuration."""
+    """Apply the activation that a Hugging Face configuration calls `name`."""
     kind = ACTIVATIONS[name]
     if kind == "silu":
         return F.silu(x)
@@ -164,7 +164,7 @@ def activation(
     gated: bool,
     backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (…, I)
-    """act(z + bias), or act(gate) · up of the two halves of z + bias; differentiable in z.
+    """Compute act(z + bias), or act(gate) · up of the two halves of z + bias; differentiable in z.
 
     `name` is one of ACTIVATIONS. Arithmetic is fp32 and rounded once; only z is kept.
 
@@ -188,7 +188,7 @@ def activation(
 
 
 def activation_ref(z: Tensor, bias: Tensor | None, name: str, gated: bool) -> Tensor:
-    """The same in plain torch."""
+    """Compute the same in plain torch."""
     if bias is not None:
         z = z + bias
     if not gated:
@@ -200,7 +200,7 @@ def activation_ref(z: Tensor, bias: Tensor | None, name: str, gated: bool) -> Te
 def activation_backward(
     grad: Tensor, z: Tensor, bias: Tensor | None, name: str, gated: bool, backend: str
 ) -> Tensor:
-    """∂/∂z of `activation`, times `grad` (…, I), for a backward pass that makes z again."""
+    """Compute grad · ∂/∂z of `activation`, for a backward pass that makes z again; grad (…, I)."""
     require(backend, z)
     if backend != "torch":
         return _pass(grad, z.contiguous(), bias, ACTIVATIONS[name], gated, backend)

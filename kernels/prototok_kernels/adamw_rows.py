@@ -44,11 +44,11 @@ class AdamWState:
         return cls(torch.zeros_like(param), torch.zeros_like(param), step)
 
     def rows(self, index: Tensor) -> AdamWState:
-        """The state of the rows named by `index`, copied."""
+        """Return a copy of the state of the rows named by `index`."""
         return AdamWState(self.exp_avg[index], self.exp_avg_sq[index], self.step[index])
 
     def extended(self, other: AdamWState) -> AdamWState:
-        """This state with the rows of `other` behind its own."""
+        """Return this state with the rows of `other` behind its own."""
         return AdamWState(
             torch.cat([self.exp_avg, other.exp_avg]),
             torch.cat([self.exp_avg_sq, other.exp_avg_sq]),
@@ -182,7 +182,7 @@ def adamw_rows_(
     *,
     backend: str,
 ) -> None:
-    """One decoupled-weight-decay Adam update of the active rows (Loshchilov & Hutter 2019).
+    """Make one AdamW update of the active rows (Loshchilov & Hutter 2019).
 
     Rows that start together and stay active get what `torch.optim.AdamW` gives, to rounding.
     Steps and learning rates are read on the device: nothing waits for the host.
@@ -238,7 +238,7 @@ def adamw_rows_ref_(
     active: Tensor,  # (R,) bool; other rows keep every bit of theirs
     settings: AdamWSettings,
 ) -> None:
-    """The definition, in plain torch and in the dtype of `param`."""
+    """Make the same update in plain torch and in the dtype of `param`: the definition."""
     beta1, beta2 = settings.betas
     state.step += active
     step = state.step.clamp(min=1)[:, None].double()

@@ -93,7 +93,7 @@ def _rotate(
 
 
 def _heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, (H + 2 K)·c) → views q (B, N, H, c), k and v (B, N, K, c)."""
+    """Return q (B, N, H, c), k and v (B, N, K, c) as views of the stack (B, N, (H + 2 K)·c)."""
     size = qkv.shape[-1] // (heads + 2 * kv_heads)
     q, k, v = qkv.unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], dim=2)
     return q, k, v
@@ -180,7 +180,7 @@ def causal_attention(
     flash: bool = False,
     prefix: Tensor | None = None,  # (2, K, P, c), keys and values
 ) -> Tensor:  # (B, N, H·c)
-    """Causal (sliding-window where given) attention by torch or by flash-attn, heads merged."""
+    """Attend causally by torch or flash-attn, within a window where one is given; merge heads."""
     mask, dtype = None, v.dtype
     if prefix is not None:
         k, v = (
@@ -237,7 +237,7 @@ def attention(
     prefix: Tensor | None = None,  # (2, K, P, c), keys, rotated, and values
     backend: str,  # "torch", "triton" or "cpu"
 ) -> Tensor:  # (B, N, H·c)
-    """Causal self-attention with rotary positions, differentiable in qkv.
+    """Compute causal self-attention with rotary positions, differentiable in qkv.
 
     A query sees `window` positions, its own included, or all before it (None). Heads of q that
     share a key-value head read it in place. "cpu" computes in fp32 and keeps nothing but qkv; with
@@ -320,7 +320,7 @@ def attention_ref(
     flash: bool = False,
     prefix: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch."""
+    """Compute the same in plain torch."""
     length = qkv.shape[1]
     q, k, v = (t.transpose(1, 2) for t in _heads(qkv, heads, kv_heads))
     cos, sin = cos[:length].to(qkv.dtype), sin[:length].to(qkv.dtype)

@@ -102,7 +102,7 @@ class Decoder:
             self._pass(part, start)
 
     def pass_(self, inputs: Tensor, start: int) -> None:
-        """Inputs (R, P, d), embeddings of positions start … start + P − 1, through all blocks.
+        """Take inputs (R, P, d), at positions start … start + P − 1, through all blocks.
 
         Positions are counted behind the prefix.
         """
@@ -114,14 +114,14 @@ class Decoder:
         self._cpp.pass_(**views(inputs=inputs), start=start, threads=torch.get_num_threads())
 
     def logits(self) -> Tensor:
-        """(R, P, V) fp32, behind every position of the last pass."""
+        """Return logits (R, P, V) fp32, behind every position of the last pass."""
         shape = self.rows, self._length, self._vocabulary
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         self._cpp.logits(**views(out=out), threads=torch.get_num_threads())
         return out
 
     def ids(self) -> Tensor:
-        """(R, P) int64, the most likely id behind every position of the last pass."""
+        """Return the most likely id behind every position of the last pass, (R, P) int64."""
         ids = torch.empty(self.rows, self._length, dtype=torch.int64, device="cpu")
         self._cpp.predict(**views(ids=ids), threads=torch.get_num_threads())
         return ids

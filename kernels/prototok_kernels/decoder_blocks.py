@@ -67,7 +67,7 @@ class DecoderBlocks:
         start: int = 0,  # the block that x enters
         projected: tuple[Tensor, Tensor] | None = None,  # (B, N, 3 H·c), (B, N, I)
     ) -> Tensor:  # (B, N, d)
-        """x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
+        """Take x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
 
         Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
         `projected`: q, k, v and the up-projection of block `start`, which must be a parallel one;
@@ -166,7 +166,7 @@ def decoder_blocks_ref(
     blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, backend: str = "torch",
     start: int = 0, projected: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same block by block, each of its ops by `backend`."""
+    """Run the same block by block, each op by `backend`."""
     delta: Tensor | None = None
     for index, layer in enumerate(blocks.layers[start:]):
         if index == 0 and projected is not None:

@@ -70,17 +70,17 @@ class DecoderLayer:
 
     @property
     def q(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (H·c, d) and bias (H·c,)."""
+        """Return weight (H·c, d) and bias (H·c,)."""
         return self._projection(0, self.heads)
 
     @property
     def k(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (K·c, d) and bias (K·c,)."""
+        """Return weight (K·c, d) and bias (K·c,)."""
         return self._projection(self.heads, self.kv_heads)
 
     @property
     def v(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (K·c, d) and bias (K·c,)."""
+        """Return weight (K·c, d) and bias (K·c,)."""
         return self._projection(self.heads + self.kv_heads, self.kv_heads)
 
     @property
@@ -90,7 +90,7 @@ class DecoderLayer:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        """Every weight of the block."""
+        """Return every weight of the block."""
         values = (getattr(self, f.name) for f in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
 
@@ -99,7 +99,7 @@ class DecoderLayer:
         return self.qkv[part], None if self.qkv_bias is None else self.qkv_bias[part]
 
     def to(self: Layer, *args: Any, **kwargs: Any) -> Layer:
-        """The same block with every tensor moved or cast by `Tensor.to(*args, **kwargs)`."""
+        """Return the block with every tensor moved or cast by `Tensor.to(*args, **kwargs)`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: value.to(*args, **kwargs)
@@ -133,19 +133,19 @@ class NeoXLayer(DecoderLayer):
 
 
 def is_parallel(layer: DecoderLayer) -> TypeGuard[NeoXLayer]:
-    """Whether attention and MLP both read the block's input."""
+    """Return True if attention and MLP both read the block's input."""
     return isinstance(layer, NeoXLayer) and layer.parallel
 
 
 def inner_activation(z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str) -> Tensor:
-    """What `down` reads, (…, I), from the projections in front of it, (…, I) or gated (…, 2 I)."""
+    """Return what `down` reads, (…, I), from what is projected, (…, I) or gated (…, 2 I)."""
     return activation(z, bias, layer.activation, isinstance(layer, LlamaLayer), backend)
 
 
 def inner_activation_backward(
     grad: Tensor, z: Tensor, bias: Tensor | None, layer: DecoderLayer, backend: str
 ) -> Tensor:
-    """∂/∂z of `inner_activation`, times `grad` (…, I)."""
+    """Compute grad · ∂/∂z of `inner_activation`; grad (…, I)."""
     gated = isinstance(layer, LlamaLayer)
     return activation_backward(grad, z, bias, layer.activation, gated, backend)
 
@@ -156,7 +156,7 @@ def project_heads(
     layer: DecoderLayer,
     norm: Tensor | None = None,  # (c,)
 ) -> Tensor:  # (…, heads, c)
-    """One of q, k, v, with Qwen3's norm over each head where the layer has one."""
+    """Project to one of q, k, v, with Qwen3's norm over each head where the layer has one."""
     heads = F.linear(x, *projection).unflatten(-1, (-1, layer.head_size))
     return heads if norm is None else F.rms_norm(heads, norm.shape, norm, layer.eps)
 
@@ -164,7 +164,7 @@ def project_heads(
 def input_norm(
     x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """x + delta, and the norm in front of the attention."""
+    """Return x + delta, and the norm in front of the attention."""
     bias = layer.input_norm_bias if isinstance(layer, NeoXLayer) else None
     return residual_norm(x, delta, layer.input_norm, bias, layer.eps, backend)
 
@@ -172,7 +172,7 @@ def input_norm(
 def post_norm(
     x: Tensor, delta: Tensor | None, layer: DecoderLayer, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """x + delta, and the norm in front of the MLP."""
+    """Return x + delta, and the norm in front of the MLP."""
     bias = layer.post_norm_bias if isinstance(layer, NeoXLayer) else None
     return residual_norm(x, delta, layer.post_norm, bias, layer.eps, backend)
 
@@ -197,7 +197,7 @@ def self_attention(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
-    """Causal self-attention between its input and output projections."""
+    """Run causal self-attention with its input and output projections."""
     return _attended(stacked_heads(normed, layer), layer, cos, sin, backend)
 
 
@@ -208,7 +208,7 @@ def _attended(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
-    """Self-attention behind its input projections."""
+    """Run self-attention behind its input projections."""
     mixed = attention(
         qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
         window=layer.window, flash=layer.flash, prefix=layer.prefix, backend=backend,
@@ -217,7 +217,7 @@ def _attended(
 
 
 def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of what stands between the MLP's norm and its activation."""
+    """Return weight and bias of the projection between the MLP's norm and its activation."""
     if isinstance(layer, LlamaLayer):
         return layer.gate_up, layer.gate_up_bias
     assert isinstance(layer, NeoXLayer)
@@ -225,7 +225,7 @@ def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
 
 
 def bias_behind_norm(layer: DecoderLayer) -> Tensor | None:
-    """What is added in front of the MLP's activation whatever the position, (I,) or gated (2 I,).
+    """Return what is added before the MLP's activation at every position, (I,) or gated (2 I,).
 
     A LayerNorm's own bias passes through the projection unscaled, so it joins that one's bias.
     """
@@ -234,12 +234,12 @@ def bias_behind_norm(layer: DecoderLayer) -> Tensor | None:
 
 
 def mlp(normed: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
-    """The MLP behind its norm, residual not included; (…, d)."""
+    """Run the MLP behind its norm, without the residual; (…, d)."""
     return _mlp_end(F.linear(normed, inner_projection(layer)[0]), layer, backend)
 
 
 def _mlp_end(z: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
-    """The MLP behind its first product, (…, I) or gated (…, 2 I), bias not yet added."""
+    """Run the MLP behind its first product z, (…, I) or gated (…, 2 I), bias not yet added."""
     inner = inner_activation(z, inner_projection(layer)[1], layer, backend)
     return F.linear(inner, layer.down, layer.down_bias)
 
@@ -252,7 +252,7 @@ def decoder_block(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """One block on the stream x + delta, positions 0 … N − 1, causal.
+    """Run one block on the stream x + delta, positions 0 … N − 1, causal.
 
     Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
     What a block adds to the stream is left for the next norm, which adds and normalises in one
@@ -274,7 +274,7 @@ def parallel_block_end(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
-    """What a parallel block adds to the stream, from its stacked q, k, v and its up-projection."""
+    """Return what a parallel block adds to the stream, from its q, k, v and up-projection."""
     qkv, z = projected
     return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
 
@@ -286,6 +286,6 @@ def decoder_layer(
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
-    """One block by itself on any input, positions 0 … N − 1, causal."""
+    """Run one block by itself on any input, positions 0 … N − 1, causal."""
     x, delta = decoder_block(x, None, layer, cos, sin, backend)
     return x + delta

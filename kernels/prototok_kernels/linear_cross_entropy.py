@@ -193,7 +193,7 @@ def _linear_cross_entropy_packed(
     need_grad: bool,
     workspace_bytes: int,
 ) -> HeadOutput:
-    """Product, pass and product a tile of rows and a chunk of the vocabulary at a time."""
+    """Run product, pass and product, a tile of rows and a chunk of the vocabulary at a time."""
     hidden, targets = hidden.contiguous(), targets.contiguous()
     if token_weight is not None:
         token_weight = token_weight.to(torch.float32).contiguous()
@@ -233,7 +233,7 @@ def _linear_cross_entropy_fused(
     workspace_bytes: int,
     backend: str,
 ) -> HeadOutput:
-    """GEMM, one pass over the chunk in place, GEMM; the logits stay in hidden's dtype."""
+    """Run GEMM, one pass over the chunk in place, GEMM; the logits stay in hidden's dtype."""
     row_pass = _cpu_pass if backend == "cpu" else _triton_pass
     hidden, targets = hidden.contiguous(), targets.contiguous()
     if token_weight is not None:
@@ -275,7 +275,7 @@ def _linear_cross_entropy_torch(
     need_grad: bool,
     workspace_bytes: int,
 ) -> HeadOutput:
-    """The same in plain torch; logits are fp32 from the product on."""
+    """Compute the same in plain torch; logits are fp32 from the product on."""
     rows = targets.shape[0]
     vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
     out = _empty_output(hidden, targets, need_grad)
@@ -329,7 +329,7 @@ def linear_cross_entropy(
     workspace_bytes: int = 256 << 20,
     backend: str,
 ) -> HeadOutput:
-    """Cross-entropy of `softmax(hidden @ weight.T / temperature)` and what a fit needs beside it.
+    """Compute the cross-entropy of `softmax(hidden @ weight.T / temperature)` and what fits need.
 
     At most `workspace_bytes` of logits are alive at once (of fp32 logits for "torch", which also
     makes temporaries): rows are taken in chunks, each chunk's logits become its gradient in place,
@@ -400,7 +400,7 @@ def linear_cross_entropy_ref(
     token_weight: Tensor,  # (R,) fp32
     temperature: float = 1.0,
 ) -> HeadOutput:
-    """The definition, by autograd over all logits at once."""
+    """Compute the same by autograd over all logits at once: the definition."""
     hidden = hidden.detach().requires_grad_()
     logits = hidden if weight is None else hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

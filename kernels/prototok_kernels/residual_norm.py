@@ -100,7 +100,7 @@ def _launch(size: int) -> dict[str, int]:
 def _forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (x itself without delta), its norm, and what the backward pass needs of each row."""
+    """Return the sum (x without delta), its norm, and what the backward pass needs of each row."""
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     normed = torch.empty_like(x)
@@ -180,7 +180,7 @@ def residual_norm(
     eps: float,
     backend: str,  # "torch", "triton" or "cpu"
 ) -> tuple[Tensor, Tensor]:  # (…, d) each
-    """x + delta, and its norm: LayerNorm where there is a bias, RMSNorm where there is none.
+    """Return x + delta and its norm: LayerNorm where there is a bias, RMSNorm where there is none.
 
     Differentiable in x and delta; their gradient is one tensor, for which the one backward pass
     reads both incoming gradients. Carry the returned stream on even where delta is None (it is x
@@ -218,7 +218,7 @@ def _check(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None)
 def residual_norm_ref(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch."""
+    """Compute the same in plain torch."""
     total = x if delta is None else x + delta
     if bias is None:
         return total, F.rms_norm(total, weight.shape, weight, eps)

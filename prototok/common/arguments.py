@@ -50,5 +50,4 @@ def batch_size_of(batch_size: object) -> int | None:
         return None
     if not is_count(batch_size):
         raise ValueError(f"batch_size: {batch_size!r} is not 'auto' or a positive integer")
-    assert isinstance(batch_size, int)
-    return batch_size
+    return int(batch_size)  # type: ignore[call-overload]

@@ -91,7 +91,7 @@ def _run(model: PreTrainedModel, length: int, name: str) -> tuple[Tensor, Tensor
         ids = torch.randint(len(table), (2, length), generator=generator, device="cpu")
         module: Any = model.get_input_embeddings()
         rows = module(ids.to(table.device))
-        noise = torch.randn(rows.shape, generator=generator, device="cpu")
+        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
         inputs = rows + 0.1 * rows.std() * noise.to(rows)
         inputs[1, : (length + 1) // 2] = inputs[0, : (length + 1) // 2]
         made: Any = model(inputs_embeds=inputs.clone(), use_cache=False)

@@ -168,7 +168,8 @@ class FrozenLM:
     def _vectors_of(self, prefix: Prefix) -> Tensor:
         """The prefix as the model would embed its tokens itself, where it has any."""
         if prefix.ids is not None:
-            return self.embed(torch.tensor(prefix.ids, device="cpu"))
+            ids = torch.tensor(prefix.ids, dtype=torch.int64, device="cpu")
+            return self.embed(ids)
         return prefix.vectors.to(self.device, self.dtype)
 
     def in_both_dtypes(self) -> list[FrozenLM]:

@@ -54,7 +54,7 @@ def _made(lm: FrozenLM, given: str | Sequence[int] | Tensor) -> Prefix:
         if not 0 <= token < lm.vocab_size:
             raise ValueError(f"prefix: {token} is not a token id below {lm.vocab_size}")
     with torch.no_grad():
-        rows = lm.cast(torch.float32).embed(torch.tensor(ids, device="cpu"))
+        rows = lm.cast(torch.float32).embed(torch.tensor(ids, dtype=torch.int64, device="cpu"))
     return Prefix(rows.detach().to("cpu", torch.float32).clone(), tuple(ids))
 
 

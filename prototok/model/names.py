@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
 _PATIENCE = 5.0  # seconds that the hub has for saying whether it knows a name
 
@@ -26,10 +26,12 @@ def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> N
             HfApi().model_info(name, timeout=_PATIENCE)
             return
         why = ""
+    except GatedRepoError:
+        return  # there is one; the client says what to do
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code not in (401, 404):
-            return  # gated, or the hub is unwell: the client says more
-        why = "it knows no model of that name"
+            return  # the hub is unwell: the client says more
+        why = "it knows no model of that name, or none that you may see"
     except HFValidationError:
         why = "it is no name of a model either"
     except Exception as error:  # a dozen kinds, of the client and of its transport

@@ -1,21 +1,23 @@
 """The paper's findings, each checked on the results at hand.
 
-A verdict is a plain rule over the numbers, stated in the evidence; "mixed" where it holds in some
-models or sources and not in others.
+A verdict is a plain rule over intervals, and the evidence carries them with n: "mixed" where it
+holds in some models or sources and not in others, "undecided" where an interval or the end of a
+grid leaves it open.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from prototok.geometry.distances import CLASSES, Pairs
+from prototok.geometry.distances import CLASSES
 from prototok.geometry.text import tfidf_distances
+from prototok.report.chance import context_gap
 from prototok.report.experiments.distances import distances
 from prototok.report.experiments.throughput import fastest
 from prototok.report.results import Fit, Outcome, Results, best_seeds, longest, name_of
+from prototok.report.verdict import Comparison, all_of, judged, mean_of, share_of
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,7 @@ def findings(results: Results) -> list[Finding]:
 
 
 Verdict = tuple[str, str]
-_SHUFFLES = 999
 _UPDATES = 5000
-_NOT_MEASURED: Verdict = ("not measured", "–")
-
-
-def _verdict(held: Sequence[bool], evidence: Sequence[str]) -> Verdict:
-    if not held:
-        return _NOT_MEASURED
-    word = "holds" if all(held) else "does not hold" if not any(held) else "mixed"
-    return word, "; ".join(evidence)
 
 
 def _whole(part: Outcome) -> list[Fit]:
@@ -54,118 +47,175 @@ def _whole(part: Outcome) -> list[Fit]:
     return part.fits() if part.count("measured") == len(part.work) else []
 
 
-def _mean(fits: Sequence[Fit]) -> float:
-    return float(np.mean([f["accuracy"] for f in best_seeds(fits)]))
+def _accuracies(fits: Sequence[Fit]) -> dict[str, float]:
+    return {f["text_id"]: f["accuracy"] for f in best_seeds(fits)}
+
+
+def _differences(more: dict[str, float], less: dict[str, float]) -> list[float]:
+    """Return more − less of each text that both have."""
+    return [value - less[text] for text, value in more.items() if text in less]
 
 
 def _one_vector(results: Results) -> Verdict:
     """One vector repeated stops at a token or two; two vectors do not."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("table1"), "model"):
         alone, both = part.where(arrangement="e*"), part.where(arrangement="e m*")
         lengths = [n for n in part.values("length") if n >= 4]
         for n in lengths[:1]:
             a, b = _whole(alone.where(length=n)), _whole(both.where(length=n))
             if a and b:
-                held.append(_mean(a) < 0.5 < 0.9 < _mean(b))
-                evidence.append(
-                    f"{model}: N = {n}, one vector {_mean(a):.2f}, e m* {_mean(b):.2f} "
-                    f"({len(best_seeds(b))} texts)"
-                )
-    return _verdict(held, evidence)
+                one, two = (mean_of(list(_accuracies(fits).values())) for fits in (a, b))
+                below = one.at_least(0.5)
+                held = all_of(None if below is None else not below, two.at_least(0.9))
+                found.append(Comparison(held, f"{model}: N = {n}, one vector {one}, e m* {two}"))
+    return judged(found)
 
 
 def _default_best(results: Results) -> Verdict:
     """[e] [m]×(N−1) is at least as accurate as every other arrangement at the longest N."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("table1"), "model"):
         n = max(part.values("length"))
-        means = {
-            a: _mean(fits)
+        of = {
+            a: _accuracies(fits)
             for a in part.values("arrangement")
             if (fits := _whole(part.where(arrangement=a, length=n)))
         }
-        if "e m*" in means and len(means) > 1:
-            held.append(means["e m*"] >= max(means.values()) - 0.005)
-            shown = ", ".join(f"{a} {m:.2f}" for a, m in means.items())
-            evidence.append(f"{model}: N = {n}: {shown}")
-    return _verdict(held, evidence)
+        ours = of.pop("e m*", None)
+        gains = {a: _differences(ours, other) for a, other in of.items()} if ours else {}
+        gains = {a: gain for a, gain in gains.items() if gain}
+        if gains:
+            ahead = {a: mean_of(gain) for a, gain in gains.items()}
+            held = all_of(*(gain.at_least(-0.005) for gain in ahead.values()))
+            shown = ", ".join(f"{a} behind by {gain}" for a, gain in ahead.items())
+            found.append(Comparison(held, f"{model}: N = {n}: {shown}"))
+    return judged(found)
 
 
 def _sharing(results: Results) -> Verdict:
     """With the best of the seeds, the largest group loses at most 0.01 of accuracy."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("table2"), "model"):
         for share in part.values("share"):
             sizes = [n for n in part.values("group_size") if n is not None]
             own = part.where(share=share)
             one = _whole(own.where(group_size=min(sizes, default=1)))
             all_ = _whole(own.where(group_size=max(sizes, default=1)))
-            if one and all_ and len(sizes) > 1:
-                held.append(_mean(all_) >= _mean(one) - 0.01)
-                average = np.mean([f["accuracy"] for f in all_])
-                evidence.append(
-                    f"{model}, {share} shared by {max(sizes)}: best {_mean(all_):.2f} (alone "
-                    f"{_mean(one):.2f}), mean {average:.2f}"
+            lost = _differences(_accuracies(all_), _accuracies(one)) if len(sizes) > 1 else []
+            if lost:
+                gain = mean_of(lost)
+                found.append(
+                    Comparison(
+                        gain.at_least(-0.01),
+                        f"{model}, {share} shared by {max(sizes)} against alone: {gain}",
+                    )
                 )
-    return _verdict(held, evidence)
+    return judged(found)
 
 
-def _held(fits: Sequence[Fit]) -> float:
-    return float(np.mean([0 if f is None else f["length"] for f in longest(fits).values()]))
+def _held(fits: Sequence[Fit]) -> dict[str, float]:
+    return {t: 0 if f is None else f["length"] for t, f in longest(fits).items()}
 
 
-def _nats(fits: Sequence[Fit]) -> float:
-    return float(np.mean([0.0 if f is None else f["h_lm"] for f in longest(fits).values()]))
+def _nats(fits: Sequence[Fit]) -> dict[str, float]:
+    return {t: 0.0 if f is None else f["h_lm"] for t, f in longest(fits).items()}
+
+
+def _reach(more: Outcome, less: Outcome) -> tuple[bool | None, str] | None:
+    """Compare longest N text by text; None where a part is not done or they share no text.
+
+    A text that reaches the end of the grid on both sides says nothing about which reaches further.
+    """
+    a, b = _held(_whole(more)), _held(_whole(less))
+    ends = [max(part.values("length"), default=0) for part in (more, less)]
+    texts = [t for t in a if t in b]
+    if not texts:
+        return None
+    open_ = [t for t in texts if not (a[t] == ends[0] and b[t] == ends[1])]
+    means = " against ".join(f"{sum(x[t] for t in texts) / len(texts):.1f}" for x in (a, b))
+    if not open_:
+        return None, f"{means} tokens, undecided: the grid ends here (n = {len(texts)})"
+    gain = mean_of([a[t] - b[t] for t in open_])
+    # By a token at least: the difference of two lengths of a grid is never less.
+    higher = gain.at_least(math.nextafter(0.0, 1.0))
+    at_end = len(texts) - len(open_)
+    note = f", {at_end} more at the end of the grid" if at_end else ""
+    return higher, f"{means} tokens, further by {gain}{note}"
 
 
 def _m_per_text(results: Results) -> Verdict:
-    """Mean longest N over texts is higher with m per text than with m shared."""
-    held, evidence = [], []
+    """A text reaches a longer N with m of its own than with m shared."""
+    found = []
     for model, part in _by(results.get("table3"), "model"):
         for source in part.values("source"):
-            own = _whole(part.where(share=None, source=source))
-            shared = _whole(part.where(share="m", source=source))
-            if own and shared:
-                held.append(_held(own) > _held(shared))
-                evidence.append(
-                    f"{model}, {source}: {_held(own):.1f} tokens, shared {_held(shared):.1f} "
-                    f"({len(longest(own))} texts)"
-                )
-    return _verdict(held, evidence)
+            of = part.where(source=source)
+            reach = _reach(of.where(share=None), of.where(share="m"))
+            if reach is not None:
+                found.append(Comparison(reach[0], f"{model}, {source}: {reach[1]}"))
+    return judged(found)
 
 
 def _random_nats(results: Results) -> Verdict:
     """Random text: fewer tokens than natural text, and more nats (m per text)."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("table3"), "model"):
         sources = part.values("source")
         words = [s for s in sources if s.lower().startswith("random")]
-        natural = [s for s in sources if s not in words]
-        chance = _whole(part.where(share=None, source=words[0])) if words else []
-        for source in natural:
-            text = _whole(part.where(share=None, source=source))
-            if chance and text:
-                held.append(_held(chance) <= _held(text) and _nats(chance) >= _nats(text))
-                evidence.append(
-                    f"{model}: random {_held(chance):.1f} tokens, {_nats(chance):.0f} nats; "
-                    f"{source} {_held(text):.1f}, {_nats(text):.0f}"
-                )
-    return _verdict(held, evidence)
+        for source in [s for s in sources if s not in words]:
+            of = part.where(share=None)
+            random = _whole(of.where(source=words[0])) if words else []
+            text = _whole(of.where(source=source))
+            if random and text:
+                found.append(_random_against(f"{model}, {source}", random, text, of))
+    return judged(found)
+
+
+def _random_against(
+    name: str, random: Sequence[Fit], text: Sequence[Fit], of: Outcome
+) -> Comparison:  # fmt: skip
+    """Compare means of different texts: random words against natural text."""
+    end = max(of.values("length"))
+    tokens = [list(_held(fits).values()) for fits in (random, text)]
+    nats = [list(_nats(fits).values()) for fits in (random, text)]
+    shown = "; ".join(
+        f"{what} {mean_of(a)}, random, against {mean_of(b)}"
+        for what, (a, b) in (("tokens", tokens), ("nats", nats))
+    )
+    if any(max(values) == end for values in tokens):
+        return Comparison(None, f"{name}: {shown}, undecided: the grid ends here")
+    held = all_of(_apart(tokens[1], tokens[0]), _apart(nats[0], nats[1]))
+    return Comparison(held, f"{name}: {shown}")
+
+
+def _apart(more: Sequence[float], less: Sequence[float]) -> bool | None:
+    """Return True if the interval of `more` lies above that of `less`, False if below it."""
+    a, b = mean_of(more), mean_of(less)
+    if a.low >= b.high:
+        return True
+    return False if a.high < b.low else None
 
 
 def _information(results: Results) -> Verdict:
     """Autoregressive vectors hold at least as many nats as the one forward, at most ten times."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("figure2"), "model"):
         for vectors, share in ((1, "m"), (2, None)):
-            left = _whole(part.where(mode="autoregressive", vectors=vectors))
-            right = _whole(part.where(mode="one-forward", share=share))
-            if left and right and _nats(right):
-                ratio = _nats(left) / _nats(right)
-                held.append(1 <= ratio <= 10)
-                evidence.append(f"{model}, K = {vectors}: {ratio:.2f}×")
-    return _verdict(held, evidence)
+            left = _nats(_whole(part.where(mode="autoregressive", vectors=vectors)))
+            right = _nats(_whole(part.where(mode="one-forward", share=share)))
+            texts = [t for t in left if t in right]
+            total = sum(right[t] for t in texts)
+            if total:
+                more = mean_of([left[t] - right[t] for t in texts])
+                below = mean_of([10 * right[t] - left[t] for t in texts])
+                ratio = sum(left[t] for t in texts) / total
+                found.append(
+                    Comparison(
+                        all_of(more.at_least(0.0), below.at_least(0.0)),
+                        f"{model}, K = {vectors}: {ratio:.2f}×, nats more: {more}",
+                    )
+                )
+    return judged(found)
 
 
 _MANY = 2  # times the tokens a second, the least that could be called many
@@ -173,7 +223,7 @@ _MANY = 2  # times the tokens a second, the least that could be called many
 
 def _throughput(results: Results) -> Verdict:
     """One forward gives more tokens a second than autoregression, each at its longest text."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("figure3"), "model"):
         ratios = []
         for source in part.values("source"):
@@ -183,14 +233,19 @@ def _throughput(results: Results) -> Verdict:
             if a and b:
                 ratios.append(b["tokens_per_second"] / a["tokens_per_second"])
         if ratios:
-            held.append(min(ratios) >= _MANY)
-            evidence.append(f"{model}: {min(ratios):.1f}× to {max(ratios):.1f}×")
-    return _verdict(held, evidence)
+            decided = [ratio >= _MANY for ratio in ratios]
+            found.append(
+                Comparison(
+                    decided[0] if len(set(decided)) == 1 else None,
+                    f"{model}: {min(ratios):.1f}× to {max(ratios):.1f}× over {len(ratios)} sources",
+                )
+            )
+    return judged(found)
 
 
 def _classes(results: Results) -> Verdict:
     """Mean distance: same text < same context < different context, the last not by chance."""
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("figure4") or results.get("figure5"), "model"):
         fits = part.fits()
         if len(fits) < 3:
@@ -198,11 +253,22 @@ def _classes(results: Results) -> Verdict:
         pairs = distances(results, fits)
         means = [float(pairs.of(name).mean()) for name in CLASSES if len(pairs.of(name))]
         if len(means) == 3:
-            _, chance = _gap(pairs, fits, None)
-            held.append(means[0] < means[1] < means[2] and chance < 0.05)
+            _, chance = context_gap(pairs, fits, None)
             shown = " / ".join(f"{m:.3f}" for m in means)
-            evidence.append(f"{model}: {shown}, the last two p = {chance:.3f}")
-    return _verdict(held, evidence)
+            found.append(
+                Comparison(
+                    all_of(means[0] < means[1], _by_chance(chance)),
+                    f"{model}: {shown}, the last two p = {chance:.3f} (n = {len(fits)} solutions)",
+                )
+            )
+    return judged(found)
+
+
+def _by_chance(chance: float) -> bool | None:
+    """Judge a one-sided chance: below 0.05 it holds, above 0.95 the opposite does."""
+    if chance < 0.05:
+        return True
+    return False if chance > 0.95 else None
 
 
 def _same_context(results: Results) -> Verdict:
@@ -210,42 +276,22 @@ def _same_context(results: Results) -> Verdict:
 
     The difference in e that is left after a common linear dependence on the text distance.
     """
-    held, evidence = [], []
+    found = []
     for model, part in _by(results.get("figure5") or results.get("figure4"), "model"):
         fits = part.fits()
         if len(fits) < 3:
             continue
         pairs = distances(results, fits)
         texts = tfidf_distances([f["target_text"] or "" for f in fits])[pairs.first, pairs.second]
-        gap, chance = _gap(pairs, fits, texts.numpy())
-        held.append(gap > 0 and chance < 0.05)
-        evidence.append(f"{model}: different context further by {gap:+.4f} (p = {chance:.3f})")
-    return _verdict(held, evidence)
-
-
-def _gap(pairs: Pairs, fits: Sequence[Fit], texts: np.ndarray | None) -> tuple[float, float]:
-    """Return how much further pairs of different contexts are, and the chance by shuffling.
-
-    `texts` are distances of the texts whose linear influence is taken out first. Pairs share
-    solutions, so they are no independent sample; the contexts of the texts are shuffled instead.
-    """
-    names = list(dict.fromkeys(f["text_id"] for f in fits))
-    context = {f["text_id"]: f["context"] or f["text_id"] for f in fits}
-    place = np.array([names.index(f["text_id"]) for f in fits])
-    home = np.array([list(dict.fromkeys(context.values())).index(context[n]) for n in names])
-    other = (pairs.kind > 0).numpy()
-    a, b = place[pairs.first.numpy()[other]], place[pairs.second.numpy()[other]]
-    y = pairs.distance.numpy()[other]
-    base = np.ones((len(y), 1)) if texts is None else np.stack([np.ones_like(y), texts[other]], 1)
-
-    def gap(of: np.ndarray) -> float:
-        columns = np.hstack([base, (of[a] != of[b])[:, None]])
-        return float(np.linalg.lstsq(columns, y, rcond=None)[0][-1])
-
-    rng = np.random.default_rng(0)
-    shuffled = [gap(rng.permutation(home)) for _ in range(_SHUFFLES)]
-    seen = gap(home)
-    return seen, (1 + sum(g >= seen for g in shuffled)) / (1 + _SHUFFLES)
+        gap, chance = context_gap(pairs, fits, texts.numpy())
+        found.append(
+            Comparison(
+                _by_chance(chance),
+                f"{model}: different context further by {gap:+.4f} (p = {chance:.3f}, n = "
+                f"{len(fits)} solutions)",
+            )
+        )
+    return judged(found)
 
 
 def _paths(results: Results) -> tuple[list[dict], list[str]]:
@@ -255,13 +301,12 @@ def _paths(results: Results) -> tuple[list[dict], list[str]]:
 
 def _straight_leaves(results: Results) -> Verdict:
     """Most straight segments have a point with an accuracy below 0.99."""
-    groups, names = _paths(results)
-    left = [np.mean([min(row) < 0.99 for row in g["straight"]["accuracy"]]) for g in groups]
-    return _verdict(
-        [share > 0.5 for share in left],
-        [f"{name}: {100 * share:.0f} % of {g['pairs']} pairs leave"
-         for name, share, g in zip(names, left, groups, strict=True)],
-    )  # fmt: skip
+    found = []
+    for group, name in zip(*_paths(results), strict=True):
+        rows = group["straight"]["accuracy"]
+        left = share_of(sum(min(row) < 0.99 for row in rows), len(rows))
+        found.append(Comparison(left.at_least(0.5), f"{name}: share that leaves {left}"))
+    return judged(found)
 
 
 def _curve_stays(results: Results) -> Verdict:
@@ -269,27 +314,25 @@ def _curve_stays(results: Results) -> Verdict:
 
     Curves given fewer updates than the 5000 that are usual cannot refute it: undecided.
     """
-    groups, names = _paths(results)
-    stay = [np.mean([min(row) >= 0.99 for row in g["curve"]["accuracy"]]) for g in groups]
-    word, evidence = _verdict(
-        [share > 0.5 for share in stay],
-        [f"{name}: {100 * share:.0f} % of {g['pairs']} stay (at most "
-         f"{g['settings']['max_steps']} updates)"
-         for name, share, g in zip(names, stay, groups, strict=True)],
-    )  # fmt: skip
-    short = any(
-        share <= 0.5 and g["settings"]["max_steps"] < _UPDATES
-        for share, g in zip(stay, groups, strict=True)
-    )
-    return "undecided" if short else word, evidence
+    found = []
+    for group, name in zip(*_paths(results), strict=True):
+        rows, updates = group["curve"]["accuracy"], group["settings"]["max_steps"]
+        stay = share_of(sum(min(row) >= 0.99 for row in rows), len(rows))
+        held = stay.at_least(0.5)
+        if held is False and updates < _UPDATES:
+            held = None
+        found.append(
+            Comparison(held, f"{name}: share that stays {stay}, at most {updates} updates")
+        )
+    return judged(found)
 
 
 def _curve_short(results: Results) -> Verdict:
-    """The greatest ratio of lengths is at most 1.2, as in the paper.
+    """The greatest ratio of lengths is at most 1.2, as in the paper: one longer curve refutes it.
 
     Of curves that stay where their segment leaves: a curve that need not bend is no evidence.
     """
-    held, evidence = [], []
+    found = []
     for group, name in zip(*_paths(results), strict=True):
         curve = group["curve"]
         inside = [
@@ -300,9 +343,9 @@ def _curve_short(results: Results) -> Verdict:
             if min(row) >= 0.99 > min(straight)
         ]
         if inside:
-            held.append(max(inside) <= 1.2)
-            evidence.append(f"{name}: at most {max(inside):.2f} ({len(inside)} curves that stay)")
-    return _verdict(held, evidence)
+            shown = f"{name}: {min(inside):.2f} to {max(inside):.2f}, n = {len(inside)} that stay"
+            found.append(Comparison(max(inside) <= 1.2, shown))
+    return judged(found)
 
 
 def _by(one: Outcome | None, column: str) -> list[tuple[str, Outcome]]:

@@ -90,10 +90,11 @@ class FitFolder:
             self._clear()
         if self._plan_file.is_file():
             _require_same(self._stored_plan(), plan, self.path)
-        elif self.resume and (earlier := self.earlier()) is not None:
-            _require_same(plan_of_result(earlier), plan, self.path)
-            return list(range(plan["texts"]))
         else:
+            self._remove_texts()  # where `finish` was cut short
+            if self.resume and (earlier := self.earlier()) is not None:
+                _require_same(plan_of_result(earlier), plan, self.path)
+                return list(range(plan["texts"]))
             self._unfinished.mkdir(exist_ok=True)
             write_text(self._plan_file, json.dumps(plan, indent=1) + "\n")
         for folder in self._texts():
@@ -106,6 +107,8 @@ class FitFolder:
 
     def done(self) -> list[int]:
         """Return the texts that are kept, in their order."""
+        if not self._plan_file.is_file():
+            return []
         return [int(path.name) for path in self._texts() if (path / "fits.parquet").is_file()]
 
     def finish(self, whole: FitResult | None = None) -> FitResult:
@@ -129,7 +132,7 @@ class FitFolder:
         An earlier fit of more texts stays in its place. What was kept stays, too, to be resumed.
         """
         done = self.done()
-        earlier = self.earlier()
+        earlier = self._readable()
         if done and (earlier is None or earlier.tokens.texts < len(done)):
             self._joined(done).save(self.path, overwrite=True)
         return len(done)
@@ -137,6 +140,13 @@ class FitFolder:
     def earlier(self) -> FitResult | None:
         """Return the fit that the folder holds, unfinished texts aside."""
         return FitResult.load(self.path) if (self.path / "fits.parquet").is_file() else None
+
+    def _readable(self) -> FitResult | None:
+        """The fit that the folder holds; None where a save was cut short."""
+        try:
+            return self.earlier()
+        except ValueError:
+            return None
 
     @property
     def _unfinished(self) -> Path:
@@ -169,20 +179,25 @@ class FitFolder:
         return found
 
     def _clear(self) -> None:
-        """Remove what was kept on the way, file by file, as a user may have put others there."""
+        """Remove what was kept on the way, its plan first: without that it counts for nothing."""
         if not self._plan_file.is_file():
             return
         self._stored_plan()
+        self._plan_file.unlink()
+        self._remove_texts()
+
+    def _remove_texts(self) -> None:
+        """Remove kept texts file by file, as a user may have put others there."""
         for folder in self._texts():
             remove_orphans(folder)
             for name in ("fits.parquet", "proto_tokens.safetensors"):
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        self._plan_file.unlink()
-        remove_orphans(self._unfinished)
-        with contextlib.suppress(OSError):
-            self._unfinished.rmdir()
+        if self._unfinished.is_dir():
+            remove_orphans(self._unfinished)
+            with contextlib.suppress(OSError):
+                self._unfinished.rmdir()
 
 
 def plan_of(

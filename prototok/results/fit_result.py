@@ -124,7 +124,8 @@ class FitResult:
                 pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
                 flush(fits)
         except BaseException:
-            if is_new:
+            # An interrupt may come when both have their names: then it is a whole fit.
+            if is_new and not (folder / _FITS).exists():
                 (folder / _TOKENS).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -82,7 +82,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_the_launcher_knows_every_kernel_and_launches_it() -> None:
     pytest.importorskip("triton")
-    sources = [p.read_text() for p in (ROOT / "kernels" / "prototok_kernels").glob("*.py")]
+    sources = [p.read_text() for p in (ROOT / "kernels" / "prototok_kernels").rglob("*.py")]
     defined = {
         name
         for source in sources

@@ -32,7 +32,8 @@ MODELS = {
 
 
 def model(name: str) -> FrozenLM:
-    return prototok.load(made(OWN[name]), device="cpu", dtype=MODELS[name])
+    # From float64, so that no weight is shared with the source, whose changes are refused.
+    return prototok.load(made(OWN[name]).double(), device="cpu", dtype=MODELS[name])
 
 
 def weights(lm: FrozenLM) -> dict[str, Tensor]:

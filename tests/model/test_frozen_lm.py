@@ -186,6 +186,7 @@ def test_gated_models_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def gated(*args: object, **kwargs: object) -> None:
         raise GatedRepoError.__new__(GatedRepoError)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", gated)
     monkeypatch.setattr("prototok.model.load.hf_hub_download", gated)
     with pytest.raises(ValueError, match=r"^model: meta/llama is gated; accept its licence"):
         prototok.load("meta/llama")

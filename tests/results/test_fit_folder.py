@@ -261,6 +261,23 @@ def test_a_save_that_stops_at_any_call_is_seen(
     assert sorted(os.listdir(tmp_path / "F")) == ["fits.parquet", "proto_tokens.safetensors"]
 
 
+def test_an_interrupt_behind_the_last_rename_leaves_a_whole_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(target).name == "fits.parquet":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made_result().save(tmp_path / "F")
+    assert FitResult.load(tmp_path / "F").tokens.texts == 3
+
+
 def test_vectors_of_one_fit_do_not_go_with_measurements_of_another(tmp_path: Path) -> None:
     result = made_result()
     result.save(tmp_path / "F")
@@ -311,3 +328,32 @@ def test_arguments_are_checked_before_the_model_loads(
     assert cli("fit", "book.txt", "-o", "F", option, value) == 2
     assert says in capsys.readouterr().err
     assert os.listdir() == ["book.txt"]
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_an_end_while_clearing_up_is_no_loss(removed: int, home: Path, monkeypatch, capsys) -> None:
+    """The whole fit is there; of what was kept on the way some texts are gone already."""
+    with monkeypatch.context() as patched:
+        patched.setattr(FitFolder, "_remove_texts", lambda self: None)
+        assert fit(limit=2) == 0
+    assert len(os.listdir(home / "F" / "unfinished")) == 2
+    for text in range(removed):
+        shutil.rmtree(home / "F" / "unfinished" / f"{text:08d}")
+    before = (home / "F/fits.parquet").read_bytes()
+    assert fit("--resume", limit=2) == 0
+    assert "2 of 2 chunks are done already" in capsys.readouterr().err
+    assert (home / "F/fits.parquet").read_bytes() == before
+    assert sorted(os.listdir("F")) == ["fits.parquet", "proto_tokens.safetensors"]
+
+
+def test_a_save_cut_short_is_made_good_by_resuming(home: Path, monkeypatch, capsys) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(FitFolder, "_clear", lambda self: None)
+        assert fit(limit=2) == 0
+    FitResult.load(home / "F" / "unfinished" / "00000000").tokens.save(
+        home / "F" / "proto_tokens.safetensors"
+    )
+    with pytest.raises(ValueError, match="2 fits, 1 vectors"):
+        FitResult.load(home / "F")
+    assert fit("--resume", limit=2) == 0
+    assert FitResult.load(home / "F").tokens.texts == 2

@@ -51,7 +51,7 @@ def planned(folder: Path, texts: int = 6, length: int = 2, steps: int = 150) -> 
     return RunFolder.open(folder / "run")
 
 
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
+def until(true: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it took too long"
@@ -92,7 +92,7 @@ def test_a_unit_that_kills_its_worker_is_recorded_and_can_be_retried(tmp_path: P
         [*command, "--workers", "1", "--device", "cpu"], cwd=tmp_path, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     try:
         # A worker killed before it has its lot blames no unit, so this goes on until two had it.
         while driver.poll() is None:

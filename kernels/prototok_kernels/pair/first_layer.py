@@ -56,7 +56,7 @@ def _span(
     sin: Tensor,  # (P + N, r)
     backend: str,
 ) -> tuple[Logits, Tensor]:
-    """What the layer makes of the two vectors alone, each weight read once.
+    """Run the two vectors alone through the layer, each weight read once.
 
     Returns the logits between them and the spanning vectors (B, S, d).
     """
@@ -91,7 +91,7 @@ def _span(
 
 
 def rms_inverse_of(x: Tensor, layer: DecoderLayer) -> Tensor:
-    """1 / √(mean x² + eps) (about the mean for a LayerNorm), (B, N), in fp32 or better."""
+    """Return 1 / √(mean x² + eps), about the mean for a LayerNorm; (B, N), in fp32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Not var: on the CPU it takes fifteen times as long.
     x = centred_for(x.to(dtype), layer) if isinstance(layer, NeoXLayer) else x
@@ -100,7 +100,7 @@ def rms_inverse_of(x: Tensor, layer: DecoderLayer) -> Tensor:
 
 
 def centred_for(span: Tensor, layer: DecoderLayer) -> Tensor:
-    """What the layer's norms scale of the spanning vectors: a LayerNorm takes their mean off."""
+    """Take the mean off the spanning vectors where the layer's norms are LayerNorms."""
     return span - span.mean(-1, keepdim=True) if isinstance(layer, NeoXLayer) else span
 
 
@@ -112,7 +112,7 @@ def affine_norm_backward(
     centred: Tensor,  # (B, S, d)
     layer: DecoderLayer,
 ) -> tuple[Tensor, Tensor]:  # ∂coef (B, S, N), ∂span (B, S, d)
-    """From the gradients of scaled = coef · rms_inverse and of the centred span, x's norm included.
+    """Carry gradients of scaled = coef · rms_inverse and of the centred span back, norm included.
 
     ⟨coef_i, ∂coef_i⟩ is rms_inverse_i times its gradient; ‖x_i‖² = coef_iᵀ Gram coef_i carries that
     on to coef and span without another look at x.
@@ -180,7 +180,7 @@ def first_layer_spanned(
     sin: Tensor,  # (≥ P + N, r)
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # x (B, N, d), coef (B, S, N), span (B, S, d)
-    """`first_layer` up to where it leaves the span: x = coefᵀ · span, and its two factors.
+    """Run `first_layer` up to where it leaves the span: x = coefᵀ · span, and its two factors.
 
     x is the output of a parallel block, and what a sequential one hands to its MLP. Arguments and
     errors are those of `first_layer`.
@@ -209,7 +209,7 @@ def first_layer(
     sin: Tensor,  # (≥ P + N, r)
     plan: Plan,  # whose first layer is not "in full"
 ) -> Tensor:  # (B, N, d) in the layer's dtype
-    """`decoder_layer` of the input [e, m, …, m] (N positions), differentiable in e and m.
+    """Run `decoder_layer` on [e, m, …, m] (N positions) in closed form, differentiable in e and m.
 
     Behind the layer's prefix, where it has one. Neither copies of m nor anything N × N is made. The
     two vectors are cast to the layer's dtype and run through it as the general layer would; logits
@@ -257,7 +257,7 @@ def first_layer_ref(
     cos: Tensor,  # (≥ P + N, r)
     sin: Tensor,  # (≥ P + N, r)
 ) -> Tensor:  # (B, N, d)
-    """The same closed form in plain torch, differentiated by autograd."""
+    """Run the same closed form in plain torch, differentiated by autograd."""
     seen = layer.prefix_length + length
     logits, span = _span(e, m, group, layer, cos[:seen], sin[:seen], "torch")
     if logits.of_prefix is None:

@@ -34,7 +34,7 @@ def first_layer(
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
 ) -> Tensor:  # (B, N, d) bf16
-    """The block's output, the first half of its MLP from the spanning vectors; differentiable."""
+    """Run the block, the first half of its MLP from the spanning vectors; differentiable."""
     inputs = (t.float().contiguous() for t in (e, m, cos, sin))
     return _FirstLayer.apply(*inputs, length, _cpp(layer))
 

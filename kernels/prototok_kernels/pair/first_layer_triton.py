@@ -31,7 +31,7 @@ def _log_add_exp(x, y):
 
 @triton.jit
 def _recurrence(decay_x, value_x, decay_y, value_y):
-    """First x, then y, of steps T ← value + decay · T."""
+    """Compose two steps T ← value + decay · T: first x, then y."""
     return decay_x * decay_y, value_y + decay_y * value_x
 
 
@@ -217,7 +217,7 @@ def _tiles(length: int, heads: int, size: int) -> dict[str, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """bf16 is exact in tf32; fp32 gets products in full."""
+    """Return the precision of products: bf16 is exact in tf32, fp32 gets them in full."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -269,7 +269,7 @@ class _AffineScan(torch.autograd.Function):
 
 
 def affine_scan(a: Tensor, b: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights w = sigmoid(b − prefix log-sum-exp of a), and x = their combination of span."""
+    """Compute w = sigmoid(b − prefix log-sum-exp of a), and x, the span combined by them."""
     if span.dtype == torch.float64:
         raise ValueError("backend 'triton' computes in fp32; use 'torch' for float64 weights")
     return _AffineScan.apply(a, b, span)

@@ -33,7 +33,7 @@ class Logits:
 
 
 def per_row(x: Tensor, group: Tensor | None) -> Tensor:
-    """(G, …) → (B, …)."""
+    """Give each row its group's entry: (G, …) → (B, …)."""
     return x if group is None else x.index_select(0, group)
 
 
@@ -119,7 +119,7 @@ def logits_behind_prefix(
 
 
 def coefficients(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, N − 1) → (B, S, N): position 0 is the base of e, position i base of m + Σ w_ih U_h."""
+    """Lay out coef (B, S, N): position 0 is the base of e, position i base of m + Σ w_ih U_h."""
     rows, heads, later = w.shape
     coef = w.new_zeros(rows, heads + 2, later + 1, dtype=dtype)
     coef[:, 0, 1:] = 1
@@ -230,5 +230,5 @@ def combined(
     coef: Tensor,  # (B, S, N)
     vectors: Tensor,  # (B, S, O)
 ) -> Tensor:  # (B, N, O)
-    """coefᵀ · vectors."""
+    """Return coefᵀ · vectors."""
     return torch.bmm(coef.transpose(1, 2), vectors)

@@ -30,7 +30,7 @@ _Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _parts(layer: DecoderLayer) -> list[_Part]:
-    """Of q, k, v, and of the up-projection, whose bias the activation adds in its own pass."""
+    """List the parts: q, k, v, and the up-projection, whose bias the activation adds itself."""
     assert isinstance(layer, NeoXLayer)
     return [
         (layer.input_norm, layer.input_norm_bias, layer.qkv, layer.qkv_bias),
@@ -39,7 +39,7 @@ def _parts(layer: DecoderLayer) -> list[_Part]:
 
 
 def _projected(centred: Tensor, part: _Part) -> Tensor:
-    """(B, S, d) → (B, S + 1, O): each spanning vector's share, and what every position has."""
+    """Project (B, S, d) to (B, S + 1, O): each spanning vector's share, and every position's."""
     norm, norm_bias, weight, bias = part
     fixed = norm_bias.expand(len(centred), 1, -1)
     out = F.linear(torch.cat([centred * norm, fixed], dim=1), weight)
@@ -82,7 +82,7 @@ def second_layer_projections(
     span: Tensor,  # (B, S, d)
     layer: DecoderLayer,  # the parallel block that x enters
 ) -> tuple[Tensor, Tensor]:  # (B, N, 3 H·c) with its bias, (B, N, I) without
-    """The block's stacked q, k, v and its up-projection, each behind its LayerNorm of x.
+    """Compute the block's stacked q, k, v and its up-projection, each behind its LayerNorm of x.
 
     x = coefᵀ · span, all three from `first_layer_spanned`. Differentiable in coef and span: x is
     read for its deviation alone, and the gradient of that goes to coef and span as well.
@@ -91,6 +91,6 @@ def second_layer_projections(
 
 
 def second_layer_projections_ref(x: Tensor, layer: NeoXLayer) -> tuple[Tensor, Tensor]:
-    """The same products at all N positions in plain torch, differentiable in x."""
+    """Compute the same products at all N positions in plain torch, differentiable in x."""
     qkv = F.linear(input_norm(x, None, layer, "torch")[1], layer.qkv, layer.qkv_bias)
     return qkv, F.linear(post_norm(x, None, layer, "torch")[1], layer.up)
