@@ -147,7 +147,9 @@ def test_attention_errs_no_more_than_torch(
 
 
 @needs_bf16
-@pytest.mark.parametrize("count, length, texts", [(1, 16, 5), (1, 15, 3), (3, 9, 3), (17, 63, 2), (64, 1, 3)])
+@pytest.mark.parametrize(
+    "count, length, texts", [(1, 16, 5), (1, 15, 3), (3, 9, 3), (17, 63, 2), (64, 1, 3)]
+)
 @pytest.mark.parametrize("name", [n for n in OWN if not n.startswith("qwen3")])
 def test_blocks_in_cpp_err_no_more_than_torch(
     name: str, count: int, length: int, texts: int
