@@ -5,7 +5,7 @@ Letters: d hidden size.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -14,24 +14,16 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.prefix import Prefix
-from prototok.results.prefix_file import (
-    prefix_header,
-    prefix_in,
-    prefix_tensors,
-    require_prefix,
-)
 from prototok.results.tensor_file import (
+    Origin,
     Shapes,
-    identity_of,
-    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
 )
 
 FILE = "prior.safetensors"
-_FORMAT = "prototok.prior"
-_VERSION = 1
+_FORM = ("prototok.prior", 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +50,9 @@ class Prior:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "model": asdict(self.model),
-            "provenance": self.provenance,
-            **prefix_header(self.prefix),
-        }
         tensors = {"mean": self.mean, "std": self.std, "basis": self.basis}
-        tensors |= prefix_tensors(self.prefix)
-        write_tensors(path, tensors, header)
+        origin = Origin(self.model, self.provenance, self.prefix)
+        write_tensors(path, _FORM, tensors, origin)
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:
@@ -76,24 +61,20 @@ class Prior:
         Raises:
             ValueError: no such file, or not one of a prior.
         """
-        header, tensors = read_tensors(path, "a prior", (_FORMAT, _VERSION), _require_consistent)
+        _, tensors, origin = read_tensors(path, "a prior", _FORM, _require_consistent)
         return cls(
-            tensors["mean"], tensors["std"], tensors.get("basis"), identity_of(header),
-            provenance_in(header), prefix_in(header, tensors),
+            tensors["mean"], tensors["std"], tensors.get("basis"), origin.model, origin.provenance,
+            origin.prefix,
         )  # fmt: skip
 
 
-def _require_consistent(header: dict, shapes: Shapes) -> None:
+def _require_consistent(header: dict, shapes: Shapes, model: ModelIdentity) -> None:
     """Raise ValueError unless the shapes in the file are those of a prior of its model."""
-    identity = identity_of(header)
-    d = identity.hidden_size
-    provenance_in(header)
-    require_prefix(header, shapes, d, identity.vocab_size)
+    d = model.hidden_size
     expected = {"mean": (2, d), "std": (2, d), "basis": (2, d, d)}
-    if not {"mean", "std"} <= set(shapes) <= {*expected, "prefix"}:
+    if not {"mean", "std"} <= set(shapes) <= set(expected):
         raise ValueError(f"it holds {sorted(shapes)}")
-    for name in shapes.keys() & expected.keys():
-        dtype, shape = shapes[name]
+    for name, (dtype, shape) in shapes.items():
         if dtype != "F32" or shape != expected[name]:
             raise ValueError(f"{name} is {dtype} {shape} where F32 {expected[name]} is expected")
 

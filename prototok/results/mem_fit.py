@@ -5,7 +5,7 @@ Letters: T texts, S seeds, K vectors in front, d hidden size, N targets of a tex
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,24 +14,16 @@ from torch import Tensor
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
-from prototok.results.prefix_file import (
-    prefix_header,
-    prefix_in,
-    prefix_tensors,
-    require_prefix,
-)
 from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import (
+    Origin,
     Shapes,
-    identity_of,
-    provenance_in,
     read_tensors,
     require_model,
     write_tensors,
 )
 
-_FORMAT = "prototok.mem_fit"
-_VERSION = 1
+_FORM = ("prototok.mem_fit", 1)
 _MEASURED = {
     "accuracy": torch.float32,
     "exact": torch.bool,
@@ -92,41 +84,30 @@ class MemFit:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {name: getattr(self, name) for name in ("mem", "seed", *_MEASURED)}
-        tensors |= prefix_tensors(self.prefix)
         tensors["targets"] = torch.cat(self.targets)
         tensors["lengths"] = torch.tensor(
             [len(ids) for ids in self.targets], dtype=torch.int64, device="cpu"
         )
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "first": self.first,
-            "model": asdict(self.model),
-            "provenance": self.provenance,
-            **prefix_header(self.prefix),
-        }
-        write_tensors(path, tensors, header)
+        origin = Origin(self.model, self.provenance, self.prefix)
+        write_tensors(path, _FORM, tensors, origin, first=self.first)
 
     @classmethod
     def load(cls, path: str | Path) -> MemFit:
         """Read what `save` wrote; ValueError for anything else."""
-        header, tensors = read_tensors(
-            path, "one of a MemFit", (_FORMAT, _VERSION), _require_consistent
-        )
+        header, tensors, origin = read_tensors(path, "one of a MemFit", _FORM, _require_consistent)
         lengths = tensors["lengths"].tolist()
         if not all(n >= 1 for n in lengths) or sum(lengths) != len(tensors["targets"]):
             raise ValueError(f"path: {path} is inconsistent, its lengths are not of its targets")
-        model = identity_of(header)
         ids = tensors["targets"]
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < origin.model.vocab_size:
             raise ValueError(f"path: {path} is inconsistent, a target is no token of its model")
-        provenance, shape = provenance_in(header), tensors["mem"].shape[:2]
+        shape = tensors["mem"].shape[:2]
         seed = tensors.get("seed")
         if seed is None:  # a file from before they were kept
-            seed = seeds_of(provenance, shape[1]).expand(shape).clone()
+            seed = seeds_of(origin.provenance, shape[1]).expand(shape).clone()
         return cls(
             mem=tensors["mem"], targets=list(ids.split(lengths)), first=header["first"],
-            model=model, provenance=provenance, seed=seed, prefix=prefix_in(header, tensors),
+            model=origin.model, provenance=origin.provenance, seed=seed, prefix=origin.prefix,
             **{name: tensors[name] for name in _MEASURED},
         )  # fmt: skip
 
@@ -134,15 +115,12 @@ class MemFit:
 _NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
-def _require_consistent(header: dict, shapes: Shapes) -> None:
+def _require_consistent(header: dict, shapes: Shapes, model: ModelIdentity) -> None:
     """Raise ValueError unless the shapes in the file are those of one fit."""
-    identity = identity_of(header)
-    width = identity.hidden_size
-    provenance_in(header)
-    require_prefix(header, shapes, width, identity.vocab_size)
+    width = model.hidden_size
     if header["first"] not in ("predicted", "given"):
         raise ValueError(f"it says that the first token is {header['first']!r}")
-    if set(shapes) - {"seed", "prefix"} != {"mem", "targets", "lengths", *_MEASURED}:
+    if set(shapes) - {"seed"} != {"mem", "targets", "lengths", *_MEASURED}:
         raise ValueError(f"it holds {sorted(shapes)}")
     dtype, shape = shapes["mem"]
     if dtype != "F32" or len(shape) != 4 or shape[3] != width:

@@ -5,7 +5,7 @@ Letters: T texts, S seeds, K leading vectors, d hidden size, G sharing groups, N
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,24 +16,16 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
-from prototok.results.prefix_file import (
-    prefix_header,
-    prefix_in,
-    prefix_tensors,
-    require_prefix,
-)
 from prototok.results.tensor_file import (
+    Origin,
     Shapes,
-    identity_of,
-    provenance_in,
     read_tensors,
     require_model,
     require_tokenizer,
     write_tensors,
 )
 
-_FORMAT = "prototok.proto_tokens"
-_VERSION = 1
+_FORM = ("prototok.proto_tokens", 1)
 _MOST_TOKENS = 1 << 24  # of one text; no model has room for as many
 
 
@@ -117,18 +109,10 @@ class ProtoTokens:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         tensors = {"e": self.e, "m": self.m, "lengths": self.lengths, "groups": self.groups}
-        tensors |= prefix_tensors(self.prefix)
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "arrangement": self.arrangement,
-            "share": self.share,
-            "seeds": self.seeds,
-            "model": asdict(self.model),
-            "provenance": self.provenance,
-            **prefix_header(self.prefix),
-        }
-        write_tensors(path, tensors, header)
+        write_tensors(
+            path, _FORM, tensors, Origin(self.model, self.provenance, self.prefix),
+            arrangement=self.arrangement, share=self.share, seeds=self.seeds,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path) -> ProtoTokens:
@@ -137,8 +121,8 @@ class ProtoTokens:
         Raises:
             ValueError: no such file, damaged, not written by prototok, or inconsistent.
         """
-        header, tensors = read_tensors(
-            path, "one of proto-tokens", (_FORMAT, _VERSION), _require_consistent
+        header, tensors, origin = read_tensors(
+            path, "one of proto-tokens", _FORM, _require_consistent
         )
         lengths, groups = tensors["lengths"], tensors.get("groups")
         if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= _MOST_TOKENS:
@@ -152,20 +136,18 @@ class ProtoTokens:
             m=tensors.get("m"),
             lengths=tensors["lengths"],
             arrangement=header["arrangement"],
-            model=identity_of(header),
+            model=origin.model,
             seeds=header["seeds"],
             share=header["share"],
             groups=tensors.get("groups"),
-            provenance=header["provenance"],
-            prefix=prefix_in(header, tensors),
+            provenance=origin.provenance,
+            prefix=origin.prefix,
         )
 
 
-def _require_consistent(header: dict, shapes: Shapes) -> None:
+def _require_consistent(header: dict, shapes: Shapes, model: ModelIdentity) -> None:
     """Raise ValueError unless the shapes in the file are the ones its header implies."""
     arrangement = Arrangement.parse(header["arrangement"])
-    identity = identity_of(header)
-    provenance_in(header)
     seeds, share = header["seeds"], header["share"]
     if not is_count(seeds):
         raise ValueError(f"it has {seeds!r} seeds")
@@ -173,14 +155,13 @@ def _require_consistent(header: dict, shapes: Shapes) -> None:
         raise ValueError(f"it shares {share!r}")
     names = {"e", "lengths"} | ({"m"} if arrangement.has_m else set())
     names |= {"groups"} if share else set()
-    require_prefix(header, shapes, identity.hidden_size, identity.vocab_size)
-    if set(shapes) - {"prefix"} != names or share not in (None, *names):
+    if set(shapes) != names or share not in (None, *names):
         raise ValueError(f"it holds {sorted(shapes)} where {sorted(names)} are expected")
     (texts,) = shapes["lengths"][1] if len(shapes["lengths"][1]) == 1 else (-1,)
     inner = {"e": (arrangement.leading,) if arrangement.leading > 1 else (), "m": ()}
     for name in names & {"e", "m"}:
         dtype, shape = shapes[name]
-        tail = (*inner[name], identity.hidden_size)
+        tail = (*inner[name], model.hidden_size)
         expected = (shape[0] if shape else 0, *tail) if share == name else (texts, seeds, *tail)
         if dtype != "F32" or shape != expected:
             raise ValueError(f"{name} is {dtype} {shape} where F32 {expected} is expected")

@@ -16,6 +16,14 @@ from prototok.common.files import whole
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
+from prototok.results.prefix_file import (
+    NAME,
+    prefix_header,
+    prefix_in,
+    prefix_tensors,
+    require_prefix,
+)
 
 KEY = "prototok"  # of our JSON header among a safetensors file's metadata
 
@@ -25,10 +33,34 @@ _VECTORS = ("e", "m", "mem", "mean", "std", "basis", "prefix")
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # a tensor's name to its dtype, as F32, and shape
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header: dict) -> None:
-    """Write one safetensors file with a JSON header, whole or not at all; None is left out.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What every file of ours says of its vectors.
+
+    model       which frozen model they belong to
+    provenance  where they come from
+    prefix      what stood in front of them; None: nothing
+    """
+
+    model: ModelIdentity
+    provenance: dict[str, str]
+    prefix: Prefix | None
+
+
+def write_tensors(
+    path: str | Path, form: tuple[str, int], tensors: Mapping[str, Tensor | None], origin: Origin,
+    **fields: object,
+) -> None:  # fmt: skip
+    """Write one safetensors file with a JSON header, whole or not at all.
 
     A tensor that is None is left out. An earlier file of ours is replaced.
+
+    Args:
+        path: of the file.
+        form: name and version of the format.
+        tensors: by name; the prefix of `origin` goes beside them.
+        origin: of the vectors.
+        fields: what else the header has.
 
     Raises:
         ValueError: something else than a file of ours is in the way.
@@ -38,7 +70,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header
     if (path.exists() or path.is_symlink()) and not is_tensor_file(path):
         raise ValueError(f"path: {path} was not written by prototok and is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    header = {
+        "format": form[0],
+        "version": form[1],
+        **fields,
+        "model": dataclasses.asdict(origin.model),
+        "provenance": origin.provenance,
+        **prefix_header(origin.prefix),
+    }
+    given = {**tensors, **prefix_tensors(origin.prefix)}
+    stored = {name: t.contiguous() for name, t in given.items() if t is not None}
     with whole(path) as temporary:
         try:
             save_file(stored, temporary, metadata={KEY: json.dumps(header)})
@@ -47,16 +88,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor | None], header
 
 
 def read_tensors(
-    path: str | Path, what: str, form: tuple[str, int], check: Callable[[dict, Shapes], None]
-) -> tuple[dict, dict[str, Tensor]]:
-    """Return the header and the tensors of a file that `write_tensors` wrote.
+    path: str | Path, what: str, form: tuple[str, int],
+    check: Callable[[dict, Shapes, ModelIdentity], None],
+) -> tuple[dict, dict[str, Tensor], Origin]:  # fmt: skip
+    """Return the header, the tensors and the origin that `write_tensors` wrote.
 
     Args:
         path: of the file.
         what: it should be, for messages, such as "a prior".
         form: name and version of the format, as the header has them.
-        check: raises ValueError unless header and shapes go together. It runs before any tensor is
-            allocated; safetensors has held the shapes against the size of the file by then.
+        check: raises ValueError unless header, shapes and model go together; the prefix is checked
+            here and is not among the shapes. It runs before any tensor is allocated; safetensors
+            has held the shapes against the size of the file by then.
 
     Raises:
         ValueError: no such file, damaged, not of this format, or inconsistent.
@@ -72,7 +115,9 @@ def read_tensors(
                 part = file.get_slice(key)
                 shapes[key] = (part.get_dtype(), tuple(part.get_shape()))
             try:
-                check(header, shapes)
+                model, provenance = _identity_of(header), _provenance_in(header)
+                require_prefix(header, shapes, model.hidden_size, model.vocab_size)
+                check(header, {k: v for k, v in shapes.items() if k != NAME}, model)
             except (KeyError, TypeError, ValueError) as error:
                 says = f"it has no {error}" if isinstance(error, KeyError) else str(error)
                 raise ValueError(f"path: {path} is inconsistent, {says}") from None
@@ -82,10 +127,10 @@ def read_tensors(
     for name, stored in tensors.items():
         if name in _VECTORS and not bool(torch.isfinite(stored).all()):
             raise ValueError(f"path: {path} holds values in {name} that are not finite")
-    return header, tensors
+    return header, tensors, Origin(model, provenance, prefix_in(header, tensors))
 
 
-def identity_of(header: dict) -> ModelIdentity:
+def _identity_of(header: dict) -> ModelIdentity:
     """Return the model that a header names; ValueError where a field is missing or mistyped."""
     found = header["model"]
     fields = {f.name: str(f.type) for f in dataclasses.fields(ModelIdentity)}
@@ -104,7 +149,7 @@ def identity_of(header: dict) -> ModelIdentity:
     return identity
 
 
-def provenance_in(header: dict) -> dict[str, str]:
+def _provenance_in(header: dict) -> dict[str, str]:
     """Return where the vectors come from; ValueError where it is not names with texts."""
     found = header["provenance"]
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
