@@ -35,7 +35,7 @@ def windows(soak: ModuleType, **growth: float) -> list:
         values = {k: v + growth.get(k, 0) * minute / 60 for k, v in base.items()}
         values["memory"] += draw.gauss(0, 5) + (300 if minute == 40 else 0)
         values["throughput"] *= 0.2 if minute == 55 else draw.uniform(0.9, 1.1)
-        found.append(soak.Window(minutes=float(minute), **values))
+        found.append(soak.Window(minutes=float(minute), cpu_minutes=float(minute), **values))
     return found
 
 
