@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("__main__", "cli"),
     ("bench", "sweep", "report"),
-    ("capacity", "decode", "fast_fit", "learn_shared"),  # doors to functions of the packages below
+    # doors to functions of the packages below
+    ("capacity", "decode", "fast_fit", "learn_optimizer", "learn_shared"),
     ("fitting", "decoding", "autoregressive", "geometry"),
     ("model", "results", "texts"),
     ("common",),

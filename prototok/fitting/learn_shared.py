@@ -25,7 +25,7 @@ from prototok.texts.targets import Texts, targets_of
 
 # Where one m cannot carry the texts it says little about what carries one of them.
 _LENGTHS, _ENOUGH = (16, 8, 4), 0.9
-_SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
+SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
 
 
 @own_world
@@ -83,7 +83,7 @@ def learn_shared(
     e, m = fit.tokens.e[:, 0], fit.tokens.m[0]  # (T, d), (d,)
     return Prior(
         mean=torch.stack([e.mean(0), m]),
-        std=torch.stack([_SPREAD * e.std(0), torch.zeros_like(m)]),
+        std=torch.stack([SPREAD * e.std(0), torch.zeros_like(m)]),
         basis=eigenbasis(lm, backend).cpu(),
         model=lm.identity,
         provenance={

@@ -42,6 +42,9 @@ class Recipe:
         patience: most updates in a row without a higher accuracy; None: any number.
         accuracy: share of right tokens that ends the fit (1.0: all of them).
         margin: smallest (target logit − best other logit) asked for as well before the fit ends.
+        learned: a learned optimiser makes the first updates; after so many without progress, or
+            twenty times as many in all, AdamW takes over and has `max_steps` of its own. 0: AdamW
+            makes all.
     """
 
     name: str = "custom"
@@ -63,6 +66,7 @@ class Recipe:
     patience: int | None = None
     accuracy: float = 1.0
     margin: float = 0.0
+    learned: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -91,7 +95,8 @@ class Recipe:
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
-        for name, least in (("max_steps", 1), ("warmup", 0), ("patience", 1), ("cycle", 1)):
+        limits = {"max_steps": 1, "warmup": 0, "patience": 1, "cycle": 1, "learned": 0}
+        for name, least in limits.items():
             value = getattr(self, name)
             if name in ("patience", "cycle") and value is None:
                 continue
@@ -166,6 +171,9 @@ FAST = Recipe(
     margin=0.2,
 )
 
+# A learned optimiser begins, and `fast` goes on from its best vectors.
+LEARNED = replace(FAST, name="learned", learned=10)
+
 
 def recipe_of(recipe: str | Recipe) -> Recipe:
     """Return the recipe itself, or the one of that name."""
@@ -175,4 +183,6 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
         return PAPER
     if recipe == "fast":
         return FAST
-    raise ValueError(f"recipe: {recipe!r} is not 'fast', 'paper' or a Recipe")
+    if recipe == "learned":
+        return LEARNED
+    raise ValueError(f"recipe: {recipe!r} is not 'fast', 'paper', 'learned' or a Recipe")
