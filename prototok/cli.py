@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prototok.bench.command import bench
+from prototok.cli_learn import app as learn_app
+from prototok.cli_learn import start_from
 from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, require_positive, say
 from prototok.common.command_line import run as run_app
 from prototok.common.files import try_file, write_text
 from prototok.sweep.cli import app as sweep_app
 
 if TYPE_CHECKING:
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
     from prototok.model.frozen_lm import FrozenLM
     from prototok.results.arrangement import Arrangement
@@ -36,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")
 
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
@@ -45,6 +50,7 @@ _CAPACITY_COLUMNS = "text,exact,at_099,ended,steps,seconds"
 _DECODED = "A new file for the text, in UTF-8 and exact; nothing is added and nothing is printed."
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 _RESUME = "Go on where an interrupted fit of the same book and settings stopped."
+_INIT = "A file of `prototok learn`: an optimizer with --recipe learned, else a prior."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show named ranges."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
@@ -60,7 +66,8 @@ def fit(
     model: Model = "tiny-llama",
     length: Annotated[int, typer.Option(help="Tokens a chunk.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Fit only this many chunks.")] = None,
-    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
+    init: Annotated[Path | None, typer.Option(help=_INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
@@ -86,9 +93,10 @@ def fit(
 
     layout, settings = Arrangement.parse(arrangement), recipe_of(recipe)
     require_share(share, layout)
+    start, settings = start_from(init, settings)
     rows = batch_size or "auto"
     front = None if prefix == "none" else prefix
-    request = _Fit(length, limit, settings, layout, share, seed_list(seeds), front, rows)
+    request = _Fit(length, limit, settings, start, layout, share, seed_list(seeds), front, rows)
     folder = FitFolder(out, resume, overwrite)
     with folder.claimed():
         from prototok.model.load import load
@@ -104,6 +112,7 @@ class _Fit:
     length: int
     limit: int | None
     recipe: Recipe
+    init: Prior | LearnedOptimizer | None
     arrangement: Arrangement
     share: str | None
     seeds: list[int]
@@ -113,7 +122,7 @@ class _Fit:
 
 def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> None:
     """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
-    from prototok.fitting.fast_fit import fast_fit
+    from prototok.fitting.fast_fit import fast_fit, start_of
     from prototok.fitting.front import front_of
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
@@ -124,7 +133,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
     say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
-    behind, in_front = front_of(lm, asked.prefix, asked.recipe)
+    start = None if asked.init is None else start_of(asked.init)
+    behind, in_front = front_of(lm, asked.prefix, asked.recipe, start)
     say(f"in front: {in_front}")
     plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
     floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
@@ -146,8 +156,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
         if left:
             result = fast_fit(
                 lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
-                arrangement=asked.arrangement.name, recipe=asked.recipe, prefix=asked.prefix,
-                batch_size=asked.batch_size, progress=True,
+                arrangement=asked.arrangement.name, recipe=asked.recipe, init=asked.init,
+                prefix=asked.prefix, batch_size=asked.batch_size, progress=True,
                 on_text=lambda i, result: folder.commit(left[i], labelled(result)),
             )  # fmt: skip
             whole = None if asked.share is None else labelled(result)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the top down. An arrow may point to the same level or below.
 LEVELS = (
-    ("__main__", "cli"),
+    ("__main__", "cli", "cli_learn"),
     ("bench", "sweep", "report"),
     # doors to functions of the packages below
     ("capacity", "decode", "fast_fit", "learn_optimizer", "learn_shared"),
