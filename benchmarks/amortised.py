@@ -68,15 +68,14 @@ def optimizer_of(
 
 
 def unseen(lm: FrozenLM, text: str, samples: torch.Tensor, length: int, count: int) -> torch.Tensor:
-    """Return windows (count, length) of the text, far apart, that no sample has."""
+    """Return windows (count, length) of the text that no sample has, spread evenly over it."""
     ids = lm.encode(text)
     known = set(map(tuple, samples.unfold(1, length, 1).flatten(0, 1).tolist()))
-    apart = max(1, (len(ids) - length) // count)
-    found = [ids[i : i + length] for i in range(0, len(ids) - length + 1, apart)]
-    found = [window for window in found if tuple(window) not in known][:count]
+    windows = (ids[i : i + length] for i in range(0, len(ids) - length + 1, length))
+    found = [window for window in windows if tuple(window) not in known]
     if len(found) < count:
         raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")
-    return torch.tensor(found)
+    return torch.tensor([found[i * len(found) // count] for i in range(count)])
 
 
 def cell_of(fit: FitResult, seconds: float) -> dict:

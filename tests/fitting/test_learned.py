@@ -19,6 +19,7 @@ from prototok.fitting.learned import pool
 from prototok.fitting.recipe import LEARNED
 from prototok.model.load import load
 from prototok.results.arrangement import Arrangement
+from tests.fitting.engine.test_lagging_polls import as_on_cuda
 from tests.support import small_llama
 
 LENGTH = 3
@@ -156,6 +157,17 @@ def test_longer_than_it_ever_saw(small_lm: FrozenLM, optimizer: LearnedOptimizer
     assert torch.equal(found.exact, fast.exact)
 
 
+def test_flags_read_late_as_on_cuda(
+    small_lm: FrozenLM, optimizer: LearnedOptimizer, unseen: torch.Tensor
+) -> None:
+    at_once = fit(small_lm, unseen[:6], optimizer, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_cuda(patch)
+        late = fit(small_lm, unseen[:6], optimizer, batch_size=4)
+    assert bool(late.exact.all()) and bool(at_once.exact.all())
+    assert int((late.steps - at_once.steps).abs().max()) <= 2
+
+
 def test_behind_a_prefix(small_lm: FrozenLM, prior: Prior) -> None:
     learned = learn(small_lm, prior, prefix=[5, 6], lengths=(2,), steps=3)
     assert learned.start.prefix is not None and learned.start.prefix.ids == (5, 6)
@@ -208,7 +220,8 @@ def test_what_does_not_go_together_is_refused(
     for options, name in (
         ({"texts": [[1, 2, 3], [1, 2]]}, "texts: text 1 has 2 tokens"),
         ({"lengths": (3, 2)}, "lengths"), ({"lengths": ()}, "lengths"), ({"reach": -1}, "reach"),
-        ({"steps": 0}, "steps"), ({"seed": 0.5}, "seed"), ({"lengths": (41,)}, "length"),
+        ({"backend": "cuda"}, "backend"), ({"steps": 0}, "steps"), ({"seed": 0.5}, "seed"),
+        ({"lengths": (41,)}, "length"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}"):
             learn(small_lm, prior, **options)

@@ -65,8 +65,9 @@ def update(lm: FrozenLM, slots: Slots, window: Window, active: Tensor, backend: 
     if slots.device.type != "cpu" or bool(by_network.any()):
         assert slots.network is not None
         e, m = slots.network(seen_of(lm, slots, window, moves)).unbind(1)
+        taken = slots.scored[: window.rows].any(1)
         made = [
-            _mean_by_group(of_row, owner, len(step)) if bank.shared else of_row
+            _mean_by_group(of_row, taken, owner, len(step)) if bank.shared else of_row
             for bank, of_row in zip(slots.banks, (e, recipe.m_rate * m), strict=True)
         ]
     for bank, rate, of, by_adam, learned in zip(
@@ -143,8 +144,9 @@ def _positions(
     )  # fmt: skip
 
 
-def _mean_by_group(of_row: Tensor, owner: Tensor, groups: int) -> Tensor:
-    """Average (R, d) over the rows of each group: (G, d)."""
-    total = of_row.new_zeros(groups, of_row.shape[1]).index_add_(0, owner, of_row)
-    count = of_row.new_zeros(groups).index_add_(0, owner, torch.ones_like(of_row[:, 0]))
+def _mean_by_group(of_row: Tensor, taken: Tensor, owner: Tensor, groups: int) -> Tensor:
+    """Average (R, d) over the rows of each group that are `taken`: (G, d)."""
+    total = of_row.new_zeros(groups, of_row.shape[1])
+    total.index_add_(0, owner, torch.where(taken[:, None], of_row, 0.0))
+    count = of_row.new_zeros(groups).index_add_(0, owner, taken.to(of_row.dtype))
     return total / count.clamp_min(1)[:, None]
