@@ -34,7 +34,6 @@ from prototok.texts.targets import Texts, targets_of
 
 _WIDTH, _DEPTH = 512, 3
 _RATE, _WARM_UP = 1e-3, 100  # of the AdamW that trains the network
-_TEMPERATURE = 0.6
 # Texts that are sampled from the model, and their length; windows are cut from them.
 _TEXTS, _LONG = 512, 128
 # Fits start this near to the prior's mean, in its own spread: the first gradient then says more of
@@ -69,7 +68,7 @@ def learn_optimizer(
         reach: positions from the first on of which the network sees the token and its error, beside
             the gradient that sums up all of them; None: up to the longest of `lengths`. Always 0
             for a model of the family "general", which keeps these to itself.
-        steps: of training, each a forward and backward of about 2048 positions.
+        steps: of training, each a forward and backward of about 1024 positions.
         prior: where fits start, from `learn_shared`; None: what comes with a built-in model, or
             `learn_shared(lm)`.
         prefix: what stands in front of e, as in `fast_fit`, and of the fits with this optimiser.
@@ -101,7 +100,7 @@ def learn_optimizer(
     )  # fmt: skip
     basis = eigenbasis(lm, backend).cpu() if start.basis is None else start.basis
     start = replace(start, basis=basis, std=_NEAR * start.std)
-    recipe = replace(LEARNED.from_prior(lm.hidden_size), temperature=_TEMPERATURE)
+    recipe = LEARNED.from_prior(lm.hidden_size)  # that of the fits, temperature included
     reach = 0 if lm.body.head is None else grid[-1] if reach is None else reach
     with torch.random.fork_rng():
         torch.manual_seed(seed)
