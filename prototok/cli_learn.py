@@ -27,6 +27,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")]
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Book = Annotated[Path | None, typer.Option(help="Learn from this text. Default: samples.")]
 
+_CHECKPOINT = "Keep the training in this file every minute, and go on from it where it is there."
 _CHUNKS = 128  # most tokens of a text of the book
 
 
@@ -65,6 +66,7 @@ def optimizer(
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
     seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
     init: Annotated[Path | None, typer.Option(help="A prior of the model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help=_CHECKPOINT)] = None,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -89,7 +91,7 @@ def optimizer(
         longest = max(grid[-1], min(_CHUNKS, lm.context or _CHUNKS))
         whole = [ids for ids in chunks(lm, text, longest, None) if len(ids) >= grid[-1]]
     found = learn_optimizer(
-        lm, whole, lengths=grid, steps=steps, prior=start, seed=seed,
+        lm, whole, lengths=grid, steps=steps, prior=start, seed=seed, checkpoint=checkpoint,
         prefix=None if prefix == "none" else prefix, progress=True,
     )  # fmt: skip
     found.save(out)

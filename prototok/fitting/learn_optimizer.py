@@ -6,8 +6,10 @@ Letters: N targets, d hidden size.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,7 @@ from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
 from prototok.fitting.learn_shared import SPREAD, learn_shared, own_texts
+from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.learned.optimizer import LearnedOptimizer, weights_of
 from prototok.fitting.learned.pool import Corpus, Pool
@@ -34,6 +37,7 @@ from prototok.texts.targets import Texts, targets_of
 
 _WIDTH, _DEPTH = 512, 3
 _RATE, _WARM_UP = 1e-3, 100  # of the AdamW that trains the network
+_KEEP_EVERY = 60.0  # seconds
 # Texts that are sampled from the model, and their length; windows are cut from them.
 _TEXTS, _LONG = 512, 128
 # Fits start this near to the prior's mean, in its own spread: the first gradient then says more of
@@ -52,6 +56,7 @@ def learn_optimizer(
     prior: Prior | None = None,
     prefix: PrefixLike | Prefix = "auto",
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     backend: str = "auto",
     progress: bool | None = None,
 ) -> LearnedOptimizer:
@@ -73,6 +78,8 @@ def learn_optimizer(
             `learn_shared(lm)`.
         prefix: what stands in front of e, as in `fast_fit`, and of the fits with this optimiser.
         seed: of the network's weights and of what it is trained on; the same gives the same.
+        checkpoint: a file that training is kept in every minute; where it is there, training goes
+            on from it, with fresh texts.
         backend, progress: as in `fast_fit`.
 
     Raises:
@@ -112,9 +119,6 @@ def learn_optimizer(
         network.token_scale.fill_(float(lm.body.head.float().std()))
     network.to(lm.device)
     setup = Setup(lm, OneForward(layout, prior=start), recipe, backend, None, network)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    pools = [Pool(setup, corpus, n, generator) for n in grid]
-    _train(network, pools, steps, progress)
     provenance = {
         "lengths": ", ".join(map(str, grid)),
         "reach": str(reach),
@@ -125,6 +129,20 @@ def learn_optimizer(
         "prototok": VERSION,
         "torch": torch.__version__,
     }
+    kept = None if checkpoint is None else Checkpoint(checkpoint, lm, provenance)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    done = 0 if kept is None else kept.load(network, optimizer)
+    generator = torch.Generator("cpu").manual_seed(seed + done)
+    pools = [Pool(setup, corpus, n, generator) for n in grid]
+    with Progress(steps, "learn optimizer", progress) as bar:
+        clock = time.monotonic()
+        for step in range(done, steps):
+            bar.update(step, _train_step(optimizer, pools, step / steps, step))
+            if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
+                kept.save(network, optimizer, step + 1)
+                clock = time.monotonic()
     start = replace(start, provenance=provenance, prefix=lm.prefix)
     return LearnedOptimizer(start, weights_of(network))
 
@@ -143,18 +161,14 @@ def corpus_of(lm: FrozenLM, texts: Texts | None, longest: int, seed: int) -> Cor
     return Corpus(targets)
 
 
-def _train(network: UpdateNetwork, pools: list[Pool], steps: int, progress: bool | None) -> None:
-    """Train on the pools in turn; each joins at its share of the first half."""
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    with Progress(steps, "learn optimizer", progress) as bar:
-        for step in range(steps):
-            part = step / steps
-            rate = _RATE * (0.02 + 0.98 * (1 + math.cos(math.pi * part)) / 2)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / _WARM_UP)
-            here = min(len(pools), 1 + int(2 * len(pools) * part))
-            pool = pools[step % here]
-            pool.train_step(optimizer)
-            bar.update(step + 1, pool.note())
+def _train_step(optimizer: torch.optim.Optimizer, pools: list[Pool], part: float, step: int) -> str:
+    """Train on the pool whose turn it is, with `part` of the training behind; say how it fares.
+
+    Each pool joins at its share of the first half.
+    """
+    rate = _RATE * (0.02 + 0.98 * (1 + math.cos(math.pi * part)) / 2)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / _WARM_UP)
+    pool = pools[step % min(len(pools), 1 + int(2 * len(pools) * part))]
+    pool.train_step(optimizer)
+    return pool.note()

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import prototok
 from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior, Recipe
+from prototok.fitting import learn_optimizer as learning
 from prototok.fitting.engine.learned import hand_over
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool
+from prototok.fitting.learned.pool import Pool
 from prototok.fitting.recipe import LEARNED
 from prototok.model.load import load
 from prototok.results.arrangement import Arrangement
@@ -199,6 +202,42 @@ def test_the_file_gives_the_same_fit(
     other.save(path)
     with pytest.raises(ValueError, match="scale is I64"):
         LearnedOptimizer.load(path)
+
+
+def test_training_goes_on_from_where_it_was_kept(
+    small_lm: FrozenLM, prior: Prior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "training.safetensors"
+    monkeypatch.setattr(learning, "_KEEP_EVERY", 0.0)
+    made: list[int] = []
+    step = Pool.train_step
+
+    def interrupted(self: Pool, optimizer: torch.optim.Optimizer) -> None:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(1)
+        step(self, optimizer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pool, "train_step", interrupted)
+        learn(small_lm, prior, steps=9, checkpoint=path)
+    with safe_open(path, "pt") as file:
+        half = file.get_tensor("last.weight")
+        moments = file.get_tensor("exp_avg_sq of last.weight")
+        assert file.get_tensor("step of last.weight") == 3  # a pool's first step trains nothing
+    assert float(moments.sum()) > 0
+    counted: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "train_step", lambda self, opt: (counted.append(1), step(self, opt)))
+        whole = learn(small_lm, prior, steps=9, checkpoint=path)
+    assert len(counted) == 4
+    moved = (whole.weights["last.weight"].float() - half).abs().max()
+    assert 0 < float(moved) < 1e-3  # a few small updates away, not from the beginning again
+    again = learn(small_lm, prior, steps=9, checkpoint=path)  # nothing is left to do
+    assert torch.equal(again.weights["last.weight"], whole.weights["last.weight"])
+    for options in ({"seed": 1}, {"steps": 8}, {"lengths": (1, LENGTH)}):
+        with pytest.raises(ValueError, match="^checkpoint: .* is of a training with"):
+            learn(small_lm, prior, **({"steps": 9, "checkpoint": path} | options))
 
 
 def test_what_does_not_go_together_is_refused(
