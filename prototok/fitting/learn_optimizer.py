@@ -98,10 +98,11 @@ def learn_optimizer(
     if prior is not None:
         prior.require_model(lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
+    writer = lm  # samples are its own, whatever stands in front of fits
     lm, in_front = front_of(lm, prefix, LEARNED, prior)
     layout = Arrangement.parse("e m*")
     require_length(grid[-1], lm, layout)
-    corpus = corpus_of(lm, texts, grid[-1], seed)
+    corpus = corpus_of(writer, texts, grid[-1], seed)
     start = prior or shipped_prior(lm) or learn_shared(
         lm, prefix=lm.prefix, backend=backend, progress=progress
     )  # fmt: skip
