@@ -19,7 +19,7 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
-from prototok.fitting.learned.optimizer import LearnedOptimizer, shipped_optimizer
+from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
@@ -151,11 +151,8 @@ def one_forward(
         ValueError: a recipe with a network and no network, a network and a recipe without, or an
             arrangement that none is for.
     """
-    if init is None and arrangement.is_pair:
-        if recipe.learned:
-            init = shipped_optimizer(lm)
-        elif recipe.shipped_prior:
-            init = shipped_prior(lm)
+    if init is None and recipe.shipped_prior and arrangement.is_pair:
+        init = shipped_prior(lm)
     network = None
     if isinstance(init, LearnedOptimizer):
         if not recipe.learned:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import prototok
 from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior, Recipe
@@ -182,6 +183,21 @@ def test_gradient_alone(small_lm: FrozenLM, prior: Prior, unseen: torch.Tensor) 
     learned = learn(small_lm, prior, reach=0, steps=20)
     assert not any(name.startswith("along") for name in learned.weights)
     assert bool(fit(small_lm, unseen[:4], learned).exact.all())
+
+
+def test_a_model_that_keeps_its_hidden_states_to_itself(
+    prior: Prior, optimizer: LearnedOptimizer
+) -> None:
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=40)
+    general = load(GPT2LMHeadModel(config).eval(), dtype="float32")
+    assert general.body.head is None
+    start = dataclasses.replace(prior, model=general.identity)
+    seeing = dataclasses.replace(optimizer, start=start)
+    with pytest.raises(ValueError, match="^init: this LearnedOptimizer reads errors"):
+        fit(general, [[1, 2]], seeing)
+    blind = learn(general, start, steps=2)
+    assert not any(name.startswith("along") for name in blind.weights)
+    assert bool(fit(general, [[1]], blind).exact.all())
 
 
 def test_the_file_gives_the_same_fit(

@@ -15,10 +15,8 @@ from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.prior import Prior
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
-from prototok.model.load import BUILT_IN, path_of
 from prototok.results.tensor_file import Origin, Shapes, read_tensors, write_tensors
 
-FILE = "optimizer.safetensors"
 _FORM = ("prototok.optimizer", 1)
 _START = ("mean", "std", "basis")  # tensors of the start; all others are the network's
 
@@ -75,14 +73,6 @@ def weights_of(network: UpdateNetwork) -> dict[str, Tensor]:
         for name, tensor in network.state_dict().items()
         if name != "mean"
     }
-
-
-def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:
-    """Return the one in the package for the model that `lm` holds; None where there is none."""
-    if lm.identity.name not in BUILT_IN:
-        return None
-    path = Path(path_of(lm.identity.name)) / FILE
-    return LearnedOptimizer.load(path) if path.exists() else None
 
 
 def _size_of(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
