@@ -72,10 +72,14 @@ class UpdateNetwork(nn.Module):
         narrow = min(_NARROW, hidden_size)
         self.reach = reach
         here: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        self.register_buffer("mean", torch.zeros(2, hidden_size, **here))
-        self.register_buffer("scale", torch.ones((), **here))
-        self.register_buffer("rate", torch.ones((), **here))
-        self.register_buffer("token_scale", torch.ones((), **here))
+
+        def full(value: float, *shape: int) -> Tensor:
+            return torch.full(shape, value, device=device, dtype=torch.float32)
+
+        self.register_buffer("mean", full(0.0, 2, hidden_size))
+        self.register_buffer("scale", full(1.0))
+        self.register_buffer("rate", full(1.0))
+        self.register_buffer("token_scale", full(1.0))
         if reach:
             self.token = nn.Linear(hidden_size, narrow, **here)
             self.error = nn.Linear(hidden_size, narrow, **here)
