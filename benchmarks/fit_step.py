@@ -6,8 +6,9 @@
 One text·step is one update of one text's e and m. Compared in turn, in one process and one dtype:
 
 * ours: the engine's step as `fast_fit` runs it (on CUDA one graph a step), B rows;
-* batched: transformers' forward of B rows, cross-entropy, autograd, torch's AdamW, argmax;
-* paper: the same loop with one row, as the paper runs it.
+* batched: transformers' forward of B rows, cross-entropy, autograd, torch's AdamW, argmax, with
+  torch's fused attention or with the eager one, whichever is the faster here;
+* paper: the same loop with one row, as the paper runs it, with the same attention.
 
 Before anything is timed, our losses and gradients of one step must equal the batched loop's. The
 ratios are of text·steps per second, ours to theirs, median and quartiles over the rounds. FLOPs are
@@ -22,8 +23,9 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,9 +46,11 @@ from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.model.shapes import SHAPES, random_model
 from prototok.results.arrangement import Arrangement
+from prototok_kernels.backend import this_machine
 
 # Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+ATTENTION = ("sdpa", "eager")  # transformers' names
 # How far ours may lie from the plain loop, relative: row losses, and the gradients' norm.
 TOLERANCES = {torch.bfloat16: (1e-2, 0.1), torch.float32: (1e-5, 1e-3)}
 
@@ -108,7 +112,10 @@ class PlainLoop:
         correct = (logits.detach().argmax(-1) == self.targets).float().mean(1)
         return loss.view(rows, length).sum(1), correct
 
-    def step(self) -> None:
+    def step(self, attention: str | None = None) -> None:
+        """Make one update, with transformers' attention of that name or with the last one set."""
+        if attention is not None:
+            self.model.set_attn_implementation(attention)
         loss, _ = self.losses()
         self.optimizer.zero_grad()
         loss.sum().backward()
@@ -226,6 +233,16 @@ def measure(
     return rates, memory
 
 
+def fastest(rates: dict[str, list[float]], names: Sequence[str]) -> str:
+    """Return the name of the variant with the highest median rate."""
+    return max(names, key=lambda name: quartiles(rates[name])[1])
+
+
+def instructions() -> str:
+    """Return what the name of a result's file says of where it ran."""
+    return "cuda" if torch.cuda.is_available() else this_machine().instruction_sets[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--preset", choices=list(CUDA), default="stories3m")
@@ -235,7 +252,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="a variant, in each round")
     parser.add_argument("--flat-steps", type=int, default=500, help="0: not looked at")
-    parser.add_argument("--out", "--json", type=Path, help="default results/fit-step-PRESET.json")
+    parser.add_argument(
+        "--out", "--json", type=Path, help="default results/fit-step-PRESET-INSTRUCTIONS.json"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes = CUDA if device.type == "cuda" else CPU
@@ -265,12 +284,19 @@ def main() -> None:
     rates, memory = measure(
         {
             "ours": (lambda: runner.advance(steps), rows * steps),
-            "batched": (batched.step, rows),
-            "paper": (paper.step, 1),
+            **{name: (partial(batched.step, name), rows) for name in ATTENTION},
+            **{f"paper {name}": (partial(paper.step, name), 1) for name in ATTENTION},
         },
         device, arguments.rounds, arguments.seconds,
     )  # fmt: skip
     runner.finish()
+    taken = {
+        "ours": "ours",
+        "batched": fastest(rates, ATTENTION),
+        "paper": fastest(rates, [f"paper {name}" for name in ATTENTION]),
+    }
+    rates = {name: rates[variant] for name, variant in taken.items()}
+    memory = {name: memory[variant] for name, variant in taken.items() if memory}
     flops = 4 * matrix_weights(model) * length  # a text·step
     peak, source = peak_of(device, dtype)
     record = {
@@ -278,7 +304,7 @@ def main() -> None:
         **provenance(),
         "preset": arguments.preset, "model": name, "rows": rows, "length": length,
         "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-        "agreement": agreement,
+        "agreement": agreement, "attention": taken["batched"],
         "text_steps_per_second": {n: quartiles(r) for n, r in rates.items()},
         "step_ms": {n: 1e3 * (1 if n == "paper" else rows) / quartiles(r)[1]
                     for n, r in rates.items()},
@@ -300,7 +326,7 @@ def main() -> None:
     for variant, took in record["step_ms"].items():
         share = record["mfu"][variant]
         print(f"{variant:8} {took:9.2f} ms a step, {100 * share:5.1f} % of the peak ({source})")
-    write(record, arguments.out or RESULTS / f"fit-step-{arguments.preset}.json")
+    write(record, arguments.out or RESULTS / f"fit-step-{arguments.preset}-{instructions()}.json")
     print(json.dumps(record))
 
 
