@@ -223,7 +223,7 @@ def _plan_of(
         attention=attention,
         first_layer=_choose(
             (
-                "cpu", no_pair, behind, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
+                "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
                 few_positions, "the head size is odd" if shape.head_size % 2 else None,
             ),
             ("triton", no_pair, behind, no_triton),
