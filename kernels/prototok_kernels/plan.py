@@ -226,7 +226,7 @@ def _plan_of(
                 "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
                 few_positions, "the head size is odd" if shape.head_size % 2 else None,
             ),
-            ("triton", no_pair, behind, no_triton),
+            ("triton", no_pair, long_prefix, no_triton),
             ("torch", no_pair, long_prefix, one_more_block),
             ("in full",),
         ),

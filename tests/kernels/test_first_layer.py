@@ -457,7 +457,8 @@ def test_triton(case: str, length: int, dtype: torch.dtype, groups: int | None) 
     assert_as_good_as_general(errors, dtype)
 
 
-def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("front", [0, 1, 3])
+def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch, front: int) -> None:
     """Sizes off every tile boundary, all workspaces poisoned with NaN."""
     pytest.importorskip("triton")
     from prototok_kernels.pair.first_layer_triton import affine_scan
@@ -469,10 +470,11 @@ def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(torch.nan)
     )
-    shapes = ((2, 3, 37), (2, 3, 37), (2, 5, 19))
-    a, b, span = (torch.randn(s, device=TRITON_DEVICE, requires_grad=True) for s in shapes)
-    x, coef = affine_scan(a, b, span)
-    grads = torch.autograd.grad(x.square().sum() + coef.square().sum(), (a, b, span))
+    shapes = ((2, 3, 37), (2, 3, 37), (2, front, 3, 37), (2, 2 + 3 * (1 + front), 19))
+    a, b, u, span = (torch.randn(s, device=TRITON_DEVICE, requires_grad=True) for s in shapes)
+    x, coef = affine_scan(a, b, u if front else None, span)
+    leaves = (a, b, u, span) if front else (a, b, span)
+    grads = torch.autograd.grad(x.square().sum() + coef.square().sum(), leaves)
     assert all(t.isfinite().all() for t in (x, coef, *grads))
 
 

@@ -214,14 +214,14 @@ def first_layer_spanned(
     errors are those of `first_layer`.
     """
     _check(e, m, group, length, layer, cos)
-    if plan.first_layer.taken == "triton":
-        from prototok_kernels.pair.first_layer_triton import affine_scan
-    else:
-        affine_scan = AffineScan.apply
     seen = layer.prefix_length + length
     logits, span = _span(e, m, group, layer, cos[:seen], sin[:seen], plan.passes.taken)
-    if logits.of_prefix is None:
-        x, coef = affine_scan(logits.of_m, logits.of_e, span)
+    if plan.first_layer.taken == "triton":
+        from prototok_kernels.pair.first_layer_triton import affine_scan
+
+        x, coef = affine_scan(logits.of_m, logits.of_e, logits.of_prefix, span)
+    elif logits.of_prefix is None:
+        x, coef = AffineScan.apply(logits.of_m, logits.of_e, span)
     else:
         x, coef = ScanBehindPrefix.apply(logits.of_m, logits.of_e, logits.of_prefix, span)
     return x, coef, span
