@@ -5,7 +5,7 @@ never asks again. A plan says of each part what was taken, why, and why nothing 
 with `str(plan)`.
 
 Letters: B rows, N positions, d hidden size, H heads, P vectors of a prefix, S = 2 + H (1 + P)
-spanning vectors per row.
+spanning vectors per row, of which H (P − 1) are constants of the model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ BACKENDS = ("auto", "torch", "triton", "cpu")
 
 # N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
 SMALL_TEXT = 1 << 24
+# A constant vector's part of a position against one operation of the products that it replaces:
+# nothing else of it is left to be saved (docs/log.md).
+CONSTANT_COST = 4
 # Positions (B · N) up to which the C++ decoder is faster than torch's products (docs/log.md).
 FEW_POSITIONS = 64
 
@@ -120,6 +123,11 @@ class Shape:
         """S"""
         return 2 + self.heads * (1 + self.prefix)
 
+    @property
+    def constants(self) -> int:
+        """Return how many of the S spanning vectors are constants."""
+        return self.heads * max(0, self.prefix - 1)
+
     @classmethod
     def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
         """Return the shape of frozen blocks and of the head behind them (None: none)."""
@@ -192,9 +200,10 @@ def _plan_of(
     normed_heads = "q and k have norms" if shape.normed_heads else None
     is_flash = "flash-attn attends" if shape.flash else None
     two_vectors = None if shape.parallel[:1] == (False,) else "a parallel block needs e and m alone"
-    behind = "there is a prefix" if shape.prefix else None
     long_prefix = "the prefix is longer than the text" if shape.prefix > length else None
-    spanned = shape.spanning * (shape.hidden_size + length) < length * shape.hidden_size
+    cost_of_span = (shape.spanning - shape.constants) * (shape.hidden_size + length)
+    cost_of_span += CONSTANT_COST * shape.constants * length
+    spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
     no_pair = _against_closed_form(shape, length, pair)
 
@@ -206,7 +215,7 @@ def _plan_of(
         ("one by one",),
     )  # fmt: skip
     # Behind a prefix torch's closed form competes with one more block in C++ (docs/log.md).
-    one_more_block = few_positions if behind and blocks.taken == "cpu" else None
+    one_more_block = few_positions if shape.prefix and blocks.taken == "cpu" else None
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)

@@ -219,6 +219,12 @@ def calls() -> dict[str, Call]:
             ("input_norm_bias", "qkv_bias", "q_norm", "k_norm", "out_bias", "up_bias",
              "down_bias"), needs_bf16=True,
         ),
+        "FirstLayer.behind": Call(
+            lambda **t: first_layer(**views(**first_layer_weights())).behind(**t),
+            {"prefix": halves(2, K, F, C), "shift": floats(D), "fixed": floats(H * (F - 1), D),
+             "centred": floats(H * (F - 1), D), "projected": floats(H * (F - 1), 2 * INNER)},
+            needs_bf16=True,
+        ),
         "FirstLayer.forward": Call(
             lambda **t: first_layer(**views(**first_layer_weights())).forward(**t, **one),
             texts | {"saved": floats(R, saved_floats), "out": halves(R, N, D)}, needs_bf16=True,

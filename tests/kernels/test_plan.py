@@ -95,21 +95,40 @@ def test_the_closed_form_is_for_pairs_within_the_window() -> None:
     assert taken(planned(Shape()))["first_layer"] == "in full"
 
 
-def test_behind_a_prefix_the_first_layer_is_torchs_and_its_span_is_wider() -> None:
-    behind = dataclasses.replace(LLAMA, prefix=1)
+def test_behind_a_prefix_the_first_layer_collapses_where_its_wider_span_is_cheaper() -> None:
+    behind = dataclasses.replace(LLAMA, prefix=1)  # S = 10
     found = taken(planned(behind))
-    assert found["first_layer"] == "torch" and found["blocks"] == "cpu"
-    assert ("cpu", "there is a prefix") in planned(behind).first_layer.others
-    assert taken(planned(behind, GPU, device="cuda"))["first_layer"] == "torch"
-    assert found["first_mlp"] == "span"
-    assert taken(planned(dataclasses.replace(LLAMA, prefix=12)))["first_mlp"] == "positions"
-    # So few positions go through one more block in C++, where there is one.
-    assert taken(planned(behind, length=8))["first_layer"] == "in full"
-    assert taken(planned(behind, OLD_CPU, length=8))["first_layer"] == "torch"
-    long = dataclasses.replace(LLAMA, prefix=65)
-    assert taken(planned(long))["first_layer"] == "in full"
+    assert found["first_layer"] == found["blocks"] == "cpu" and found["first_mlp"] == "span"
+    assert taken(planned(behind, OLD_CPU))["first_layer"] == "torch"
+    assert taken(planned(behind, GPU, device="cuda"))["first_layer"] == "triton"
+    # 10 (64 + N) < 64 N; so few positions go through one more block in C++, where there is one.
+    assert taken(planned(behind, length=12))["first_layer"] == "cpu"
+    assert taken(planned(behind, length=11))["first_layer"] == "in full"
+    assert taken(planned(behind, OLD_CPU, length=11))["first_layer"] == "torch"
+    assert taken(planned(behind, OLD_CPU, length=11))["first_mlp"] == "positions"
+
+
+def test_constants_of_a_prefix_cost_their_part_of_each_position_and_no_product() -> None:
+    # 10 (64 + 64) + 4 · 4 (P − 1) 64 < 64 · 64
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=3)))["first_layer"] == "cpu"
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4)))["first_layer"] == "in full"
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4), OLD_CPU))["first_mlp"] == "positions"
+    # With many positions the products that are spared pay for 48 operations of 64, not for all.
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4), length=640))["first_layer"] == "cpu"
+    wide = dataclasses.replace(LLAMA, prefix=5)
+    assert taken(planned(wide, length=640))["first_layer"] == "in full"
+
+
+def test_a_prefix_longer_than_the_text_or_beyond_the_window_is_run_in_full() -> None:
+    for prefix, expected in ((64, "torch"), (65, "in full")):
+        long = dataclasses.replace(LLAMA, prefix=prefix)
+        assert taken(planned(long, OLD_CPU))["first_layer"] == expected
+    for prefix, expected in ((64, "triton"), (65, "in full")):
+        long = dataclasses.replace(NEOX, prefix=prefix)
+        assert taken(planned(long, GPU, device="cuda"))["first_layer"] == expected
     windowed = dataclasses.replace(LLAMA, prefix=1, window=64)
     assert taken(planned(windowed))["first_layer"] == "in full"
+    assert taken(planned(windowed, length=63))["first_layer"] == "cpu"
     wider = dataclasses.replace(NEOX, prefix=3)
     assert taken(planned(NEOX))["second_layer"] == "span"
     assert taken(planned(wider, length=54))["second_layer"] == "in full"
