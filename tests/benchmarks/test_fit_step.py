@@ -48,3 +48,16 @@ def test_refuses_a_step_that_computes_something_else(fit_step, monkeypatch):
     plain = fit_step.PlainLoop(model, targets.flip(0), e, m)
     with pytest.raises(SystemExit, match="differs from the plain loop"):
         fit_step.gate(runner, plain, model.dtype)
+
+
+def test_says_what_a_prefix_costs(fit_step, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--rounds", "2", "--seconds", "0.05", "--flat-steps", "0", "--out", str(out)]
+    options += ["--preset", "smoke", "--device", "cpu", "--prefix", "2"]
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "fit_step.py"), *options])
+    fit_step.main()  # behind the gate: the plain loop has the tokens in its input
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(record["text_steps_per_second"]) == {"ours", "batched", "paper", "bare"}
+    assert record["prefix"] == 2 and "first_layer" in record["plan"]
+    low, middle, high = record["prefix_cost"]
+    assert -1 < low <= middle <= high

@@ -42,7 +42,7 @@ ONCE = [
 # In fp32 behind a prefix a tile has half the columns.
 ONCE += [
     (name, dtype, {**sizes, "P": 4} | ({"BD": 64} if dtype == "fp32" else {}))
-    for name, dtype, sizes in [*ONCE, *EVERYWHERE[:3]]
+    for name, dtype, sizes in ONCE
 ]
 
 

@@ -339,8 +339,8 @@ def test_the_products_of_the_second_layer_read_the_wider_span(count: int, backen
     e, m, group = (t.to(device) for t in vectors(3, 2))
     pair = (e, m, group, 60, layers[0], cos, sin, planned(backend, layers[0], 60))
     x, coef, span = first_layer_spanned(*pair)
-    found = second_layer_projections(x, coef, span, layers[1])
-    expected = second_layer_projections_ref(x, layers[1])
+    found = *second_layer_projections(x, coef, span, layers[1]), x
+    expected = *second_layer_projections_ref(x, layers[1]), x
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for f, w in zip(found, expected, strict=True):
         torch.testing.assert_close(f, w, rtol=tolerance, atol=tolerance)

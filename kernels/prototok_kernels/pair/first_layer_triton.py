@@ -191,15 +191,17 @@ def affine_backward_kernel(
             other=0.0,
         ).to(tl.float32)
         grad_w += tl.dot(u, tl.trans(grad), input_precision=PRECISION)
+        vector = kind * H + head[:, None]  # masks, not branches, which take more registers
         tl.store(
-            partial + (2 + kind * H + head[:, None]) * D + column[None, :],
+            partial + (2 + vector) * D + column[None, :],
             tl.dot(w, grad, input_precision=PRECISION),
-            mask=(head[:, None] < H) & here[None, :] & (kind < own),
+            mask=(head[:, None] < H) & (vector < own * H) & here[None, :],
         )
         grad_e = tl.sum(tl.where(position[:, None] == 0, grad, 0.0), 0)
         grad_m = tl.sum(tl.where(position[:, None] == 0, 0.0, grad), 0)
-        tl.store(partial + column, grad_m, mask=here & (kind == 0))
-        tl.store(partial + D + column, grad_e, mask=here & (kind == 0))
+        of_bases = kind * D + column < D  # once, by the programs of the first kind
+        tl.store(partial + column, grad_m, mask=of_bases)
+        tl.store(partial + D + column, grad_e, mask=of_bases)
     tl.store(grad_w_ptr + at, grad_w, mask=inside)
 
 
