@@ -14,8 +14,10 @@ import prototok
 from prototok import FitResult
 from prototok.cli import main
 from prototok.common import files
+from prototok.results import fit_folder
 from prototok.results.fit_folder import FitFolder
 from prototok.results.fit_result import join
+from prototok.results.unfinished import Unfinished
 
 BOOK = (Path(prototok.__file__).parent / "models/tiny-llama/held_out.txt").read_text()[:90]
 
@@ -334,7 +336,7 @@ def test_arguments_are_checked_before_the_model_loads(
 def test_an_end_while_clearing_up_is_no_loss(removed: int, home: Path, monkeypatch, capsys) -> None:
     """The whole fit is there; of what was kept on the way some texts are gone already."""
     with monkeypatch.context() as patched:
-        patched.setattr(FitFolder, "_remove_texts", lambda self: None)
+        patched.setattr(fit_folder, "_remove", lambda text: None)
         assert fit(limit=2) == 0
     assert len(os.listdir(home / "F" / "unfinished")) == 2
     for text in range(removed):
@@ -348,7 +350,7 @@ def test_an_end_while_clearing_up_is_no_loss(removed: int, home: Path, monkeypat
 
 def test_a_save_cut_short_is_made_good_by_resuming(home: Path, monkeypatch, capsys) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(FitFolder, "_clear", lambda self: None)
+        patched.setattr(Unfinished, "clear", lambda self: None)
         assert fit(limit=2) == 0
     FitResult.load(home / "F" / "unfinished" / "00000000").tokens.save(
         home / "F" / "proto_tokens.safetensors"
