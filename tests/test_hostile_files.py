@@ -33,6 +33,7 @@ from prototok.results.fit_folder import FitFolder
 from prototok.sweep import schema
 from prototok.sweep.experiments import settings_of
 from prototok.sweep.run_folder import RunFolder
+from prototok.sweep.status import status
 from prototok.sweep.unit import Unit
 from prototok.texts.files import read_text
 from prototok.texts.sources import documents
@@ -239,7 +240,7 @@ def test_fits_with_any_column(data: st.DataObject, made: Path) -> None:
 
 def read_run(folder: Path) -> None:
     run = RunFolder.open(folder)
-    run.settings(), run.units(), run.texts(), run.fits(), run.fits("table3"), run.status()
+    run.settings(), run.units(), run.texts(), run.fits(), run.fits("table3"), status(run)
     run.failures()
     [read() for _, read in run.shards()]
 

@@ -138,13 +138,14 @@ def _claim(folder: Path, name: str) -> int:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"{name}: another process is writing to {folder}; wait for it or choose another place"
-        ) from None
+        free = os.path.samestat(os.fstat(handle), os.stat(folder))
+    except (BlockingIOError, FileNotFoundError):  # taken, or just removed by who had it
+        free = False
     except OSError:
-        pass  # a file system, as NFS, that locks no folders
+        return handle  # a file system that locks no folders, as NFS
+    if not free:
+        os.close(handle)
+        raise ValueError(f"{name}: another process is writing to {folder}")
     return handle
 
 

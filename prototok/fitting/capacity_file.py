@@ -80,6 +80,7 @@ class CapacityFile:
                 "again"
             )
         if self.path.exists() and not self.overwrite and not kept.is_there():
+            kept.clear()  # where that was cut short
             raise ValueError(
                 f"out: {self.path} holds an earlier measurement of {self._lines()} texts, and none "
                 "is unfinished; give --overwrite to replace it"
@@ -96,7 +97,7 @@ class CapacityFile:
             ValueError: what is to be resumed is another measurement, or is damaged.
         """
         if self.overwrite:
-            self._unfinished.clear()
+            self._unfinished.empty()  # the folder itself is claimed
         self._unfinished.begin(plan)
         return [_read(path, lm) for path in self._unfinished.parts()]
 
@@ -149,7 +150,8 @@ def measure(
     try:
         found = capacity(
             behind, texts, lengths=GRID, recipe=recipe, restarts=restarts, prefix=behind.prefix,
-            progress=True, grown=grown, on_fit=None if file is None else lambda g: file.keep(g, behind),
+            progress=True, grown=grown,
+            on_fit=None if file is None else lambda growth: file.keep(growth, behind),
         )  # fmt: skip
         whole = table(found, range(len(texts)))
         if file is not None:

@@ -54,7 +54,7 @@ class Unfinished:
         if self.is_there():
             require_same(self._plan(), plan, self.place)
         else:
-            self.clear()  # of what was left when that was cut short
+            self.empty()  # of what was left when that was cut short
             self.folder.mkdir(exist_ok=True)
             whole = {"format": self.form[0], "version": self.form[1], **plan}
             write_text(self._plan_file, json.dumps(whole, indent=1) + "\n")
@@ -70,7 +70,7 @@ class Unfinished:
         found = (p for p in self.folder.iterdir() if _PART.fullmatch(p.name))
         return sorted(path for path in found if not path.is_symlink())
 
-    def clear(self) -> None:
+    def empty(self) -> None:
         """Remove the plan and the parts, the plan first: without it they count for nothing."""
         if self.is_there():
             self._plan()
@@ -79,8 +79,12 @@ class Unfinished:
             self.remove(path)
         if self.folder.is_dir():
             remove_orphans(self.folder)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+
+    def clear(self) -> None:
+        """Remove the plan, the parts, and the folder unless somebody else put something there."""
+        self.empty()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     @property
     def _plan_file(self) -> Path:

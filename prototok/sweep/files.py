@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,27 @@ def require_inside(folder: Path, names: tuple[str, ...]) -> None:
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise ValueError(f"run: {path} is a link that leads out of the folder")
+
+
+class RunNotWritable(OSError):
+    """A run folder takes no more, as on a full disk; what is in it stays, and a run goes on."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *temporary: Path) -> Iterator[None]:
+    """Remove the temporary files of a block that raises.
+
+    Raises:
+        RunNotWritable: the system refuses to write.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunNotWritable(
+                f"run: {folder} cannot be written any more ({error.strerror or error})"
+            ) from error
+        raise

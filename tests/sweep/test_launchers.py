@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from prototok.sweep.local import LocalSettings, places_of
 from prototok.sweep.lots import shard_of, to_do
 from prototok.sweep.run_folder import RunFolder
 
-KILLER = Path(__file__).resolve().parents[2] / "benchmarks" / "kill_sweep.py"
 CONFIG = """\
 models: tiny-llama
 sources: random
@@ -140,18 +138,6 @@ def test_an_interrupted_run_keeps_what_was_committed(tmp_path: Path) -> None:
     assert driver.returncode == 130, said
     kept = run.done()
     assert f"interrupted; {len(kept)} units are done in run" in said and 0 < len(kept) < 40
-
-
-def test_kills_of_workers_and_driver_lose_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(KILLER), "--kills", "2", "--texts", "20"]
-    done = subprocess.run(
-        [*command, "--workers", "1", "--out", "kills.json"], cwd=tmp_path, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "kills.json").read_text())
-    assert found["kills"] == 2 and found["units_seen_done_before_a_kill"] > 0
-    assert found["units_lost"] == found["units_left"] == found["rows_twice"] == 0
 
 
 def test_ray_actors_killed_at_work_lose_nothing(tmp_path: Path) -> None:
