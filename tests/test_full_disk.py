@@ -18,6 +18,7 @@ from prototok import FitResult
 from prototok.cli import main
 from prototok.common.files import is_temporary
 from prototok.fitting.prior import Prior
+from prototok.report import build as report_build
 from prototok.report.build import build
 from prototok.report.results import read
 from prototok.results.fit_folder import FitFolder
@@ -219,14 +220,24 @@ def test_a_sweep_stops_and_goes_on_and_blames_no_unit(
 
 
 def test_a_report_that_finds_the_disk_full_leaves_the_earlier_one(
-    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = read(made_up.RunFolder.create(tmp_path / "run").path)
     build(results, Path("r.html"), browser="none")
     before = tree(disk)
-    fill(disk, leave=2 * PAGE)
+    real, kept = report_build.write_text, []
+
+    def write_text(path: Path, text: str) -> None:
+        if len(kept) == 3:
+            fill(disk)
+        real(path, text)
+        kept.append(path)
+
+    monkeypatch.setattr(report_build, "write_text", write_text)
     with pytest.raises(OSError, match="No space left on device"):
         build(results, Path("r.html"), browser="none")
+    monkeypatch.undo()
+    monkeypatch.chdir(disk)
     after = tree(disk)
     assert after.keys() == before.keys() and no_half_written(disk)
     assert all(content for content in after.values())

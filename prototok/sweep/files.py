@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prototok.common.files import is_temporary
 from prototok.common.json import parse_json
 
 
@@ -21,6 +23,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+_OURS = re.compile(r"lock|run\.json~.*")  # in tmp/ while a run is made
 _cache: dict[tuple[Path, int, int], set[str]] = {}
 
 
@@ -84,6 +88,25 @@ def require_inside(folder: Path, names: tuple[str, ...]) -> None:
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise ValueError(f"run: {path} is a link that leads out of the folder")
+
+
+def require_place(path: Path) -> None:
+    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing.
+
+    A folder is empty, too, that a process was killed in while it made a run, or that one is making.
+    """
+    if not path.exists() or (path / "run.json").is_file():
+        return
+    if not path.is_dir() or not all(map(_is_begun, path.iterdir())):
+        raise ValueError(f"run: {path} exists and is not a run folder")
+
+
+def _is_begun(path: Path) -> bool:
+    if is_temporary(path):
+        return True
+    if path.name not in FOLDERS or path.is_symlink() or not path.is_dir():
+        return False
+    return all(path.name == "tmp" and _OURS.fullmatch(inside.name) for inside in path.iterdir())
 
 
 class RunNotWritable(OSError):

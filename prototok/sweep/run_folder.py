@@ -24,11 +24,13 @@ import pyarrow.compute as pc
 from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.files import (
+    FOLDERS,
     dump_json,
     keys_of,
     read_json,
     read_table,
     require_inside,
+    require_place,
     sha256_of,
     table_writer,
     writing,
@@ -42,8 +44,7 @@ if TYPE_CHECKING:
 _FORMAT = "prototok.sweep"
 _NAME, _KEY = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{24}")
 _ANY = re.compile(r".*")
-_FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
-_ENTRIES = (*_FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
+_ENTRIES = (*FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class RunFolder:
         require_place(path)
         if (path / "run.json").exists():
             return cls.open(path)
-        for name in _FOLDERS:
+        for name in FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
         run = cls(path)
         with run._locked():
@@ -76,7 +77,7 @@ class RunFolder:
         run = cls(path)
         run._json()
         require_inside(path, _ENTRIES)
-        for name in _FOLDERS:  # version control and some copies leave empty folders out
+        for name in FOLDERS:  # version control and some copies leave empty folders out
             (path / name).mkdir(exist_ok=True)
         return run
 
@@ -378,13 +379,6 @@ class RunFolder:
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
         return read_table(path, schema=empty) if path.exists() else empty.empty_table()
-
-
-def require_place(path: Path) -> None:
-    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing."""
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and not (path / "run.json").is_file():
-        raise ValueError(f"run: {path} exists and is not a run folder")
 
 
 def now() -> datetime.datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import crashing
 from prototok.cli import main
+from prototok.sweep import local
 from prototok.sweep.experiments import plan, settings_of
 from prototok.sweep.local import LocalSettings, places_of
 from prototok.sweep.lots import shard_of, to_do
@@ -108,6 +111,23 @@ def test_a_unit_that_kills_its_worker_is_recorded_and_can_be_retried(tmp_path: P
     assert len(to_do(run, None, retry_failed=True)) == 1
 
 
+def test_a_worker_that_segfaults_takes_no_other_unit_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What C++ does to a process; a unit of three tokens is the one to blame here."""
+    monkeypatch.setattr(local, "_work", crashing.crashing_work)
+    run = planned(tmp_path, texts=1, length=2)
+    units = list(run.units().values())
+    culprit = dataclasses.replace(units[0], length=3)
+    run.add("table3", {}, [*units, culprit], run.texts())
+    settings = LocalSettings("cpu", workers=1, attempts=1, progress=False)
+    local.run_local(run, to_do(run, None, False), settings)
+    assert run.done() == {unit.key for unit in units}
+    (failure,) = run.failures().to_pylist()
+    assert failure["key"] == culprit.key and failure["reason"] == "its worker died: SIGSEGV"
+    assert os.listdir(run.path / "tmp") == ["lock"]
+
+
 def workers_past_their_start(driver: int) -> list[int]:
     """Workers that have used seven seconds of a processor: more than imports and a model take."""
     found = []
@@ -194,7 +214,7 @@ def test_slurm_jobs_do_their_shards(tmp_path: Path) -> None:
     run = planned(tmp_path)
     ran = sweep(
         tmp_path, "run", "run", "--launcher", "slurm", "--workers", "2", "--slurm",
-        "cluster=local", "--slurm", "timeout_min=5",
+        "cluster=local", "--slurm", "timeout_min=60",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert run.done() == set(run.units())
