@@ -6,6 +6,7 @@ saved, 130 interrupted (by Ctrl-C or SIGTERM) with work saved.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -41,10 +42,9 @@ app.add_typer(sweep_app, name="sweep")
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 
 _TEXT = "text differs"  # provenance: where the book differs from its tokens; empty: nowhere
-_CAPACITY_COLUMNS = "text,exact,at_099,ended,steps,seconds"
 _DECODED = "A new file for the text, in UTF-8 and exact; nothing is added and nothing is printed."
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
-_RESUME = "Go on where an interrupted fit of the same book and settings stopped."
+_RESUME = "Go on where the same command with this book and these settings was stopped."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show named ranges."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
@@ -252,12 +252,14 @@ def capacity(
     restarts: Annotated[int, typer.Option(help="Fresh starts after a failure.")] = 1,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV, one line a text.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier CSV.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=_RESUME)] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
     """Find the longest prefix of each text that comes back, exactly and at accuracy 0.99."""
     from prototok.fitting.capacity import GRID
-    from prototok.fitting.capacity import capacity as find_capacity
+    from prototok.fitting.capacity_file import CapacityFile, measure
     from prototok.fitting.recipe import recipe_of
     from prototok.model.load import load
     from prototok.texts.files import chunks, read_text
@@ -267,25 +269,20 @@ def capacity(
         raise ValueError(f"longest: {longest} is less than {GRID[0]}, the first of the grid")
     if restarts < 0:
         raise ValueError(f"restarts: {restarts} is negative")
-    recipe_of(recipe)
+    settings = recipe_of(recipe)
     text = read_text(book)
-    if out is not None:
-        try_file(out, "out", lambda head: head.startswith(_CAPACITY_COLUMNS.encode()))
-    lm = load(model, device, dtype)
-    pieces = chunks(lm, text, longest, texts)
-    found = find_capacity(
-        lm, pieces, recipe=recipe, restarts=restarts, progress=True,
-        prefix=None if prefix == "none" else prefix,
-    )  # fmt: skip
-    lines = [_CAPACITY_COLUMNS]
-    for t in range(len(pieces)):
-        lines.append(
-            f"{t},{int(found.exact[t])},{int(found.at_099[t])},{int(found.ended[t])},"
-            f"{int(found.steps[t])},{float(found.seconds[t]):.2f}"
+    if out is None and (resume or overwrite):
+        raise ValueError("out: --resume and --overwrite are of a file, and none was named")
+    place = None if out is None else CapacityFile(out, resume, overwrite)
+    with contextlib.nullcontext() if place is None else place.claimed():
+        lm = load(model, device, dtype)
+        front = None if prefix == "none" else prefix
+        shown, code = measure(
+            lm, chunks(lm, text, longest, texts), settings, restarts, front, place
         )
-    if out is not None:
-        write_text(out, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print(shown, end="")
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

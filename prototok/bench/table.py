@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from prototok.bench.timing import BATCHES, ONE
+from prototok.common.files import write_text
 from prototok.report.svg import Bar, log_bars
 
 
@@ -157,7 +158,7 @@ def _notes(record: dict) -> list[str]:
 
 
 def write(record: dict, out: Path) -> None:
-    """Write bench.json to `out` and the figure beside it."""
+    """Write bench.json to `out` and the figure beside it, each whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    out.with_suffix(".svg").write_text(figure(record))
+    write_text(out, json.dumps(record, indent=1) + "\n")
+    write_text(out.with_suffix(".svg"), figure(record))

@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from prototok.common.files import flush, whole
+from prototok.common.files import flush, is_temporary, remove_orphans, whole
 from prototok.common.json import parse_json
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import seeds_of
 from prototok.results.tensor_file import is_tensor_file
+from prototok.results.unfinished import is_left_over
 
 if TYPE_CHECKING:
     import pandas
@@ -123,6 +124,7 @@ class FitResult:
                 self.tokens.save(tokens)
                 pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
                 flush(fits)
+            remove_orphans(folder)
         except BaseException:
             # An interrupt may come when both have their names: then it is a whole fit.
             if is_new and not (folder / _FITS).exists():
@@ -223,9 +225,16 @@ def require_writable(folder: Path) -> None:
     """Raise ValueError unless a FitResult may be written there: nothing else is in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         return
-    if not any((folder / name).exists() for name in (_FITS, "unfinished/fit.json")):
+    # What an earlier fit left that was killed before it had kept anything, or between its files.
+    temporary = [path.name for path in folder.iterdir() if is_temporary(path)]
+    others = [path for path in folder.iterdir() if path.name not in temporary]
+    if all(path.name == "unfinished" and is_left_over(path) for path in others):
+        return
+    cut_short = any(name.startswith(f".{_FITS}~") for name in temporary)
+    signs = (_FITS, "unfinished/fit.json", *([_TOKENS] if cut_short else []))
+    if not any((folder / name).exists() for name in signs):
         raise ValueError(f"folder: {folder} exists and holds something else than a fit")
     for name, ours in ((_FITS, _is_ours), (_TOKENS, is_tensor_file)):
         path = folder / name

@@ -18,8 +18,9 @@ import pyarrow as pa
 from prototok.fitting.capacity import GRID
 from prototok.model.load import BUILT_IN
 from prototok.sweep import schema
+from prototok.sweep.files import require_place
 from prototok.sweep.models import load_model, tokenizer_of
-from prototok.sweep.run_folder import RunFolder, require_place
+from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.settings import Settings, read_config
 from prototok.sweep.unit import Unit, text_id
 from prototok.texts.sources import Source, TargetText, continuations, target_texts
