@@ -13,6 +13,7 @@ struct PackedHeadTile;
 // One set per instruction set.
 struct PairKernels {
   void (*product)(const PackedProduct& product);
+  void (*sum)(const PackedSum& sum);
   void (*head_tile)(const PackedHeadTile& tile);
   void (*first_layer_forward)(const FirstLayerText& text);
   void (*first_layer_backward)(const FirstLayerText& text);

@@ -58,11 +58,11 @@ std::string why_no_amx() {
 
 }  // namespace prototok
 
-#elif defined(__x86_64__)
+#else
 
 namespace prototok {
 
-std::string why_no_amx() { return "the compiler that built the kernels, or the system, has no AMX"; }
+std::string why_no_amx() { return "the kernels were built without it, for this system or compiler"; }
 
 }  // namespace prototok
 

@@ -10,11 +10,11 @@ namespace prototok {
 // Each by its own file.
 const Kernels& baseline_kernels();
 const Kernels& amx_emulated_kernels();
+std::string why_no_amx();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512bf16_kernels();
-std::string why_no_amx();
 #if defined(PROTOTOK_COMPILES_AMX)
 const Kernels& amx_kernels();
 #endif
@@ -35,14 +35,15 @@ std::string unless(bool had) { return had ? "" : "the processor does not have it
 const std::vector<Target>& targets() {
   static const std::vector<Target> found = [] {
     std::vector<Target> of;
+#if !defined(PROTOTOK_COMPILES_AMX)
+    of.push_back({"amx", nullptr, why_no_amx()});
+#endif
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #if defined(PROTOTOK_COMPILES_AMX)
     of.push_back({"amx", &amx_kernels(), avx512bf16 ? why_no_amx() : unless(false)});
-#else
-    of.push_back({"amx", nullptr, why_no_amx()});
 #endif
     of.push_back({"avx512bf16", &avx512bf16_kernels(), unless(avx512bf16)});
     of.push_back({"avx512", &avx512_kernels(), unless(avx512)});

@@ -28,8 +28,9 @@ constexpr std::int64_t kBlockPositions = 128, kHeadRows = kHeadTile;
 #else
 constexpr std::int64_t kBlockPositions = 64, kHeadRows = 128;
 #endif
-constexpr PairKernels kPairKernels{packed_product,       packed_head_tile, first_layer_forward,
-                                   first_layer_backward, kBlockPositions,  kHeadRows};
+constexpr PairKernels kPairKernels{packed_product,      packed_sum,           packed_head_tile,
+                                   first_layer_forward, first_layer_backward, kBlockPositions,
+                                   kHeadRows};
 #endif
 
 constexpr Kernels kKernels{

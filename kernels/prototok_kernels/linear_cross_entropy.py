@@ -180,10 +180,6 @@ def _cpu_pass(
         raise ValueError(str(error)) from None
 
 
-# Rows a thread takes through the C++ head at a time: they read the weight once for all of them.
-_CPU_TILE = 128
-
-
 def _linear_cross_entropy_packed(
     hidden: Tensor,
     weight: Tensor,
@@ -201,7 +197,7 @@ def _linear_cross_entropy_packed(
     rows, threads = len(targets), torch.get_num_threads()
     head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
     share = -(-rows // threads)
-    tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
+    tile = min(head.most_rows(), workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
     try:
         head.run(
