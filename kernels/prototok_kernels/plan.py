@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import KERNEL_DTYPES, PACKED, Machine, this_machine
+from prototok_kernels.backend import EMULATED, KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
 from prototok_kernels.packed import why_unpacked
 
@@ -237,7 +237,7 @@ def _plan_of(
     unused = None if has_packed else "no part has packed weights"
     sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
     few_for_decoder = FEW_POSITIONS
-    if dtype == torch.bfloat16 and machine.packed == "amx":
+    if dtype == torch.bfloat16 and machine.packed in ("amx", EMULATED):
         few_for_decoder = FEW_POSITIONS_AMX
 
     if run_elsewhere:
