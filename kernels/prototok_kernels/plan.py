@@ -30,8 +30,8 @@ SMALL_TEXT = 1 << 24
 CONSTANT_COST = 4
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
 FEW_POSITIONS = 64
-# The same in bf16 where blocks run in AMX tiles, which the decoder does not: where reading the
-# weights takes as long as its products. Counted, not measured.
+# The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
+# does not: up to there reading the weights takes as long as its products. Counted, not measured.
 FEW_POSITIONS_AMX = 16
 
 
@@ -237,7 +237,7 @@ def _plan_of(
     unused = None if has_packed else "no part has packed weights"
     sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
     few_for_decoder = FEW_POSITIONS
-    if dtype == torch.bfloat16 and machine.packed in ("amx", EMULATED):
+    if dtype == torch.bfloat16 and length > 1 and machine.packed in ("amx", EMULATED):
         few_for_decoder = FEW_POSITIONS_AMX
 
     if run_elsewhere:

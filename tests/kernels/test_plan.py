@@ -80,6 +80,8 @@ def test_one_forward_on_tiles_leaves_the_decoder_sooner() -> None:
         for length, expected in ((most, "cpu"), (most + 1, "blocks")):
             plan = planned(machine=AMX_CPU, rows=1, length=length, dtype=dtype)
             assert taken(plan)["decoder"] == expected
+    tokens = planned(machine=AMX_CPU, rows=FEW_POSITIONS, length=1)  # generated one by one
+    assert taken(tokens)["decoder"] == "cpu"
 
 
 def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
