@@ -76,10 +76,6 @@ inline float flushed(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-inline float flushed_fma(float a, float b, float sum) {
-  return flushed(std::fma(flushed(a), flushed(b), flushed(sum)));
-}
-
 // Throws std::logic_error where the processor would refuse the instruction.
 class Tiles {
  public:
@@ -125,13 +121,15 @@ class Tiles {
     require(configured(kSums) && rows(kSums) == rows(kInputs) && rows(kWeights) == depth &&
                 row_bytes(kWeights) == row_bytes(kSums),
             "tiles that match");
+    Widened inputs, weights;
+    widen(kInputs, inputs);
+    widen(kWeights, weights);
     for (int m = 0; m < rows(kSums); ++m)
       for (int n = 0; n < columns; ++n) {
         float firsts = 0.0f, seconds = 0.0f;
         for (int k = 0; k < depth; ++k) {
-          firsts = flushed_fma(narrow(kInputs, m, 2 * k), narrow(kWeights, k, 2 * n), firsts);
-          seconds = flushed_fma(narrow(kInputs, m, 2 * k + 1), narrow(kWeights, k, 2 * n + 1),
-                                seconds);
+          firsts = flushed(std::fma(inputs[m][2 * k], weights[k][2 * n], firsts));
+          seconds = flushed(std::fma(inputs[m][2 * k + 1], weights[k][2 * n + 1], seconds));
         }
         float sum;
         std::memcpy(&sum, tiles_[kSums][m] + 4 * n, sizeof sum);
@@ -149,14 +147,17 @@ class Tiles {
   bool configured(int tile) const {
     return config_ != nullptr && rows(tile) > 0 && row_bytes(tile) > 0;
   }
-  // Element `column` of a row of bf16.
-  float narrow(int tile, int row, int column) const {
-    std::uint16_t bits;
-    std::memcpy(&bits, tiles_[tile][row] + 2 * column, sizeof bits);
-    const std::uint32_t word = std::uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
+  typedef float Widened[kAmxRows][kAmxRowBytes / 2];
+  // A tile of bf16.
+  void widen(int tile, Widened& to) const {
+    for (int r = 0; r < rows(tile); ++r)
+      for (int c = 0; c < row_bytes(tile) / 2; ++c) {
+        std::uint16_t bits;
+        std::memcpy(&bits, tiles_[tile][r] + 2 * c, sizeof bits);
+        const std::uint32_t word = std::uint32_t{bits} << 16;
+        std::memcpy(&to[r][c], &word, sizeof word);
+        to[r][c] = flushed(to[r][c]);
+      }
   }
 
   const TileConfig* config_ = nullptr;

@@ -184,8 +184,8 @@ def test_the_blocks(tiles: str, name: str, texts: int, length: int) -> None:
     test_decoder_blocks.test_errors_are_no_larger_than_those_of_the_loop(name, texts, length, 1)
 
 
-@pytest.mark.parametrize("length", [3, 5, 13])
-def test_a_text_is_the_same_beside_any_others(tiles: str, length: int) -> None:
+@pytest.mark.parametrize(("texts", "length"), [(9, 3), (5, 5), (3, 13)])
+def test_a_text_is_the_same_beside_any_others(tiles: str, texts: int, length: int) -> None:
     """Short texts share a call: whether they take tiles is settled by their own length.
 
     Another order of sums is lost in bf16 but once in some ten thousand numbers, so the model is not
@@ -194,8 +194,8 @@ def test_a_text_is_the_same_beside_any_others(tiles: str, length: int) -> None:
     body = prototok.load("tiny-llama", device="cpu", dtype="bfloat16").body
     assert isinstance(body, DecoderBody)
     blocks, tables = test_decoder_blocks.blocks_of(body), body.rotary(length)
-    x = test_decoder_blocks.stream(9, length, body.norm.numel())
-    probe = test_decoder_blocks.stream(9, length, body.norm.numel()).flip(0)
+    x = test_decoder_blocks.stream(texts, length, body.norm.numel())
+    probe = test_decoder_blocks.stream(texts, length, body.norm.numel()).flip(0)
 
     def both_ways(part: slice) -> tuple[Tensor, Tensor]:
         leaf = x[part].clone().requires_grad_()
@@ -203,7 +203,7 @@ def test_a_text_is_the_same_beside_any_others(tiles: str, length: int) -> None:
         return out.detach(), torch.autograd.grad(out, leaf, probe[part])[0]
 
     whole = both_ways(slice(None))
-    for part in (slice(0, 1), slice(3, 8)):
+    for part in (slice(0, 1), slice(1, 3)):
         for found, expected in zip(both_ways(part), whole, strict=True):
             assert torch.equal(found, expected[part])
 
@@ -308,6 +308,8 @@ def code() -> dict[str, list[str]]:
             body = found.setdefault(start[1], [])
         elif line:
             body.append(line)
+    if any("__asan" in name for name in found):
+        pytest.skip("a build with sanitizers has code of theirs in every loop")
     return found
 
 
