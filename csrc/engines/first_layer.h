@@ -1,6 +1,6 @@
 // The first block of [e, m, m, …, m] with a sequential residual in closed form (docs/kernels.md),
-// from e and m to the block's output and back. bf16, for processors with AVX-512 BF16; a thread
-// takes a text at a time.
+// from e and m to the block's output and back. bf16, for processors with products of its
+// pairs; a thread takes a text at a time.
 // Letters: R texts, N positions, H heads, K key-value heads, c head size, Q = (H + 2 K) c,
 // d hidden size, I inner size of the MLP, W what its first product gives: I, gated 2 I; P vectors
 // of a constant prefix; S spanning vectors: H + 2 of a text, behind a prefix 2 H + 2 and
@@ -119,7 +119,7 @@ struct FirstLayerPacked {
 class FirstLayer {
  public:
   // The weights must live as long. Throws std::invalid_argument for odd sizes and for a processor
-  // without AVX-512 BF16.
+  // without products of pairs.
   explicit FirstLayer(const FirstLayerModel& model);
   // The same behind a prefix, which is copied, with the same packed weights.
   FirstLayer(const FirstLayer& bare, const FirstLayerPrefix& prefix);

@@ -6,7 +6,7 @@
 #include "engines/first_layer_logits.h"
 #include "engines/first_layer_pass.h"
 #include "ops/norm.h"
-#include "products/packed_tile.h"
+#include "products/packed_product.h"
 #include "simd/arena.h"
 #include "simd/target.h"
 #include "simd/vectors.h"
@@ -47,7 +47,8 @@ inline void steps_from_prefix(const FirstLayerPass& p, const bf16* x, bf16* mixe
       const float *value = p.qkv(vector) + p.values() + p.kv(h), *from = front.values + p.kv(h);
       for (std::int64_t t = 0; t < c; ++t) store_one(mixed + t, value[t] - from[t]);
       packed_sum({mixed, p.products.out.data() + h * c * kPanel,
-                  p.saved.span + p.step(vector, h) * D, nullptr, 1, c, size.mixed, d});
+                  p.saved.span + p.step(vector, h) * D, nullptr, 1, c, size.mixed, d,
+                  true});
     }
 }
 
@@ -65,7 +66,7 @@ inline void span_of_pair(const FirstLayerPass& p) {
         x + vector * d, nullptr, nullptr, normed + vector * d, model.input_norm,
         model.input_norm_bias, d, model.eps);
   }
-  packed_sum({normed, p.products.qkv.data(), saved.qkv, nullptr, 2, d, d, size.stacked});
+  packed_sum({normed, p.products.qkv.data(), saved.qkv, nullptr, 2, d, d, size.stacked, true});
   for (int vector = 0; vector < 2; ++vector) {
     add_row(p.qkv(vector), model.qkv_bias, size.stacked);
     for (std::int64_t h = 0; h < size.heads; ++h)
@@ -74,7 +75,7 @@ inline void span_of_pair(const FirstLayerPass& p) {
   }
   if (size.front > 0) return steps_from_prefix(p, x, mixed);
   const bf16* out = p.products.out.data();
-  packed_sum({mixed, out, saved.span, nullptr, 2, size.mixed, size.mixed, d});
+  packed_sum({mixed, out, saved.span, nullptr, 2, size.mixed, size.mixed, d, true});
   for (int vector = 0; vector < 2; ++vector) {
     add_row(saved.span + vector * D, x + vector * d, d);
     add_row(saved.span + vector * D, model.out_bias, d);
@@ -84,7 +85,7 @@ inline void span_of_pair(const FirstLayerPass& p) {
     for (std::int64_t t = 0; t < c; ++t)
       store_one(mixed + t, p.qkv(1)[value + t] - p.qkv(0)[value + t]);
     packed_sum({mixed, out + h * c * kPanel, saved.span + (2 + h) * D, nullptr, 1, c, size.mixed,
-                d});
+                d, true});
   }
 }
 
@@ -113,7 +114,7 @@ inline void steps_from_prefix_backward(const FirstLayerPass& p, const float* gra
     for (int vector = 0; vector < 2; ++vector)
       copy_scaled(grad_span + p.step(vector, h) * D, scratch.narrow + vector * d, d, 1.0f);
     packed_sum({scratch.narrow, p.products.out.data() + begin * d, scratch.grad_mixed, nullptr, 2,
-                d, d, width});
+                d, d, width, true});
     for (int vector = 0; vector < 2; ++vector) {
       const float* grad = scratch.grad_mixed + vector * width + (h * c - begin);
       float* to = scratch.grad_qkv + vector * size.stacked_row + p.values() + p.kv(h);
@@ -130,7 +131,8 @@ inline void values_backward(const FirstLayerPass& p, const float* grad_span,
   const std::int64_t d = size.hidden, D = size.hidden_row, c = model.head_size;
   const auto [narrow, grad_mixed, grad_qkv, narrow_qkv, grad_normed] = scratch;
   copy_rows(grad_span, D, narrow, d, size.span, d);
-  packed_sum({narrow, p.products.out.data(), grad_mixed, nullptr, size.span, d, d, size.mixed});
+  packed_sum({narrow, p.products.out.data(), grad_mixed, nullptr, size.span, d, d, size.mixed,
+              size.span < kTilesFrom});
   float *of_m = grad_qkv + p.values(), *of_e = of_m + size.stacked_row;
   for (std::int64_t h = 0; h < size.heads; ++h)
     for (std::int64_t t = 0; t < c; ++t) {
@@ -157,7 +159,7 @@ inline void span_of_pair_backward(const FirstLayerPass& p, const float* grad_spa
   distance_logits_backward(p, grad_logits, grad_qkv);
   copy_rows(grad_qkv, size.stacked_row, narrow_qkv, size.stacked, 2, size.stacked);
   packed_sum({narrow_qkv, p.products.qkv.data(), grad_normed, nullptr, 2, size.stacked,
-              size.stacked, d});
+              size.stacked, d, true});
   for (int vector = 0; vector < 2; ++vector) {
     // The norm read the vector as it was rounded.
     copy_scaled(p.vector(vector), narrow, d, 1.0f);

@@ -13,7 +13,7 @@
 #include "engines/first_layer_span.h"
 #include "ops/activation.h"
 #include "ops/norm.h"
-#include "products/packed_tile.h"
+#include "products/packed_product.h"
 #include "products/tile.h"
 #include "simd/arena.h"
 #include "simd/target.h"
@@ -110,7 +110,7 @@ inline void affine_mlp(const FirstLayerPass& p) {
   centred_span(p, centred);
   scale_by_norm(p, centred, normed, d);
   packed_sum({normed, p.products.up.data(), saved.projected, nullptr, size.own, d, d,
-              size.wide});
+              size.wide, size.own < kTilesFrom});
   for (std::int64_t i = 0; i < N; i += kTileRows) {
     const std::int64_t tile = least(kTileRows, N - i);
     combine(p, tile, padded(d), saved.coef + i * C, saved.span, model.front.fixed, D, x);
@@ -121,7 +121,8 @@ inline void affine_mlp(const FirstLayerPass& p) {
     for (std::int64_t r = 0; r < tile; ++r)
       activation_row(z + r * Z, model.up_bias, inner + (i + r) * I, model.activation);
   }
-  packed_product({inner, p.products.down.data(), model.down_bias, p.text.out, N, I, d, true});
+  packed_product({inner, p.products.down.data(), model.down_bias, p.text.out, N, I, d, true,
+                  N < kTilesFrom});
 }
 
 struct AffineMlpBackwardScratch {
@@ -146,7 +147,8 @@ inline void affine_mlp_backward(const FirstLayerPass& p, float* grad_scaled, flo
   const std::int64_t I = model.activation.inner;
   const Scratch<AffineMlpBackwardScratch> scratch(p);
   const auto [scaled, z, grad_projected, narrow, grad_inner] = *scratch;
-  packed_product({p.text.grad, p.products.down.data(), nullptr, grad_inner, N, d, I, false});
+  packed_product({p.text.grad, p.products.down.data(), nullptr, grad_inner, N, d, I, false,
+                  N < kTilesFrom});
   clear(grad_scaled, N * C);
   clear(grad_projected, own * Z);
   for (std::int64_t i = 0; i < N; i += kTileRows) {
@@ -161,7 +163,7 @@ inline void affine_mlp_backward(const FirstLayerPass& p, float* grad_scaled, flo
     all_products(own, padded(W), {scaled + i * C, 1, C}, z, Z, grad_projected, Z, tile, true);
   }
   copy_rows(grad_projected, Z, narrow, W, own, W);
-  packed_sum({narrow, p.products.up.data(), grad_centred, nullptr, own, W, W, d});
+  packed_sum({narrow, p.products.up.data(), grad_centred, nullptr, own, W, W, d, own < kTilesFrom});
   scale_by_norm(p, grad_centred, grad_centred, D);
 }
 

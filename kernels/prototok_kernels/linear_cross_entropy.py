@@ -180,10 +180,6 @@ def _cpu_pass(
         raise ValueError(str(error)) from None
 
 
-# Rows a thread takes through the C++ head at a time: they read the weight once for all of them.
-_CPU_TILE = 128
-
-
 def _linear_cross_entropy_packed(
     hidden: Tensor,
     weight: Tensor,
@@ -201,7 +197,7 @@ def _linear_cross_entropy_packed(
     rows, threads = len(targets), torch.get_num_threads()
     head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
     share = -(-rows // threads)
-    tile = min(_CPU_TILE, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
+    tile = min(head.most_rows(), workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
     try:
         head.run(
@@ -338,7 +334,7 @@ def linear_cross_entropy(
 
     `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "packed". In
     the last three the logits have hidden's dtype, and all arithmetic on them is fp32. "packed" is
-    C++ throughout, for bf16 on a processor with AVX-512 BF16: it lays the weight out for its
+    C++ throughout, for bf16 on a processor with AMX or AVX-512 BF16: it lays the weight out for its
     products when it first sees it and keeps that, twice the weight's size with gradients, as long
     as the weight lives.
 

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# The instructions that products with packed weights are made of.
-PACKED = "avx512bf16"
-
 Made = TypeVar("Made")
 
 # By owner: what was seen of its weights, and what was made of them.

@@ -17,9 +17,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import KERNEL_DTYPES, Machine, this_machine
+from prototok_kernels.backend import EMULATED, KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
-from prototok_kernels.packed import PACKED, why_unpacked
+from prototok_kernels.packed import why_unpacked
 
 BACKENDS = ("auto", "torch", "triton", "cpu")
 
@@ -28,8 +28,11 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/log.md).
 CONSTANT_COST = 4
-# Positions (B · N) up to which the C++ decoder is faster than torch's products (docs/log.md).
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
 FEW_POSITIONS = 64
+# The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
+# does not: up to there reading the weights takes as long as its products. Counted, not measured.
+FEW_POSITIONS_AMX = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Plan:
     head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
                   "torch", "triton" or "cpu"
     update        AdamW: "torch", "triton" or "cpu"
+    products      of packed weights, in any of these parts: "amx" or "avx512bf16"; "torch" where no
+                  part has them
     """
 
     backend: str  # as asked for
@@ -77,6 +82,7 @@ class Plan:
     decoder: Choice
     head: Choice
     update: Choice
+    products: Choice
 
     def choices(self) -> dict[str, Choice]:
         """Return the choice of each part, by its name."""
@@ -194,7 +200,7 @@ def _plan_of(
     run_elsewhere = None if shape.blocks else "transformers runs the model"
     no_cpp = None if by == "cpu" else "the C++ kernels do not run"
     no_triton = None if by == "triton" else "Triton's kernels do not run"
-    no_products = None if PACKED in machine.instruction_sets else f"the processor has no {PACKED}"
+    no_products = None if machine.packed else "no instruction set here multiplies bf16 pairs"
     long_texts = rows < machine.threads and length * shape.hidden_size**2 >= SMALL_TEXT
     few_texts = "threads do better to share so few long texts" if long_texts else None
     normed_heads = "q and k have norms" if shape.normed_heads else None
@@ -217,6 +223,23 @@ def _plan_of(
     # Behind a prefix torch's closed form competes with one more block in C++ (docs/log.md).
     one_more_block = few_positions if shape.prefix and blocks.taken == "cpu" else None
 
+    first_layer = _choose(
+        (
+            "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
+            few_positions, "the head size is odd" if shape.head_size % 2 else None,
+        ),
+        ("triton", no_pair, long_prefix, no_triton),
+        ("torch", no_pair, long_prefix, one_more_block),
+        ("in full",),
+    )  # fmt: skip
+    head = _choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,))
+    has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
+    unused = None if has_packed else "no part has packed weights"
+    sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
+    few_for_decoder = FEW_POSITIONS
+    if dtype == torch.bfloat16 and length > 1 and machine.packed in ("amx", EMULATED):
+        few_for_decoder = FEW_POSITIONS_AMX
+
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
     else:
@@ -230,15 +253,7 @@ def _plan_of(
         instruction_set=machine.instruction_sets[0] if by == "cpu" else "none",
         passes=passes,
         attention=attention,
-        first_layer=_choose(
-            (
-                "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
-                few_positions, "the head size is odd" if shape.head_size % 2 else None,
-            ),
-            ("triton", no_pair, long_prefix, no_triton),
-            ("torch", no_pair, long_prefix, one_more_block),
-            ("in full",),
-        ),
+        first_layer=first_layer,
         first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
         second_layer=_choose(
             (
@@ -253,13 +268,18 @@ def _plan_of(
         decoder=_choose(
             (
                 "cpu", run_elsewhere, no_cpp,
-                None if rows * length <= FEW_POSITIONS else f"more than {FEW_POSITIONS} positions",
+                None if rows * length <= few_for_decoder
+                else f"more than {few_for_decoder} positions",
             ),
             ("blocks",),
         ),
-        head=_choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,)),
+        head=head,
         # e and m are fp32, whatever the model is.
         update=_passes(backend, kind, torch.float32, machine),
+        products=_choose(
+            *((name, no_cpp, unused, machine.lacks_instructions(name)) for name in sets),
+            ("torch",),
+        ),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def describe() -> dict[str, str]:
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "C++ kernels": ", ".join(found.instruction_sets) if found.cpp else "not built",
+        "AMX": found.lacks_instructions("amx") or "used" if found.cpp else "not built",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     return facts | {name: _version(name) for name in _PACKAGES}

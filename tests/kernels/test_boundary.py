@@ -201,6 +201,19 @@ def calls() -> dict[str, Call]:
             {"hidden": halves(R, D), "grad_hidden": halves(R, D), **head_tensors()},
             ("grad_hidden", "token_weight"), needs_bf16=True,
         ),
+        "Packed": Call(lambda **t: _cpu.Packed(**t), {"weight": halves(V, D)}, needs_bf16=True),
+        "Packed.product": Call(
+            lambda **t: _cpu.Packed(**views(weight=halves(V, D))).product(
+                **t, add=True, few=False
+            ),
+            {"inputs": halves(R, D), "bias": halves(V), "out": halves(R, V)},
+            ("bias",), needs_bf16=True,
+        ),
+        "Packed.sum": Call(
+            lambda **t: _cpu.Packed(**views(weight=halves(V, D))).sum(**t, begin=2, few=False),
+            {"inputs": halves(R, D - 2), "scale": floats(R), "sum": floats(R, 64)},
+            ("scale",), needs_bf16=True,
+        ),
         "DecoderBlocks.forward": Call(
             lambda **t: blocks().forward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "out": halves(R, N, D),

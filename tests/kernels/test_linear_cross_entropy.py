@@ -45,7 +45,7 @@ def make_inputs(rows, d, vocabulary, dtype, device):
     return tuple(x.to(device) for x in (hidden, weight, targets, token_weight))
 
 
-HAS_PACKED = packed.PACKED in this_machine().instruction_sets
+HAS_PACKED = this_machine().packed is not None
 
 
 def ways(backend, weight):

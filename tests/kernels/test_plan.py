@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from prototok_kernels.backend import Machine, require
-from prototok_kernels.plan import FEW_POSITIONS, SMALL_TEXT, Plan, Shape, plan_of
+from prototok_kernels.plan import (
+    FEW_POSITIONS,
+    FEW_POSITIONS_AMX,
+    SMALL_TEXT,
+    Plan,
+    Shape,
+    plan_of,
+)
 
 CPU = Machine(
     cpp=True, instruction_sets=("avx512bf16", "avx512", "avx2", "baseline"), triton=False,
     interpreted=False, threads=2,
 )  # fmt: skip
+AMX_CPU = dataclasses.replace(CPU, instruction_sets=("amx", *CPU.instruction_sets))
 OLD_CPU = dataclasses.replace(CPU, instruction_sets=("avx2", "baseline"))
 BARE = Machine(cpp=False, instruction_sets=(), triton=False, interpreted=False, threads=2)
 GPU = dataclasses.replace(BARE, triton=True)
@@ -40,7 +48,7 @@ def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
     assert taken(planned()) == {
         "passes": "cpu", "attention": "cpu", "first_layer": "cpu", "first_mlp": "span",
         "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "head": "packed",
-        "update": "cpu",
+        "update": "cpu", "products": "avx512bf16",
     }  # fmt: skip
 
 
@@ -48,6 +56,32 @@ def test_a_processor_without_them_takes_torchs_products() -> None:
     found = taken(planned(machine=OLD_CPU))
     assert found["first_layer"] == "torch" and found["blocks"] == "one by one"
     assert found["head"] == found["passes"] == found["update"] == "cpu"
+    assert found["products"] == "torch"
+
+
+def test_tiles_are_taken_where_there_are_any_and_else_the_plan_says_why_not() -> None:
+    plan = planned(machine=AMX_CPU)
+    assert taken(plan) == taken(planned()) | {"products": "amx"}
+    assert plan.instruction_set == "amx" and "products amx" in plan.summary()
+    why = "the system does not let this process use tiles: Operation not permitted"
+    refused = planned(machine=dataclasses.replace(CPU, missing=(("amx", why),)))
+    assert refused.products.taken == "avx512bf16" and refused.instruction_set == "avx512bf16"
+    assert ("amx", why) in refused.products.others and why in str(refused)
+    single = planned(
+        dataclasses.replace(LLAMA, unpacked="a weight is float32", head_unpacked="as well"),
+        AMX_CPU, dtype=torch.float32,
+    )  # fmt: skip
+    assert single.products.taken == "torch"
+    assert dict(single.products.others)["amx"] == "no part has packed weights"
+
+
+def test_one_forward_on_tiles_leaves_the_decoder_sooner() -> None:
+    for dtype, most in ((torch.bfloat16, FEW_POSITIONS_AMX), (torch.float32, FEW_POSITIONS)):
+        for length, expected in ((most, "cpu"), (most + 1, "blocks")):
+            plan = planned(machine=AMX_CPU, rows=1, length=length, dtype=dtype)
+            assert taken(plan)["decoder"] == expected
+    tokens = planned(machine=AMX_CPU, rows=FEW_POSITIONS, length=1)  # generated one by one
+    assert taken(tokens)["decoder"] == "cpu"
 
 
 def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
@@ -162,12 +196,12 @@ def test_few_positions_go_through_the_decoder() -> None:
 def test_a_plan_prints_a_line_and_a_reason_for_every_part() -> None:
     for plan in (planned(), planned(Shape()), planned(NEOX, GPU, device="cuda")):
         lines = str(plan).splitlines()
-        assert len(lines) == 1 + len(plan.choices()) == 10
+        assert len(lines) == 1 + len(plan.choices()) == 11
         for line, (name, choice) in zip(lines[1:], plan.choices().items(), strict=True):
             assert line.startswith(name) and choice.reason
             assert all(why for _, why in choice.others)
             assert choice.taken not in dict(choice.others)
-        assert plan.summary().count(",") == 8
+        assert plan.summary().count(",") == 9
 
 
 def test_an_op_takes_a_decision_and_no_request() -> None:

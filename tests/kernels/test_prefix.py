@@ -30,7 +30,6 @@ from prototok_kernels import packed
 from prototok_kernels.attention import attention
 from prototok_kernels.backend import this_machine
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, decoder_layer
-from prototok_kernels.packed import PACKED
 from prototok_kernels.pair import first_layer_cpu
 from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
 from prototok_kernels.pair.second_layer import (
@@ -43,7 +42,7 @@ from zoo import OWN, made
 FRONTS = [1, 3, 16]
 
 needs_bf16 = pytest.mark.skipif(
-    PACKED not in this_machine().instruction_sets, reason=f"needs {PACKED}"
+    this_machine().packed is None, reason="needs products of packed weights"
 )
 
 
@@ -317,8 +316,8 @@ def test_logits_of_the_prefix_hundreds_of_nats_apart(backend: str, count: int) -
     dtype = torch.bfloat16 if backend == "cpu" else torch.float32  # the C++ takes no other
     if backend == "triton":
         pytest.importorskip("triton")
-    if backend == "cpu" and PACKED not in this_machine().instruction_sets:
-        pytest.skip(f"needs {PACKED}")
+    if backend == "cpu" and this_machine().packed is None:
+        pytest.skip("needs products of packed weights")
     layer = dataclasses.replace(layer, qkv_bias=loud).to(dtype)
     errors = errors_behind(layer, tables, count, 33, {"found": collapsed(backend)})
     assert_as_good_as_general(errors, dtype)
