@@ -88,6 +88,9 @@ class Plan:
         taken = ", ".join(f"{name} {choice.taken}" for name, choice in self.choices().items())
         return f"{self.rows} x {self.length} {self.dtype} on {self.device}: {taken}"
 
+    def __repr__(self) -> str:
+        return f"Plan({self.summary()})"
+
     def __str__(self) -> str:
         head = (
             f"{self.rows} rows x {self.length} positions, {self.dtype} on {self.device}, "

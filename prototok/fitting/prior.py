@@ -44,6 +44,11 @@ class Prior:
     provenance: dict[str, str] = field(default_factory=dict)
     prefix: Prefix | None = None
 
+    def __repr__(self) -> str:
+        basis = "in the model's own coordinates" if self.basis is None else "in an eigenbasis"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return f"Prior({self.model.name!r}, d = {self.mean.shape[1]}, {basis}{front})"
+
     def require_model(self, lm: FrozenLM) -> None:
         """Raise ValueError unless this was learned on the model that `lm` holds."""
         require_model("init", self.model, lm)

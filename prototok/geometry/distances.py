@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.shown import shapes
+
 CLASSES = ("same text", "same context", "different context")
 
 
@@ -44,6 +46,8 @@ class Pairs:
     second: Tensor
     kind: Tensor
     distance: Tensor
+
+    __repr__ = shapes
 
     def of(self, name: str) -> Tensor:
         """Return the distances of one class, by its name in `CLASSES`."""
@@ -97,6 +101,8 @@ class Curve:
     y: Tensor
     std: Tensor
     count: Tensor
+
+    __repr__ = shapes
 
 
 def binned_mean(x: Tensor, y: Tensor, bins: int = 10) -> Curve:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prototok.common.shown import shapes
 from prototok.decoding.decode import decode
 from prototok.model.families.general import GeneralBody
 from prototok.model.frozen_lm import FrozenLM
@@ -37,6 +38,8 @@ class Withstood:
     setting: str
     accuracy: Tensor
     exact: Tensor
+
+    __repr__ = shapes
 
 
 def score(

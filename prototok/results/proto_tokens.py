@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count
+from prototok.common.shown import count
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
@@ -50,6 +51,24 @@ class ProtoTokens:
     groups: Tensor | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     prefix: Prefix | None = None
+
+    def __repr__(self) -> str:
+        shared = "" if self.share is None else f", {self.share} shared"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return (
+            f"ProtoTokens({self.size}, {self.arrangement!r}{shared}{front}, "
+            f"for {self.model.name!r})"
+        )
+
+    @property
+    def size(self) -> str:
+        """Texts, seeds and lengths in words, such as "2 texts × 2 seeds of 7–14 tokens"."""
+        rows = f"{count(self.texts, 'text')} × {count(self.seeds, 'seed')}"
+        if not self.texts:
+            return rows
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        span = f"{shortest}–{longest} tokens" if shortest < longest else count(longest, "token")
+        return f"{rows} of {span}"
 
     @property
     def texts(self) -> int:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
                         for ok in _listen(worker):
                             done, failed = done + ok, failed + (not ok)
                         _bury(worker, lots)
-                bar.update(done + failed, f"{failed} failed, {len(lots)} lots wait")
+                note = f"{failed} failed, {len(lots)} lots wait"
+                bar.update(done + failed, partial(str, note))
     finally:
         if on_main_thread:
             signal.signal(signal.SIGTERM, previous)

@@ -8,6 +8,7 @@ the lot is halved, as by the local launcher. See docs/scaling.md for clusters of
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,5 @@ def _dispatch(ray: Any, run: RunFolder, units: list[Unit], settings: LocalSettin
             finished = (
                 len(units) - sum(map(len, lots.queue)) - sum(len(v[1]) for v in busy.values())
             )
-            bar.update(finished, f"{len(lots)} lots wait, {len(busy)} are under way")
+            note = f"{len(lots)} lots wait, {len(busy)} are under way"
+            bar.update(finished, partial(str, note))
