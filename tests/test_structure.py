@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. An arrow may point to the same level or below.
 LEVELS = (
     ("__main__", "cli"),
+    ("commands",),
     ("bench", "sweep", "report"),
     ("capacity", "decode", "fast_fit", "learn_shared"),  # doors to functions of the packages below
     ("fitting", "decoding", "autoregressive", "geometry"),

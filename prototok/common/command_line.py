@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
 PREFIX = "Text in front of e in every row, not fitted; none, or auto to leave it to the recipe."

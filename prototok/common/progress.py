@@ -24,7 +24,7 @@ class _View(Protocol):
 
 
 class Progress:
-    """Shows `done` of `total`, and a note that is made only when it is shown.
+    """Shows `done` of `total`, and a note.
 
     `shown`: None shows a bar on a terminal or in a notebook only, True insists on lines elsewhere,
     False is quiet.
@@ -32,7 +32,7 @@ class Progress:
 
     def __init__(self, total: int, what: str, shown: bool | None) -> None:
         self.view: _View | None = None
-        self.last: tuple[int, Callable[[], str]] | None = None
+        self.last: tuple[int, str | Callable[[], str]] | None = None
         if shown is False:
             return
         if sys.stderr.isatty():
@@ -56,21 +56,28 @@ class Progress:
     ) -> None:
         if self.view is not None:
             if self.view.stays and self.last is not None:
-                self.view.show(self.last[0], self.last[1]())
+                self.view.show(self.last[0], _made(self.last[1]))
             self.view.close()
 
-    def update(self, done: int, note: Callable[[], str]) -> None:
-        """Say how much is done, unless something was said a moment ago."""
+    def update(self, done: int, note: str | Callable[[], str]) -> None:
+        """Say how much is done, unless something was said a moment ago.
+
+        A note that takes work is a function, called only where it is shown.
+        """
         self.last = done, note
         if self.view is None or (now := time.monotonic()) < self.next:
             return
         self.next = now + self.view.every
-        self.view.show(done, note())
+        self.view.show(done, _made(note))
 
     def say(self, line: str) -> None:
         """Print a line on stderr that stays, where progress is shown at all; after the bar."""
         if self.view is not None:
             print(line, file=sys.stderr, flush=True)
+
+
+def _made(note: str | Callable[[], str]) -> str:
+    return note if isinstance(note, str) else note()
 
 
 class _Terminal:

@@ -18,10 +18,8 @@ from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine.rows import Group, Row
-from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.front import front_of
-from prototok.fitting.outlook import Outlook
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import verify
@@ -122,16 +120,7 @@ def capacity(
     with Progress(count, "capacity", progress) as bar:
         while growing:
             groups = [growth.next_group(room) for growth in growing]
-            outlook = Outlook(groups, setup)
-
-            def observe(
-                event: FitEvent, ended: int = count - len(growing), outlook: Outlook = outlook
-            ) -> None:
-                outlook.see(event)
-                bar.update(ended, lambda: f"{count - ended} texts still grow; {outlook.note()}")
-
-            for group, (one,) in fit_groups(setup, groups, verify, observe):
-                outlook.end([one])
+            for group, (one,) in fit_groups(setup, groups, verify, lambda event: None):
                 growth = next(g for g in growing if g.text == group.index)
                 check = one.check
                 t, n = growth.text, room[growth.stage]
@@ -153,6 +142,7 @@ def capacity(
             growing = [
                 g for g in growing if g.failed <= restarts and g.stage < g.reaches
             ]  # fmt: skip
+            bar.update(count - len(growing), f"{len(growing)} texts still growing")
     return Capacity(grid, exact, at_099, ended, steps, seconds)
 
 

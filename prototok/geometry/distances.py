@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import hint
 from prototok.common.shown import shapes
 
 CLASSES = ("same text", "same context", "different context")
@@ -52,7 +53,9 @@ class Pairs:
     def of(self, name: str) -> Tensor:
         """Return the distances of one class, by its name in `CLASSES`."""
         if name not in CLASSES:
-            raise ValueError(f"name: {name!r} is not one of {', '.join(CLASSES)}")
+            raise ValueError(
+                f"name: {name!r} is not one of {', '.join(CLASSES)}" + hint(name, CLASSES)
+            )
         return self.distance[self.kind == CLASSES.index(name)]
 
 

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
                         for ok in _listen(worker):
                             done, failed = done + ok, failed + (not ok)
                         _bury(worker, lots)
-                note = f"{failed} failed, {len(lots)} lots wait"
-                bar.update(done + failed, partial(str, note))
+                bar.update(done + failed, f"{failed} failed, {len(lots)} lots wait")
     finally:
         if on_main_thread:
             signal.signal(signal.SIGTERM, previous)

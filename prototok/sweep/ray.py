@@ -8,7 +8,6 @@ the lot is halved, as by the local launcher. See docs/scaling.md for clusters of
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +100,4 @@ def _dispatch(ray: Any, run: RunFolder, units: list[Unit], settings: LocalSettin
             finished = (
                 len(units) - sum(map(len, lots.queue)) - sum(len(v[1]) for v in busy.values())
             )
-            note = f"{len(lots)} lots wait, {len(busy)} are under way"
-            bar.update(finished, partial(str, note))
+            bar.update(finished, f"{len(lots)} lots wait, {len(busy)} are under way")

@@ -15,8 +15,11 @@ from prototok import Recipe
 from prototok.bench import measure, table, timing
 from prototok.bench.baselines import Engine, Generate
 from prototok.bench.vllm import vllm_seconds
+from prototok.cli import main
 from prototok.model.frozen_lm import FrozenLM
 from prototok.report.svg import Bar, log_bars
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,34 @@ def test_record_and_table(record: dict, tmp_path: Path) -> None:
     assert lines[1].split()[:3] == ["model", "N", "exact"]
     assert lines[2].split()[:3] == ["tiny-llama", "3", "2/2"]
     assert f"{max(others):,.0f}" in lines[2]
+    wide = table.table(record, wide=True).splitlines()
+    assert "break-even" in wide[1] and "break-even" not in lines[1]
+    assert table.summary(record).splitlines()[:2] == lines[1:3]
     assert 1 < case["ceiling"] <= 3
+
+
+def test_tables_fit_80_columns_and_explain_shares_above_one(record: dict) -> None:
+    committed = json.loads((RESULTS / "bench.json").read_text())
+    for one in (record, committed):
+        assert max(map(len, table.table(one).splitlines())) <= 80
+    above = [line for line in table.table(committed).splitlines() if "of bandwidth" in line]
+    shares = [int(re.findall(r"(\d+) % of", line)[0]) for line in above]
+    assert max(shares) > 100
+    for share, line in zip(shares, above, strict=True):
+        assert (share > 100) == line.endswith("(weights stay in a cache)")
+
+
+def test_json_takes_the_place_of_the_table(
+    record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "run_bench", lambda settings, say: record)
+    monkeypatch.chdir(tmp_path)
+    main(["bench", "--json"])
+    (case,) = json.loads(capsys.readouterr().out)
+    assert case["model"] == "tiny-llama" and case["exact"] == 2
+    main(["bench"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("At equal length") and "{" not in shown
 
 
 def test_each_mode_at_its_own_longest(record: dict) -> None:
