@@ -14,6 +14,7 @@ import typer
 from prototok.bench.command import bench
 from prototok.commands.decode import decode
 from prototok.commands.env import env
+from prototok.commands.export import export
 from prototok.commands.fit import fit
 from prototok.common.command_line import PREFIX, SHAPE, Device, Dtype, Model, require_positive, say
 from prototok.common.command_line import run as run_app
@@ -22,7 +23,7 @@ from prototok.common.version import VERSION
 from prototok.sweep.cli import app as sweep_app
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (fit, decode, bench, env):
+for command in (fit, decode, export, bench, env):
     app.command()(command)
 app.add_typer(sweep_app, name="sweep")
 

@@ -18,8 +18,14 @@ LEVELS = (
     ("__main__", "cli"),
     ("commands",),
     ("bench", "sweep", "report"),
-    ("capacity", "decode", "fast_fit", "learn_shared"),  # doors to functions of the packages below
-    ("fitting", "decoding", "autoregressive", "geometry"),
+    (
+        "capacity",
+        "decode",
+        "export",
+        "fast_fit",
+        "learn_shared",
+    ),  # doors to functions of the packages below
+    ("fitting", "decoding", "autoregressive", "geometry", "exporting"),
     ("model", "results", "texts"),
     ("common",),
     ("prototok_kernels",),

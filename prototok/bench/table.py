@@ -66,7 +66,7 @@ def _columns(rows: tuple[tuple[Column, ...], list[tuple[str, ...]]], wide: bool)
 
 
 def _equal_length(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for c in record["cases"]:
         ways = _at_batch_1(c)
         one, best = ways[:2]
@@ -98,7 +98,7 @@ def _own_longest(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]
             return "–", "–"
         return f"{1e3 * timing['seconds']:.2f} ms", f"{timing['tokens_per_second']:,.0f}"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for r in record["longest"]:
         reached = []
         for found, grid in zip((r["one_forward"], r["autoregressive"]), r["grids"], strict=True):

@@ -77,10 +77,12 @@ def test_json_takes_the_place_of_the_table(
 ) -> None:
     monkeypatch.setattr(measure, "run_bench", lambda settings, say: record)
     monkeypatch.chdir(tmp_path)
-    main(["bench", "--json"])
+    with pytest.raises(SystemExit):
+        main(["bench", "--json"])
     (case,) = json.loads(capsys.readouterr().out)
     assert case["model"] == "tiny-llama" and case["exact"] == 2
-    main(["bench"])
+    with pytest.raises(SystemExit):
+        main(["bench"])
     shown = capsys.readouterr().out
     assert shown.startswith("At equal length") and "{" not in shown
 
