@@ -171,8 +171,8 @@ def notes(record: dict, wide: bool) -> list[str]:
     device = m["cuda device"] if m["cuda device"] != "none" else m["processor"]
     dtypes = ", ".join(sorted({c["dtype"] for c in record["cases"]}))
     lines = [
-        f"{device}, {m['threads']} threads, torch {m['torch']}, "
-        f"transformers {m['transformers']}, {dtypes}",
+        f"{device}, {m['threads']} threads, {dtypes}",
+        f"torch {m['torch']}, transformers {m['transformers']}",
         "exact: texts that come back whole when decoded alone, in two dtypes.",
         "fit s: seconds a text. tok/s: of one forward. best AR: of the fastest loop.",
         "ratio: of these two. vs dynamic: against generate as it comes, as in the paper.",
