@@ -40,7 +40,7 @@ def table(record: dict, wide: bool = False) -> str:
 def summary(record: dict) -> str:
     """Return the table at equal length alone, with the machine and what its columns mean."""
     lines = _columns(_equal_length(record), wide=False)
-    return "\n".join([*lines, "", *notes(record, wide=False)])
+    return "\n".join([*lines, "", *notes(record | {"longest": []}, wide=False)])
 
 
 Column = tuple[str, bool]  # its name, and whether 80 columns have room for it

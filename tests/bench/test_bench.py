@@ -95,7 +95,7 @@ def test_each_mode_at_its_own_longest(record: dict) -> None:
     assert longest["autoregressive_fit_seconds_per_text"] > 0
     reached = longest["autoregressive_length"]
     assert (longest["ratio_batch_1"] is None) == (reached == 0)
-    line = next(s for s in table.table(record).splitlines() if "held-out novels" in s)
+    line = next(s for s in table.table(record, wide=True).splitlines() if "held-out novels" in s)
     assert line.split()[:5] == ["tiny-llama", "held-out", "novels", "3", "(≥"]
     assert measure._by_text({2: [True, False, True], 4: [True, True, False]}, 3) == (4, 0, 2)
 
