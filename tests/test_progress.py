@@ -17,17 +17,17 @@ from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.outlook import Outlook, duration
+from prototok.fitting.under_way import UnderWay, duration
 from prototok.results.arrangement import Arrangement
 
 TEXTS = [[3, 7, 1], [9, 2, 4]]
 
 
-def outlook_of(lm: FrozenLM, texts: int, max_steps: int) -> Outlook:
+def under_way_of(lm: FrozenLM, texts: int, max_steps: int) -> UnderWay:
     ids = [torch.tensor([1, 2, 3, 4])] * texts
     inputs = OneForward(Arrangement.parse("e m*"))
     setup = Setup(lm, inputs, Recipe(max_steps=max_steps), "auto", None)
-    return Outlook(make_groups(ids, [0], None, None), setup)
+    return UnderWay(make_groups(ids, [0], None, None), setup)
 
 
 def event(rows: list[int], steps: list[int], correct: list[int]) -> FitEvent:
@@ -39,26 +39,28 @@ def event(rows: list[int], steps: list[int], correct: list[int]) -> FitEvent:
 def test_before_any_row_ended_the_most_is_said(
     small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlook = outlook_of(small_lm, 3, 100)
-    outlook.see(event([0, 1], [20, 20], [2, 4]))
-    monkeypatch.setattr(time, "monotonic", lambda: outlook.started + 8.0)
+    under_way = under_way_of(small_lm, 3, 100)
+    under_way.see(event([0, 1], [20, 20], [2, 4]))
+    monkeypatch.setattr(time, "monotonic", lambda: under_way.started + 8.0)
     # 40 updates took 8 s; 80 + 80 + 100 are left at most, at 0.2 s each.
-    assert outlook.note().startswith("step 20 of 100, accuracy 0.75, at most 52 s left, ")
-    assert outlook.note().endswith(" GB")
+    assert under_way.note().startswith("step 20 of 100, accuracy 0.75, at most 52 s left, ")
+    assert under_way.note().endswith(" GB")
 
 
 def test_rows_that_ended_tell_how_long_others_take(
     small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlook = outlook_of(small_lm, 4, 100)
-    outlook.end([SimpleNamespace(steps=10), SimpleNamespace(steps=30)])
-    outlook.see(event([2], [20], [4]))
-    monkeypatch.setattr(time, "monotonic", lambda: outlook.started + 60.0)
+    under_way = under_way_of(small_lm, 4, 100)
+    under_way.end([SimpleNamespace(steps=10), SimpleNamespace(steps=30)])
+    under_way.see(event([2], [20], [4]))
+    monkeypatch.setattr(time, "monotonic", lambda: under_way.started + 60.0)
     # A second an update. The row at 20 may end at 30, as the one that was longer; a new one at 20.
-    said = outlook.note()
+    said = under_way.note()
     assert "accuracy 1.00, 2 texts/min, about 30 s left, at most 3 min" in said
-    outlook.see(event([2], [50], [4]))  # longer than all that ended: nothing but the most is known
-    assert "about 47 s left, at most 2 min" in outlook.note()
+    under_way.see(
+        event([2], [50], [4])
+    )  # longer than all that ended: nothing but the most is known
+    assert "about 47 s left, at most 2 min" in under_way.note()
 
 
 def test_times_are_said_as_people_say_them() -> None:

@@ -18,7 +18,7 @@ from prototok.common.progress import Progress
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.outlook import Outlook
+from prototok.fitting.under_way import UnderWay
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.mem_fit import MemFit
 
@@ -132,16 +132,16 @@ def fit_all(
     """
     asked = Counter(row.text for group in groups for row in group.rows)
     ended: dict[int, list[EndedRow[C]]] = {text: [] for text in asked}  # by text
-    outlook = Outlook(groups, setup)
+    under_way = UnderWay(groups, setup)
     bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
 
     def note() -> str:
         lost = f"{failed} failed, not finite; " if failed else ""
-        return f"{lost}{exact} exact, {outlook.note()}"
+        return f"{lost}{exact} exact, {under_way.note()}"
 
     def observe(event: FitEvent) -> None:
-        outlook.see(event)
+        under_way.see(event)
         bar.update(rows_ended, note)
         if watching.callback is not None:
             watching.callback(event)
@@ -162,7 +162,7 @@ def fit_all(
                 rows_ended += len(rows)
                 exact += sum(one.check.exact for one in rows)
                 failed += sum(one.failed for one in rows)
-                outlook.end(rows)
+                under_way.end(rows)
                 bar.update(rows_ended, note)
     except KeyboardInterrupt:
         texts = sorted(text for text, rows in ended.items() if len(rows) == asked[text])

@@ -24,7 +24,7 @@ class Ended(Protocol):
     def steps(self) -> int: ...
 
 
-class Outlook:
+class UnderWay:
     """Watches rows being fitted, and says in one line where they are."""
 
     def __init__(self, groups: Sequence[Group], setup: Setup) -> None:
