@@ -10,6 +10,7 @@ spanning vectors per row, of which H (P − 1) are constants of the model.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -93,6 +94,9 @@ class Plan:
         """Return one line that names what was taken, for records."""
         taken = ", ".join(f"{name} {choice.taken}" for name, choice in self.choices().items())
         return f"{self.rows} x {self.length} {self.dtype} on {self.device}: {taken}"
+
+    def __repr__(self) -> str:
+        return f"Plan({self.summary()})"
 
     def __str__(self) -> str:
         head = (
@@ -306,7 +310,9 @@ def _against_closed_form(shape: Shape, length: int, pair: bool) -> str | None:
 def _passes(backend: str, kind: str, dtype: torch.dtype, machine: Machine) -> Choice:
     """Choose between torch, Triton and the C++; raise ValueError for what cannot be had."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        near = difflib.get_close_matches(str(backend)[:200].lower(), BACKENDS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}{meant}")
 
     def against(name: str) -> str | None:
         missing = machine.lacks(name, kind)

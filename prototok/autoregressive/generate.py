@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.common.arguments import is_count
+from prototok.common.arguments import hint, is_count
 from prototok.common.per_thread import PerThread
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
@@ -53,7 +53,9 @@ def generate(
     """
     require_frozen(lm)
     if cache not in CACHES:
-        raise ValueError(f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}")
+        raise ValueError(
+            f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}" + hint(cache, CACHES)
+        )
     if not isinstance(mem, Tensor) or mem.ndim < 2 or mem.shape[-1] != lm.hidden_size:
         seen = tuple(mem.shape) if isinstance(mem, Tensor) else type(mem).__name__
         raise ValueError(f"mem: {seen} is not (rows, K, {lm.hidden_size})")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count, is_integer
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
 from prototok.model.frozen_lm import FrozenLM, require_frozen
@@ -44,6 +45,8 @@ class Paths:
     straight: Tensor
     control: Tensor | None
     steps: Tensor
+
+    __repr__ = shapes
 
     @property
     def length_ratio(self) -> Tensor:
