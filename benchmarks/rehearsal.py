@@ -42,6 +42,7 @@ from prototok.fitting.engine.slots import Room, Slots
 from prototok.model import frozen_lm
 from prototok.model.frozen_lm import freeze
 from prototok.model.identity import ModelIdentity
+from prototok.model.prefix import Prefix
 from prototok.model.shapes import random_model
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import backend as backend_module
@@ -153,6 +154,8 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         name: str = func.overloadpacket.__name__
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in _READS and any(t.device == DEVICE for t in given):
+            raise HostRead(f"the host waits for the values that {name} gives")
         here = {t.device.type for t in given if t.ndim}
         self._refuse(name, args, here)
         out = func(*args, **kwargs)
@@ -174,8 +177,8 @@ class _Dispatch(TorchDispatchMode):
         masks = name in ("index", "index_put", "index_put_") and any(
             isinstance(t, Tensor) and t.dtype == torch.bool for t in args[1]
         )
-        if name in _READS or masks:
-            raise HostRead(f"the host waits for the values that {name} gives")
+        if masks:
+            raise HostRead(f"the host waits for how many are true in {name}")
         if len(here) > 1 and name not in ("copy_", "_to_copy"):
             raise MixedDevices(f"{name} mixes tensors of {' and '.join(sorted(here))}")
 
@@ -399,19 +402,24 @@ def rehearsal() -> Iterator[Seen]:
         yield seen
 
 
-def frozen(source: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> FrozenLM:
-    """Freeze a model that was made on the meta device."""
+def frozen(make: Callable[[], PreTrainedModel], prefix: int = 0) -> FrozenLM:
+    """Make a model without weights and freeze it in bfloat16, behind a prefix of P vectors."""
+    with DEVICE:
+        source = make().to(torch.bfloat16).eval()
     config = source.config.get_text_config()
     identity = ModelIdentity(
         config.name_or_path, None, config.model_type, config.hidden_size, config.vocab_size,
         "of no weights", None,
     )  # fmt: skip
-    return freeze(source, identity, None, DEVICE, dtype)
+    lm = freeze(source, identity, None, DEVICE, torch.bfloat16)
+    if not prefix:
+        return lm
+    return lm.behind(Prefix(torch.zeros(prefix, lm.hidden_size, device="cpu")))
 
 
-def frozen_shape(shape: str) -> FrozenLM:
-    """Freeze a published shape without weights, in bfloat16."""
-    return frozen(random_model(shape, DEVICE, torch.bfloat16))
+def frozen_shape(shape: str, prefix: int = 0) -> FrozenLM:
+    """Freeze a published shape without weights."""
+    return frozen(lambda: random_model(shape, DEVICE, torch.bfloat16), prefix)
 
 
 def slots_of(
