@@ -47,7 +47,7 @@ from prototok.model.prefix import Prefix
 from prototok.model.shapes import random_model
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import backend as backend_module
-from prototok_kernels.plan import plan_of
+from prototok_kernels.plan import Plan, plan_of
 
 DEVICE = torch.device("meta")
 
@@ -303,8 +303,9 @@ def _attention(seen: Seen) -> Callable[..., Tensor]:
     """Flash attention's launches: one forward; ⟨out, ∂out⟩, the gradients and a cast backward."""
 
     def heads_inside(like: Tensor) -> Tensor:  # (B, H, N, c) that lies as (B, N, H, c)
-        return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format) \
-            .transpose(1, 2)
+        return torch.empty_like(
+            like.transpose(1, 2), memory_format=torch.contiguous_format
+        ).transpose(1, 2)
 
     class Flash(torch.autograd.Function):
         @staticmethod
@@ -322,8 +323,8 @@ def _attention(seen: Seen) -> Callable[..., Tensor]:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             q, k, v, out = ctx.saved_tensors
             inputs, wide = sum(map(size_of, (q, k, v, grad))), 4 * q.numel()
-            written = size_of(k) + size_of(v)
-            seen.note("attention backward, dot", "attention", 2 * size_of(out), 4 * q[..., 0].numel())
+            written, per_query = size_of(k) + size_of(v), 4 * q[..., 0].numel()
+            seen.note("attention backward, dot", "attention", 2 * size_of(out), per_query)
             seen.note(
                 "attention backward", "attention", inputs, wide + written, flops=int(5 * ctx.flops)
             )
@@ -367,7 +368,9 @@ def rehearsal() -> Iterator[Seen]:
         finally:
             seen.part = before
 
-    def plan(lm: FrozenLM, rows: int, length: int, backend: str = "auto", pair: bool = False) -> Any:
+    def plan(
+        lm: FrozenLM, rows: int, length: int, backend: str = "auto", pair: bool = False
+    ) -> Plan:
         return plan_of(
             lm.body.shape, rows=rows, length=length, dtype=lm.dtype, device="cuda",
             backend=backend, pair=pair,

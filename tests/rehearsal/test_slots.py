@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rehearsal import frozen, rehearsal, slots_of
 
 from prototok import Recipe
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner
+from rehearsal import frozen, rehearsal, slots_of
 from zoo import OWN
 
 

@@ -1,4 +1,4 @@
-"""The CUDA step of every family, input and sharing: nothing waits for the host, nothing is mixed."""
+"""The CUDA step of every family, input and sharing: nothing waits for the host or mixes devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rehearsal import DEVICE, HostRead, MixedDevices, Seen, frozen, rehearsal, slots_of
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from prototok import Recipe
 from prototok.fitting.engine.step import step
+from rehearsal import DEVICE, HostRead, MixedDevices, Seen, frozen, rehearsal, slots_of
 from zoo import OWN
 
 ROWS, LENGTH = 8, 33
