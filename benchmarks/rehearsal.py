@@ -47,6 +47,7 @@ from prototok.model.prefix import Prefix
 from prototok.model.shapes import random_model
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import backend as backend_module
+from prototok_kernels import linear_cross_entropy as head_module
 from prototok_kernels.plan import Plan, plan_of
 
 DEVICE = torch.device("meta")
@@ -351,8 +352,10 @@ def _attention(seen: Seen) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def rehearsal() -> Iterator[Seen]:
+def rehearsal(processors: int = 132) -> Iterator[Seen]:
     """Let the meta device stand for CUDA, and record what would run there.
+
+    `processors`: multiprocessors of the device; 132 on H100 and H200.
 
     Raises RuntimeError where Triton's kernels are interpreted, so that there is no launch to see.
     """
@@ -395,6 +398,7 @@ def rehearsal() -> Iterator[Seen]:
             (torch.cuda, "device_of", lambda tensor: nullcontext()),
             (functional, "scaled_dot_product_attention", _attention(seen)),
             (backend_module, "unavailable", unavailable),
+            (head_module, "multiprocessors", lambda device: processors),
             (FrozenLM, "plan", plan),
             (slots_module.Slots, "_sent", send),
             (step_module, "named_range", part),

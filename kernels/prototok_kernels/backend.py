@@ -6,6 +6,7 @@ Found once, at import. `plan` chooses from it; nothing else does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -72,6 +73,14 @@ def this_machine() -> Machine:
         interpreted=TRITON_INTERPRETED,
         threads=torch.get_num_threads(),
     )
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has; 1 for any other."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def unavailable(backend: str, kind: str) -> str | None:

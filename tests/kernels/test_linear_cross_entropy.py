@@ -405,3 +405,24 @@ def test_the_definition_has_the_gradient_of_its_loss():
         down = linear_cross_entropy_ref(moved, weight, targets, token_weight, 0.6).loss
         slope = ((up - down) * token_weight).sum() / (2 * step)
         torch.testing.assert_close(grad[row, column], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "vocabulary", "chunk"),
+    [
+        (32768, 768, 50304, 5504),  # Pythia-160M, 256 × 128: 129 tiles, one wave of 132
+        (16384, 2048, 128256, 2048),  # Llama-3.2-1B, 64 × 256: 128 tiles
+        (4096, 4096, 128256, 1024),  # Llama-3.1-8B, 16 × 256: 128 tiles
+        (100, 768, 50304, 100),
+        (1, 768, 50304, 1),
+    ],
+)
+def test_chunks_on_a_gpu_fill_its_processors(rows, size, vocabulary, chunk):
+    pytest.importorskip("triton")
+    from prototok_kernels.head_triton import whole_waves
+
+    largest = (1 << 30) // (2 * vocabulary)
+    assert whole_waves(rows, size, largest, 132) == chunk
+    # At most the room there is, and never nothing.
+    assert whole_waves(rows, size, 7, 132) <= 7
+    assert whole_waves(rows, size, 1, 132) == 1

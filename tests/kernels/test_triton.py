@@ -17,7 +17,7 @@ from prototok_kernels import (  # noqa: E402
     activation,
     adamw_rows,
     attention,
-    linear_cross_entropy,
+    head_triton,
     residual_norm,
 )
 from prototok_kernels.backend import TRITON_INTERPRETED  # noqa: E402
@@ -114,7 +114,7 @@ CASES |= {
     for kind, backward in (("silu", False), ("silu", True), ("gelu", True))
 }  # fmt: skip
 MODULES = {
-    "head": linear_cross_entropy,
+    "head": head_triton,
     "adamw": adamw_rows,
     "residual_norm": residual_norm,
     "residual_norm_backward": residual_norm,
