@@ -211,7 +211,8 @@ class _Dispatch(TorchDispatchMode):
 
 def _norm(a: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     more = a["HAS_DELTA"]
-    return [a["x"], *[a["delta"]] * more], [a["normed"], *[a["total"]] * more]
+    normed = [a["normed"], *[a["second_normed"]] * a["SECOND"]]
+    return [a["x"], *[a["delta"]] * more], normed + [a["total"]] * more
 
 
 def _rotary(a: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -227,7 +228,9 @@ def _named(reads: str, writes: str) -> Callable[..., tuple[list[Tensor], list[Te
 _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]]] = {
     "_residual_norm_kernel": _norm,
     "_residual_norm_backward_kernel": lambda a: (
-        [a["grad_normed"], a["total"], *[a["grad_total"]] * a["HAS_GRAD_TOTAL"]], [a["grad"]],
+        [a["grad_normed"], a["total"], *[a["grad_total"]] * a["HAS_GRAD_TOTAL"]]
+        + [a["grad_second"]] * a["SECOND"],
+        [a["grad"]],
     ),
     "_activation_kernel": lambda a: ([a["z"], *[a["grad"]] * a["BACKWARD"]], [a["out"]]),
     "_rotary_kernel": _rotary,
