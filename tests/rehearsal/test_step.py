@@ -65,6 +65,9 @@ def test_a_step_of_an_own_forward(model: str, case: str) -> None:
     assert passes <= kernels and "_adamw_kernel" in kernels
     assert any(launch.name == "attention backward" for launch in seen.launches)
     assert {launch.part for launch in seen.launches} >= {"forward", "head", "backward", "update"}
+    # Sums over the rows of a group have one order: no atomics.
+    backward = {launch.name for launch in seen.launches if launch.part == "backward"}
+    assert not {"index_add", "index_add_", "scatter_add", "index_put", "index_put_"} & backward
 
 
 def test_the_eigenbasis_and_a_lower_goal() -> None:
