@@ -258,6 +258,8 @@ def measure(
                     run()
 
             rates[name].append(text_steps * count / once(several, device))
+        # As it is measured, should the rest run out of time.
+        print(json.dumps({name: round(each[-1], 1) for name, each in rates.items()}), flush=True)
     return rates, memory
 
 

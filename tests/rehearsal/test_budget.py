@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from rehearse import GPUS, SHAPES, rehearsed
 
 
@@ -18,7 +17,8 @@ from rehearse import GPUS, SHAPES, rehearsed
 def test_a_step_stays_within_its_budget(shape, launches, gigabytes, milliseconds):
     one = rehearsed(shape, *SHAPES[shape])
     found = (len(one.launches), one.bytes / 1e9, 1e3 * one.seconds(GPUS[0]))
-    assert all(a <= b for a, b in zip(found, (launches, gigabytes, milliseconds), strict=True)), found
+    budget = (launches, gigabytes, milliseconds)
+    assert all(a <= b for a, b in zip(found, budget, strict=True)), found
     # The products are those of the model, forward and backward, less what the first block spares.
     flops = sum(launch.flops for launch in one.launches if launch.kind == "product")
     whole = 4 * one.weights * one.rows * one.length
