@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from prototok_kernels.attention import attention
 from prototok_kernels.layers import LlamaLayer, NeoXLayer
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from prototok_kernels.pair.first_layer import first_layer
-from prototok_kernels.plan import Shape, plan_of
+from prototok_kernels.plan import Choice, Shape, plan_of
 from prototok_kernels.residual_norm import residual_norm
 
 
@@ -108,6 +108,9 @@ def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
             Shape.of([layer], None), rows=size.rows, length=n, dtype=dtype, device=device,
             backend="triton", pair=True,
         )  # fmt: skip
+        # At any size, whatever is faster there.
+        plan = replace(plan, first_layer=Choice("triton", "to be launched"))
+        plan = replace(plan, first_mlp=Choice("span", "to be launched"))
         h = first_layer(e, m, None, n, layer, angle.cos(), angle.sin(), plan)
         torch.autograd.grad(h, (e, m), torch.randn_like(h))
 

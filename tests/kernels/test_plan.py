@@ -59,9 +59,13 @@ def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
 
 
 def test_cuda_takes_triton() -> None:
-    found = taken(planned(NEOX, GPU, device="cuda", rows=256, length=128))
+    found = taken(planned(NEOX, GPU, device="cuda", rows=1024, length=128))
     assert {found[part] for part in ("passes", "first_layer", "head", "update")} == {"triton"}
     assert found["second_layer"] == "span" and found["blocks"] == "one by one"
+    # Few positions: the closed form's launches cost more than it saves.
+    few = planned(NEOX, GPU, device="cuda", rows=8, length=128)
+    assert few.first_layer.taken == few.second_layer.taken == "in full"
+    assert "small operations" in str(few.first_layer)
     flash = dataclasses.replace(NEOX, flash=True)
     assert taken(planned(flash, GPU, device="cuda"))["attention"] == "flash"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,10 +10,25 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from prototok import Recipe
 from prototok.fitting.engine.step import step
+from prototok_kernels import plan
 from rehearsal import DEVICE, HostRead, MixedDevices, Seen, frozen, rehearsal, slots_of
 from zoo import OWN
 
 ROWS, LENGTH = 8, 33
+
+
+@pytest.fixture(autouse=True)
+def closed_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the closed form of the first layer, though models as small as these are faster without.
+
+    What they would have runs for "e* m*".
+    """
+    monkeypatch.setattr(plan, "FEW_ON_CUDA", 0)
+    plan._plan_of.cache_clear()
+    yield
+    plan._plan_of.cache_clear()
+
+
 # A schedule, patience, temperature and warm-up: everything of a recipe that a step computes with.
 RECIPE = Recipe(lr=0.1, schedule="cosine", warmup=3, max_steps=60, patience=50, temperature=0.5)
 
