@@ -28,8 +28,8 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/log.md).
 CONSTANT_COST = 4
-# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at all
-# positions does, by the rehearsal's count (docs/gpu.md): not measured.
+# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
 # Positions (B · N) up to which the C++ decoder is faster than torch's products (docs/log.md).
 FEW_POSITIONS = 64
