@@ -238,12 +238,15 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
         [a["logits"]] * (1 + a["NEED_GRAD"]), [a["gradient"]] * a["NEED_GRAD"],
     ),
     "_adamw_kernel": _named("param grad exp_avg exp_avg_sq", "param exp_avg exp_avg_sq"),
-    "affine_scan_forward_kernel": _named("a_ptr b_ptr span_ptr", "x_ptr coef_ptr w_ptr prefix_ptr"),
+    "affine_scan_forward_kernel": lambda a: (
+        [a[f"{name}_ptr"] for name in ("a", "b", "span", *["u"] * bool(a["P"]))],
+        [a[f"{name}_ptr"] for name in ("x", "coef", "w", "sum")],
+    ),
     "affine_backward_kernel": _named("grad_x_ptr span_ptr w_ptr", "grad_w_ptr partial_ptr"),
     "scan_backward_kernel": lambda a: (
-        [a[f"{name}_ptr"] for name in ("grad_w", "a", "prefix", "w")]
+        [a[f"{name}_ptr"] for name in ("grad_w", "a", "sum", "w")]
         + [a["grad_coef_ptr"]] * a["HAS_GRAD_COEF"],
-        [a["grad_a_ptr"], a["grad_b_ptr"]],
+        [a[f"{name}_ptr"] for name in ("grad_a", "grad_b", *["grad_u"] * bool(a["P"]))],
     ),
 }  # fmt: skip
 
