@@ -29,6 +29,9 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/log.md).
 CONSTANT_COST = 4
+# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
+FEW_ON_CUDA = 1 << 22
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
 FEW_POSITIONS = 64
 # The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
@@ -215,7 +218,10 @@ def _plan_of(
     cost_of_span += CONSTANT_COST * shape.constants * length
     spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
-    no_pair = _against_closed_form(shape, length, pair)
+    few_on_cuda = kind == "cuda" and rows * length * shape.hidden_size < FEW_ON_CUDA
+    no_pair = _against_closed_form(shape, length, pair) or (
+        "its small operations cost more than N positions" if few_on_cuda else None
+    )
 
     blocks = _choose(
         (

@@ -111,6 +111,9 @@ def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) ->
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=length, pad_token_id=0,
         cache_implementation="static" if cache == "static" else None,
+        # On CUDA transformers would compile a static cache's step for minutes, for every batch
+        # and every length anew.
+        disable_compile=True,
     )  # fmt: skip
     mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
     level = logging.get_verbosity()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.progress import Progress
+from prototok.common.urgent import urgent
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
@@ -71,7 +72,8 @@ def fit_groups(
 
     def confirm(finished: Finished) -> bool:
         rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
-        checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
+        with urgent(setup.lm.device):  # the next steps are queued already
+            checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
         verified[finished.group.index] = checks
         return all(check.accuracy >= setup.recipe.accuracy for check in checks)
 

@@ -211,7 +211,7 @@ class _Ends:
         rows = [self.targets[i] for i in path.tolist()]
         lengths = [len(ids) for ids in rows]
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)
-        layout = self.inputs.lay_out(targets, lengths, self.lm.dtype)
+        layout = self.inputs.lay_out(targets, lengths, self.lm.dtype).to(self.lm.device)
         embeds = self.inputs.embeds(vectors, layout)
         plan = self.lm.plan(len(embeds), embeds.shape[1], self.backend)
         hidden = self.lm.body.hidden(embeds, plan)
