@@ -2,12 +2,17 @@
 
     python benchmarks/fit_step.py --preset stories3m --model ../shared/models/stories3m
     python benchmarks/fit_step.py --preset pythia-160m
+    python benchmarks/fit_step.py --preset smollm2-135m --prefix 1
 
 One text·step is one update of one text's e and m. Compared in turn, in one process and one dtype:
 
 * ours: the engine's step as `fast_fit` runs it (on CUDA one graph a step), B rows;
-* batched: transformers' forward of B rows, cross-entropy, autograd, torch's AdamW, argmax;
-* paper: the same loop with one row, as the paper runs it.
+* batched: transformers' forward of B rows, cross-entropy, autograd, torch's AdamW, argmax, with
+  torch's fused attention or with the eager one, whichever is the faster here;
+* paper: the same loop with one row, as the paper runs it, with the same attention.
+
+With --prefix P all of them run behind P constant tokens, beside the engine's step without those
+(bare), so that the record says what a prefix costs a step.
 
 Before anything is timed, our losses and gradients of one step must equal the batched loop's. The
 ratios are of text·steps per second, ours to theirs, median and quartiles over the rounds. FLOPs are
@@ -22,8 +27,9 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,11 +48,14 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
+from prototok.model.in_front import prefix_of
 from prototok.model.shapes import SHAPES, random_model
 from prototok.results.arrangement import Arrangement
+from prototok_kernels.backend import this_machine
 
 # Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+ATTENTION = ("sdpa", "eager")  # transformers' names
 # How far ours may lie from the plain loop, relative: row losses, and the gradients' norm.
 TOLERANCES = {torch.bfloat16: (1e-2, 0.1), torch.float32: (1e-5, 1e-3)}
 
@@ -92,8 +101,11 @@ def model_of(preset: str, folder: str | None, device: torch.device) -> tuple[Pre
 class PlainLoop:
     """What a user of transformers writes for `rows` texts at once."""
 
-    def __init__(self, model: PreTrainedModel, targets: Tensor, e: Tensor, m: Tensor) -> None:
-        self.model, self.targets = model, targets
+    def __init__(
+        self, model: PreTrainedModel, targets: Tensor, e: Tensor, m: Tensor,
+        front: Tensor | None = None,  # (P, d) in front of every row
+    ) -> None:  # fmt: skip
+        self.model, self.targets, self.front = model, targets, front
         self.e, self.m = (t.detach().clone().requires_grad_() for t in (e, m))
         self.optimizer = torch.optim.AdamW([self.e, self.m], lr=0.01, weight_decay=0.01)
 
@@ -101,14 +113,20 @@ class PlainLoop:
         """Row losses (R,), and the rows' accuracy."""
         rows, length = self.targets.shape
         inputs = torch.cat([self.e, self.m.expand(rows, length - 1, -1)], dim=1)
-        logits = self.model(inputs_embeds=inputs.to(self.model.dtype), use_cache=False).logits
+        inputs = inputs.to(self.model.dtype)
+        if self.front is not None:
+            inputs = torch.cat([self.front.expand(rows, -1, -1), inputs], dim=1)
+        logits = self.model(inputs_embeds=inputs, use_cache=False).logits[:, -length:]
         loss = F.cross_entropy(
             logits.float().flatten(0, 1), self.targets.flatten(), reduction="none"
         )
         correct = (logits.detach().argmax(-1) == self.targets).float().mean(1)
         return loss.view(rows, length).sum(1), correct
 
-    def step(self) -> None:
+    def step(self, attention: str | None = None) -> None:
+        """Make one update, with transformers' attention of that name or with the last one set."""
+        if attention is not None:
+            self.model.set_attn_implementation(attention)
         loss, _ = self.losses()
         self.optimizer.zero_grad()
         loss.sum().backward()
@@ -125,6 +143,7 @@ def engine(lm: FrozenLM, targets: Tensor) -> StepRunner:
     runner = step_runner(lm, slots, rows)
     with runner.changing():
         slots.admit(groups)
+    runner.finish()  # on CUDA that was queued on the runner's stream, and the slots are read next
     return runner
 
 
@@ -195,6 +214,25 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def warm_up(run: Callable[[], None]) -> None:
+    for _ in range(3):
+        run()
+
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes at the peak of the warm-up, what was there before included.
+
+    A CUDA graph keeps its memory in a pool of its own, which counts as reserved and not, once it is
+    captured, as allocated. So it is what is reserved beyond what was there.
+    """
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated = torch.cuda.memory_allocated(device)
+    warm_up(run)
+    return allocated + torch.cuda.max_memory_reserved(device) - before
+
+
 def measure(
     variants: dict[str, tuple[Callable[[], None], int]],  # what runs, and its text·steps
     device: torch.device,
@@ -206,14 +244,11 @@ def measure(
     memory: dict[str, int] = {}
     repeats = {}
     for name, (run, _) in variants.items():
-        for _ in range(3):
-            run()
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        took = once(run, device)
-        if device.type == "cuda":
-            memory[name] = torch.cuda.max_memory_allocated(device)
-        repeats[name] = max(1, round(seconds / took))
+            memory[name] = peak_memory(run, device)
+        else:
+            warm_up(run)
+        repeats[name] = max(1, round(seconds / once(run, device)))
     for _ in range(rounds):
         for name, (run, text_steps) in variants.items():
             count = repeats[name]
@@ -223,7 +258,19 @@ def measure(
                     run()
 
             rates[name].append(text_steps * count / once(several, device))
+        # As it is measured, should the rest run out of time.
+        print(json.dumps({name: round(each[-1], 1) for name, each in rates.items()}), flush=True)
     return rates, memory
+
+
+def fastest(rates: dict[str, list[float]], names: Sequence[str]) -> str:
+    """Return the name of the variant with the highest median rate."""
+    return max(names, key=lambda name: quartiles(rates[name])[1])
+
+
+def instructions() -> str:
+    """Return what the name of a result's file says of where it ran."""
+    return "cuda" if torch.cuda.is_available() else this_machine().instruction_sets[0]
 
 
 def main() -> None:
@@ -232,10 +279,13 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the model; without it the weights are random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="B; default by preset and device")
+    parser.add_argument("--prefix", type=int, default=0, help="P constant tokens in front of e")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="a variant, in each round")
     parser.add_argument("--flat-steps", type=int, default=500, help="0: not looked at")
-    parser.add_argument("--out", "--json", type=Path, help="default results/fit-step-PRESET.json")
+    parser.add_argument(
+        "--out", "--json", type=Path, help="default results/fit-step-PRESET-INSTRUCTIONS.json"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes = CUDA if device.type == "cuda" else CPU
@@ -253,24 +303,40 @@ def main() -> None:
     lm = prototok.load(model, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(lm.vocab_size, (rows, length), generator=generator).to(device)
+    bare, front = lm, None
+    if arguments.prefix:
+        ids = torch.randint(lm.vocab_size, (arguments.prefix,), generator=generator).tolist()
+        lm = bare.behind(prefix_of(bare, ids))
+        front = lm.prefix_vectors
     runner = engine(lm, targets)
     slots = runner.slots
     e, m = (bank.values[:rows].clone() for bank in slots.banks)
-    batched = PlainLoop(model, targets, e, m)
-    paper = PlainLoop(model, targets[:1], e[:1], m[:1])
+    batched = PlainLoop(model, targets, e, m, front)
+    paper = PlainLoop(model, targets[:1], e[:1], m[:1], front)
     agreement = gate(runner, batched, dtype)
     print(f"{name}, {rows} rows of {length} tokens, {dtype}, {device}; agreement {agreement}")
 
     steps = runner.burst
-    rates, memory = measure(
-        {
-            "ours": (lambda: runner.advance(steps), rows * steps),
-            "batched": (batched.step, rows),
-            "paper": (paper.step, 1),
-        },
-        device, arguments.rounds, arguments.seconds,
-    )  # fmt: skip
-    runner.finish()
+    runners = [runner]
+    variants: dict[str, tuple[Callable[[], None], int]] = {
+        "ours": (lambda: runner.advance(steps), rows * steps),
+        **{name: (partial(batched.step, name), rows) for name in ATTENTION},
+        **{f"paper {name}": (partial(paper.step, name), 1) for name in ATTENTION},
+    }
+    if front is not None:
+        without = engine(bare, targets)
+        runners.append(without)
+        variants["bare"] = lambda: without.advance(steps), rows * steps
+    rates, memory = measure(variants, device, arguments.rounds, arguments.seconds)
+    for each in runners:
+        each.finish()
+    taken = {
+        "ours": "ours",
+        "batched": fastest(rates, ATTENTION),
+        "paper": fastest(rates, [f"paper {name}" for name in ATTENTION]),
+    } | ({} if front is None else {"bare": "bare"})
+    rates = {name: rates[variant] for name, variant in taken.items()}
+    memory = {name: memory[variant] for name, variant in taken.items() if memory}
     flops = 4 * matrix_weights(model) * length  # a text·step
     peak, source = peak_of(device, dtype)
     record = {
@@ -278,7 +344,7 @@ def main() -> None:
         **provenance(),
         "preset": arguments.preset, "model": name, "rows": rows, "length": length,
         "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-        "agreement": agreement,
+        "agreement": agreement, "attention": taken["batched"],
         "text_steps_per_second": {n: quartiles(r) for n, r in rates.items()},
         "step_ms": {n: 1e3 * (1 if n == "paper" else rows) / quartiles(r)[1]
                     for n, r in rates.items()},
@@ -292,6 +358,12 @@ def main() -> None:
             "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         },
     }  # fmt: skip
+    if front is not None:
+        record["prefix"] = arguments.prefix
+        record["plan"] = lm.plan(rows, length, pair=True).summary()
+        record["prefix_cost"] = quartiles(
+            [a / b - 1 for a, b in zip(rates["bare"], rates["ours"], strict=True)]
+        )
     if device.type == "cpu" and arguments.flat_steps:
         record["flatness"] = flatness(runner, arguments.flat_steps, 60.0)
     for other in ("batched", "paper"):
@@ -300,7 +372,15 @@ def main() -> None:
     for variant, took in record["step_ms"].items():
         share = record["mfu"][variant]
         print(f"{variant:8} {took:9.2f} ms a step, {100 * share:5.1f} % of the peak ({source})")
-    write(record, arguments.out or RESULTS / f"fit-step-{arguments.preset}.json")
+    record_of = f"fit-step-{arguments.preset}"
+    if front is not None:
+        record_of = f"prefix-{arguments.prefix}-{arguments.preset}"
+        low, middle, high = (100 * cost for cost in record["prefix_cost"])
+        print(
+            f"{arguments.prefix} in front: {middle:+.2f} % of a step (quartiles {low:+.2f}, "
+            f"{high:+.2f}); {record['plan']}"
+        )
+    write(record, arguments.out or RESULTS / f"{record_of}-{instructions()}.json")
     print(json.dumps(record))
 
 

@@ -15,10 +15,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from fit_step import PlainLoop, engine, gate, measure, model_of, quartiles
+from fit_step import (
+    ATTENTION,
+    PlainLoop,
+    engine,
+    fastest,
+    gate,
+    instructions,
+    measure,
+    model_of,
+    quartiles,
+)  # fmt: skip
 from record import RESULTS, provenance, write
 
 import prototok
@@ -44,19 +55,14 @@ def cell(
     loop = PlainLoop(plain, targets, e, m)
     agreement = gate(runner, loop, dtype)
 
-    def with_attention(name: str) -> None:
-        plain.set_attn_implementation(name)
-        loop.step()
-
     rates, _ = measure(
         {
             "ours": (lambda: runner.advance(1), rows),
-            "sdpa": (lambda: with_attention("sdpa"), rows),
-            "eager": (lambda: with_attention("eager"), rows),
+            **{name: (partial(loop.step, name), rows) for name in ATTENTION},
         },
         device, rounds, seconds,
     )  # fmt: skip
-    best = max(("sdpa", "eager"), key=lambda name: quartiles(rates[name])[1])
+    best = fastest(rates, ATTENTION)
     return {
         "preset": preset, "dtype": str(dtype).removeprefix("torch."), "rows": rows,
         "length": length, "agreement": agreement, "best_loop": best,
@@ -74,10 +80,10 @@ def main() -> None:
     parser.add_argument("--lengths", default="16,64,128")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="a variant, in each round")
-    parser.add_argument("--out", type=Path, help="default results/never-slower.json")
+    parser.add_argument("--out", type=Path, help="default results/never-slower-INSTRUCTIONS.json")
     arguments = parser.parse_args()
     keep_freed_memory()
-    out = arguments.out or RESULTS / "never-slower.json"
+    out = arguments.out or RESULTS / f"never-slower-{instructions()}.json"
     record: dict = {"benchmark": "never_slower", **provenance(), "cells": []}
     print("model         dtype     B    N   ours ms   best loop ms   ratio (quartiles)")
     for preset, dtype, rows, length in itertools.product(

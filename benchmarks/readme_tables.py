@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from prototok.bench.table import table
+from prototok.bench.table import summary, table
 from prototok.bench.timing import Peak, ceiling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,10 @@ def source(record: dict) -> str:
 def bench() -> str:
     record = result("bench.json")
     return "\n".join(["The output of `python -m prototok.bench`:", "", "```", table(record), "```"])
+
+
+def bench_short() -> str:
+    return "\n".join(["```", summary(result("bench.json")), "```"])
 
 
 def reconstruction() -> str:
@@ -73,26 +77,59 @@ def table1() -> str:
     return "\n".join([*lines, "", what])
 
 
+def by_processor(pattern: str) -> dict[str, list[dict]]:
+    """The records of results that match, by the processor and the instructions that they ran on."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob(pattern)):
+        record = json.loads(path.read_text())
+        m = record["machine"]
+        instructions = m.get("C++ kernels", "not recorded").split(",")[0]
+        found.setdefault(f"{m['processor']}, {instructions}", []).append(record)
+    return found
+
+
+def ratio_of(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
 def fit_step() -> str:
-    lines = [
-        "| model | B, N | against the best batched loop | against the paper's, batch 1 | ms a step "
-        "(batched loop) | MFU |",
-        "|---|---|---|---|---|---|",
-    ]
-    sources = []
-    for path in sorted(RESULTS.glob("fit-step-*.json")):
-        r = json.loads(path.read_text())
-        ratios = (
-            f"{middle:.2f}× ({low:.2f}–{high:.2f})"
-            for low, middle, high in (r["ratio"]["batched"], r["ratio"]["paper"])
-        )
-        lines.append(
-            f"| {r['model']} | {r['rows']}, {r['length']} | {' | '.join(ratios)} "
-            f"| {r['step_ms']['ours']:.0f} ({r['step_ms']['batched']:.0f}) "
-            f"| {100 * r['mfu']['ours']:.0f} % |"
-        )
-        sources.append(f"`{r['command']}`: {source(r)}")
+    skipped = " (work that is skipped counts)"
+    found = by_processor("fit-step-*.json")
+    rows: dict[str, dict[str, str]] = {}
+    for processor, records in found.items():
+        for r in records:
+            name = f"{r['model']}, {r['rows']} × {r['length']}, {r['dtype']}"
+            rows.setdefault(name, {})[processor] = (
+                f"{ratio_of(r['ratio']['batched'])}; batch 1 {r['ratio']['paper'][1]:.2f}×; "
+                f"{r['step_ms']['ours']:.0f} ms for {r['step_ms']['batched']:.0f}; "
+                f"MFU {100 * r['mfu']['ours']:.0f} %{skipped if r['mfu']['ours'] > 1 else ''}"
+            )
+    lines = ["| model, B × N | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | " + " | ".join(cells.get(p, "–") for p in found) + " |")
+    sources = [f"`{r['command']}`: {source(r)}" for records in found.values() for r in records]
     return "\n".join([*lines, "", *sources])
+
+
+def never_slower() -> str:
+    """Every cell's ratio: models and dtypes down, rows and lengths across, a table a processor."""
+    parts = []
+    for processor, records in by_processor("never-slower-*.json").items():
+        cells = [c for r in records for c in r["cells"]]
+        sizes = sorted({(c["rows"], c["length"]) for c in cells})
+        parts += [
+            f"**{processor}**: {sum(c['ratio'][1] < 1 for c in cells)} of {len(cells)} cells "
+            "below 1.0.", "",
+            "| model | " + " | ".join(f"{b} × {n}" for b, n in sizes) + " |",
+            "|---" * (1 + len(sizes)) + "|",
+        ]  # fmt: skip
+        for name in dict.fromkeys((c["preset"], c["dtype"]) for c in cells):
+            of = {(c["rows"], c["length"]): c for c in cells if (c["preset"], c["dtype"]) == name}
+            row = (f"{of[size]['ratio'][1]:.2f}" if size in of else "–" for size in sizes)
+            parts.append(f"| {', '.join(name)} | {' | '.join(row)} |")
+        parts += ["", *(f"`{r['command']}`: {source(r)}" for r in records), ""]
+    return "\n".join(parts).rstrip()
 
 
 def models() -> str:
@@ -275,7 +312,8 @@ def amortised() -> str:
 DOCUMENTS = {
     "docs/amortised.md": (amortised,),
     "docs/recipes.md": (steps_to_exact, longest, transfer, capacity),
-    "README.md": (bench, reconstruction, table1, fit_step, models),
+    "README.md": (bench_short,),
+    "docs/results.md": (bench, reconstruction, table1, fit_step, models),
     "docs/claim.md": (ceilings, figure2),
 }
 

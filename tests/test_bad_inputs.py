@@ -249,6 +249,8 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         ("capacity", "book.txt", "--out", "book.txt"), ("capacity", "book.txt", "--out", "full"),
         ("capacity", "book.txt", "--out", "book.txt/x"), ("capacity", "book.txt", "--model", "x/y"),
         ("capacity", "book.txt", "--device", "tpu"), ("capacity", "book.txt", "--dtype", "float7"),
+        ("capacity", "book.txt", "--resume"), ("capacity", "book.txt", "--overwrite"),
+        ("capacity", "book.txt", "--out", "c.csv", "--resume", "--overwrite"),
     ],
     "prototok bench": [
         ("bench", "--lengths", "a,b"), ("bench", "--lengths", "0"), ("bench", "--lengths", ""),

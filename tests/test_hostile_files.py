@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 import prototok
 from prototok import FitResult, ProtoTokens
 from prototok.autoregressive import MemFit
+from prototok.fitting import capacity_file
+from prototok.fitting.capacity import Growth
 from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.learned.optimizer import LearnedOptimizer, weights_of
 from prototok.fitting.prior import Prior
@@ -35,6 +37,7 @@ from prototok.results.fit_folder import FitFolder
 from prototok.sweep import schema
 from prototok.sweep.experiments import settings_of
 from prototok.sweep.run_folder import RunFolder
+from prototok.sweep.status import status
 from prototok.sweep.unit import Unit
 from prototok.texts.files import read_text
 from prototok.texts.sources import documents
@@ -142,6 +145,20 @@ def test_vectors_with_any_header(kind: str, data: st.DataObject, made: Path) -> 
 
 
 @QUICK
+@given(damage=DAMAGE)
+def test_damaged_growths(damage: tuple, made: Path, small_lm: prototok.FrozenLM) -> None:
+    lm = small_lm
+    file = capacity_file.CapacityFile(made / "c.csv", overwrite=True)
+    with file.claimed():
+        file.begin(lm, {})
+        file.keep(Growth(1, stage=2, exact=3, start=torch.zeros(2, lm.hidden_size)), lm)
+        path = made / "c.csv.unfinished" / "00000001"
+        path.write_bytes(damaged(path.read_bytes(), damage))
+        read_or_refuse(lambda: capacity_file._read(path, lm))
+        path.unlink()
+
+
+@QUICK
 @given(text=st.text(max_size=200) | ANY_JSON.map(json.dumps))
 def test_vectors_whose_header_is_any_text(text: str, made: Path) -> None:
     path = made / "any-header"
@@ -244,7 +261,7 @@ def test_fits_with_any_column(data: st.DataObject, made: Path) -> None:
 
 def read_run(folder: Path) -> None:
     run = RunFolder.open(folder)
-    run.settings(), run.units(), run.texts(), run.fits(), run.fits("table3"), run.status()
+    run.settings(), run.units(), run.texts(), run.fits(), run.fits("table3"), status(run)
     run.failures()
     [read() for _, read in run.shards()]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prototok_kernels.backend import this_machine, unavailable
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
-from prototok_kernels.packed import PACKED, why_unpacked
+from prototok_kernels.packed import why_unpacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {  # (R, d, V)
@@ -90,7 +90,7 @@ def ours(backend: str) -> Head:
         if missing:
             pytest.skip(missing)
         # As a plan would: the C++ takes a packed weight where it can.
-        fits = PACKED in this_machine().instruction_sets and why_unpacked([weight]) is None
+        fits = this_machine().packed is not None and why_unpacked([weight]) is None
         taken = "packed" if backend == "cpu" and fits else backend
         out = linear_cross_entropy(hidden, weight, targets, backend=taken)
         assert out.grad_hidden is not None
@@ -119,11 +119,11 @@ VARIANTS: dict[str, Head] = {
 
 def inputs(shape: str, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     rows, d, vocabulary = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, d, generator=generator).to(DEVICE, DTYPES[dtype])
-    weight = torch.randn(vocabulary, d, generator=generator) / d**0.5
-    targets = torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE)
-    return hidden, weight.to(DEVICE, DTYPES[dtype]), targets
+    here = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
+    hidden = torch.randn(rows, d, **here).to(DTYPES[dtype])
+    weight = torch.randn(vocabulary, d, **here) / d**0.5
+    targets = torch.randint(vocabulary, (rows,), **here)
+    return hidden, weight.to(DTYPES[dtype]), targets
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

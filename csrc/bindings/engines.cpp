@@ -254,6 +254,22 @@ std::unique_ptr<FirstLayer> first_layer(const py::dict& weights, int64_t heads, 
   return std::make_unique<FirstLayer>(model);
 }
 
+// `prefix` as a block keeps it, and what the steps from its first vector to the others become.
+std::unique_ptr<FirstLayer> first_layer_behind(const FirstLayer& self, const View& prefix,
+                                               const View& shift, const View& fixed,
+                                               const View& centred, const View& projected) {
+  const FirstLayerModel& m = self.model();
+  const int64_t length = prefix.sizes<4>()[2], steps = m.heads * (length - 1);
+  require(length >= 1, "prefix: must have at least 1 position");
+  const FirstLayerPrefix given{length,
+                               prefix.data<const bf16>({2, m.kv_heads, length, m.head_size}),
+                               shift.data<const float>({m.hidden}),
+                               fixed.data<const float>({steps, m.hidden}),
+                               centred.data<const float>({steps, m.hidden}),
+                               projected.data<const float>({steps, self.wide()})};
+  return std::make_unique<FirstLayer>(self, given);
+}
+
 // What both directions read, of (R, d) e and m and N positions.
 FirstLayerTexts first_layer_texts(const FirstLayer& self, int64_t length, const View& e,
                                             const View& m, const View& saved, const View& cos,
@@ -265,8 +281,9 @@ FirstLayerTexts first_layer_texts(const FirstLayer& self, int64_t length, const 
   texts.m = m.data<const float>({rows, hidden});
   texts.saved = saved.data<float>({rows, self.saved_floats(length)});
   texts.rotary = rotary_size(cos, self.model().head_size);
-  texts.cos = cos.rows<const float>({length, texts.rotary});
-  texts.sin = sin.rows<const float>({length, texts.rotary});
+  const int64_t seen = self.model().front.length + length;
+  texts.cos = cos.rows<const float>({seen, texts.rotary});
+  texts.sin = sin.rows<const float>({seen, texts.rotary});
   return texts;
 }
 
@@ -280,7 +297,7 @@ void first_layer_forward(const FirstLayer& self, const View& e, const View& m, c
   self.forward(texts, count, positions, threads);
 }
 
-void first_layer_backward(FirstLayer& self, const View& e, const View& m, const View& saved,
+void first_layer_backward(const FirstLayer& self, const View& e, const View& m, const View& saved,
                           const View& cos, const View& sin, const View& grad, const View& grad_e,
                           const View& grad_m, int threads) {
   const int64_t length = grad.sizes<3>()[1], hidden = self.model().hidden;
@@ -300,6 +317,7 @@ void bind_engines(py::module_& m) {
   const py::kw_only named;
   py::class_<PackedHead>(m, "PackedHead")
       .def(py::init(&packed_head), named, "weight"_a, py::keep_alive<1, 2>())
+      .def("most_rows", &PackedHead::most_rows)
       .def("workspace_bytes", &PackedHead::workspace_bytes, named, "tile"_a)
       .def("run", &run_packed_head, named, "hidden"_a, "grad_hidden"_a, "targets"_a,
            "token_weight"_a, "loss"_a, "predicted"_a, "margin"_a, "temperature"_a, "tile"_a,
@@ -320,6 +338,7 @@ void bind_engines(py::module_& m) {
       .def("generate", &decoder_generate, named, "ids"_a, "begin"_a, "start"_a, "threads"_a);
   py::class_<DecoderBlocks>(m, "DecoderBlocks")
       .def(py::init(&decoder_blocks), named, "model"_a, py::keep_alive<1, 2>())
+      .def("most_positions", &DecoderBlocks::most_positions)
       .def("saved_bytes",
            [](const DecoderBlocks& self, int64_t texts, int64_t length, int64_t first,
               int64_t tile) {
@@ -334,6 +353,8 @@ void bind_engines(py::module_& m) {
   py::class_<FirstLayer>(m, "FirstLayer")
       .def(py::init(&first_layer), named, "weights"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
            "activation"_a, "gated"_a, "eps"_a, "scaling"_a, py::keep_alive<1, 2>())
+      .def("behind", &first_layer_behind, named, "prefix"_a, "shift"_a, "fixed"_a, "centred"_a,
+           "projected"_a, py::keep_alive<0, 1>())
       .def("saved_floats", &FirstLayer::saved_floats, named, "length"_a)
       .def("forward", &first_layer_forward, named, "e"_a, "m"_a, "saved"_a, "cos"_a, "sin"_a,
            "out"_a, "threads"_a)

@@ -63,6 +63,8 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
                         packed(of(block.down), m.hidden, m.inner)});
 }
 
+std::int64_t DecoderBlocks::most_positions() const { return kernels_.pairs->block_rows; }
+
 DecoderBlocks::Saved DecoderBlocks::saved_of(const BlocksInput& tile, std::int64_t block,
                                              unsigned char* memory) const {
   const std::int64_t M = tile.texts * tile.length;
@@ -85,9 +87,10 @@ std::int64_t DecoderBlocks::saved_bytes(const BlocksInput& input) const {
 }
 
 void DecoderBlocks::multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias,
-                             bf16* out, std::int64_t M, bool add) const {
-  kernels_.pairs->product(
-      {inputs, weight.data(), of(bias), out, M, weight.inputs(), weight.outputs(), add});
+                             bf16* out, const BlocksInput& tile, bool add) const {
+  const std::int64_t M = tile.texts * tile.length;
+  kernels_.pairs->product({inputs, weight.data(), of(bias), out, M, weight.inputs(),
+                           weight.outputs(), add, tile.length < kTilesFrom});
 }
 
 void DecoderBlocks::norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed,
@@ -150,21 +153,21 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     if (!given) {
       norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
       if (delta != nullptr) x = saved.stream;
-      multiply(normed, products.qkv, block.qkv_bias, saved.qkv, M);
+      multiply(normed, products.qkv, block.qkv_bias, saved.qkv, tile);
     }
     attend(tile, b, qkv, nullptr, scratch.heads);
     delta = scratch.narrow[1];
-    multiply(scratch.heads, products.out, block.out_bias, delta, M);
+    multiply(scratch.heads, products.out, block.out_bias, delta, tile);
     if (!given) {
       norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
            block.mlp_norm_bias, saved.middle_statistics, M);
       if (!m.parallel) x = saved.middle;
-      multiply(normed, products.up, nullptr, saved.z, M);
+      multiply(normed, products.up, nullptr, saved.z, tile);
     }
     for (std::int64_t row = 0; row < M; ++row)
       kernels_.activation_bf16(z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
-    multiply(scratch.inner, products.down, block.down_bias, delta, M, m.parallel);
+    multiply(scratch.inner, products.down, block.down_bias, delta, tile, m.parallel);
   }
   const Saved last = saved_of(tile, blocks, memory);
   norm(x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics, M);
@@ -195,18 +198,18 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
     const bool given = b == tile.first && tile.of.qkv != nullptr;
     const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
     bf16 *grad_qkv = given ? grads.qkv : scratch.wide, *grad_z = given ? grads.z : scratch.wide;
-    multiply(grad, products.down, nullptr, scratch.inner, M);
+    multiply(grad, products.down, nullptr, scratch.inner, tile);
     for (std::int64_t row = 0; row < M; ++row)
       kernels_.activation_backward_bf16(scratch.inner + row * m.inner, z + row * up(),
                                         of(block.up_bias), grad_z + row * up(), activation);
-    if (!given) multiply(grad_z, products.up, nullptr, of_mlp_norm, M);
+    if (!given) multiply(grad_z, products.up, nullptr, of_mlp_norm, tile);
     if (!m.parallel)
       norm_backward(of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true, M);
-    multiply(grad, products.out, nullptr, scratch.heads, M);
+    multiply(grad, products.out, nullptr, scratch.heads, tile);
     attend(tile, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
-    multiply(grad_qkv, products.qkv, nullptr, of_norm, M);
+    multiply(grad_qkv, products.qkv, nullptr, of_norm, tile);
     if (m.parallel)
       norm_backward(of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias, saved.middle_statistics,
                     grad, true, M);

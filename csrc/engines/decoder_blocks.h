@@ -1,5 +1,5 @@
 // A tile of texts through many frozen blocks and the norm behind them, and the gradient of that
-// back to the blocks' input; bf16, for processors with AVX-512 BF16.
+// back to the blocks' input; bf16, for processors with products of its pairs.
 //
 // A thread takes a tile (one text, or some short ones) through all blocks before the next one:
 // activations stay in its second cache and threads never wait for each other. Kept for the way back
@@ -50,6 +50,7 @@ class DecoderBlocks {
   explicit DecoderBlocks(DecoderModel model);
 
   const DecoderModel& model() const { return model_; }
+  std::int64_t most_positions() const;  // that a tile does best to hold
   std::int64_t saved_bytes(const BlocksInput& input) const;
   // out (R, N, d): the normed stream. `saved` may be null where no gradient is wanted.
   void forward(const BlocksInput& input, bf16* out, unsigned char* saved, int threads) const;
@@ -80,7 +81,7 @@ class DecoderBlocks {
   void attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
               const bf16* grad_mixed, bf16* out) const;
   void multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias, bf16* out,
-                std::int64_t M, bool add = false) const;
+                const BlocksInput& tile, bool add = false) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
   std::int64_t tile_bytes(const BlocksInput& input) const;
   std::int64_t stacked() const {  // (H + 2 K) c

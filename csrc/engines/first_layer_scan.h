@@ -12,6 +12,13 @@
 
 PROTOTOK_TARGET_BEGIN
 
+// Logits, or their gradients.
+struct PairLogits {
+  float* pair[2];  // (N, H): from m to m at distance i, and from m at position i to e
+  float* prefix;   // (P, N, H): to each vector of a prefix, from e at 0 and from m at i >= 1; then
+                   // the first logit to e is e's own, too
+};
+
 // (N, T): cos, sin and 1 of each position, as the features of a head are laid out.
 inline void distance_table(const FirstLayerSizes& size, const RotaryTable& rotary, float* table) {
   const std::int64_t half = rotary.rotary / 2, T = size.table_row;
@@ -97,6 +104,84 @@ inline void affine_scan_backward(const FirstLayerSizes& size, const FirstLayerSa
       store(grad_a + i * G + h, share * later * -1.0f);
       store(grad_b + i * G + h, z);
       later = z + (1.0f - share) * later;
+    }
+  }
+}
+
+// Where the vectors of heads of a kind begin in a row of coef behind a prefix: e, all m, then the
+// prefix's vectors but the first.
+inline std::int64_t kind_at(const FirstLayerSizes& size, std::int64_t kind) {
+  return 2 + kind * size.heads;
+}
+
+// The scan behind a prefix: a softmax over its P keys, e and all m together, in units of log 2.
+// What the prefix's first vector gets is what the others leave, and not kept.
+inline void scan_behind_prefix(const FirstLayerSizes& size, const PairLogits& logits,
+                               const FirstLayerSaved& saved) {
+  const std::int64_t C = size.coef_row, G = size.head_row, of_one = size.length * G;
+  for (std::int64_t i = 0; i < size.length; ++i) {
+    float* coef = saved.coef + i * C;
+    clear(coef, C);
+    coef[i == 0 ? 1 : 0] = 1.0f;
+  }
+  for (std::int64_t h = 0; h < size.heads; h += kLanes) {
+    const std::int64_t left = size.heads - h;
+    Floats best = splat(-kInfinity), sum = {};
+    for (std::int64_t i = 0; i < size.length; ++i) {
+      const float* to_prefix = logits.prefix + i * G + h;
+      float* coef = saved.coef + i * C + h;
+      const Floats to_e = load(logits.pair[1] + i * G + h);
+      Floats top = larger(to_e, best);
+      for (std::int64_t j = 0; j < size.front; ++j) top = larger(load(to_prefix + j * of_one), top);
+      const Floats of_e = exp2_of(to_e - top), of_m = sum * exp2_of(best - top);
+      Floats total = of_e + of_m;
+      for (std::int64_t j = 0; j < size.front; ++j) {
+        const Floats of_key = exp2_of(load(to_prefix + j * of_one) - top);
+        if (j > 0) store_some(coef + kind_at(size, 1 + j), left, of_key);
+        total += of_key;
+      }
+      store_some(coef + kind_at(size, 0), left, of_e / total);
+      store_some(coef + kind_at(size, 1), left, of_m / total);
+      for (std::int64_t j = 1; j < size.front; ++j) {
+        float* share = coef + kind_at(size, 1 + j);
+        store_some(share, left, load_some(share, left) / total);
+      }
+      const Floats to_m = load(logits.pair[0] + i * G + h), higher = larger(to_m, best);
+      const Floats joins = exp2_of(to_m - higher);
+      sum = sum * exp2_of(best - higher) + joins;
+      best = higher;
+      store(saved.shares + i * G + h, joins / sum);
+    }
+  }
+}
+
+// The slope of a logit is its weight times what the gradient of that weight is above their mean.
+// What reaches all m together goes on as z does in affine_scan_backward, with the other sign.
+inline void scan_behind_prefix_backward(const FirstLayerSizes& size,
+                                        const FirstLayerSaved& saved, const float* grad_coef,
+                                        const PairLogits& grad) {
+  const std::int64_t C = size.coef_row, G = size.head_row, of_one = size.length * G;
+  for (std::int64_t h = 0; h < size.heads; h += kLanes) {
+    Floats later = {};
+    for (std::int64_t i = size.length - 1; i >= 0; --i) {
+      const float *coef = saved.coef + i * C + h, *of_coef = grad_coef + i * C + h;
+      Floats mean = {}, first = splat(1.0f);
+      for (std::int64_t kind = 0; kind < 1 + size.front; ++kind) {
+        const Floats weight = load(coef + kind_at(size, kind));
+        mean += weight * load(of_coef + kind_at(size, kind));
+        first -= weight;
+      }
+      for (std::int64_t j = 0; j < size.front; ++j) {
+        const std::int64_t at = kind_at(size, 1 + j);
+        const Floats slope = j == 0 ? first * mean * -1.0f
+                                    : load(coef + at) * (load(of_coef + at) - mean);
+        store(grad.prefix + j * of_one + i * G + h, slope);
+      }
+      const std::int64_t e = kind_at(size, 0), m = kind_at(size, 1);
+      store(grad.pair[1] + i * G + h, load(coef + e) * (load(of_coef + e) - mean));
+      const Floats share = load(saved.shares + i * G + h);
+      store(grad.pair[0] + i * G + h, share * later * -1.0f);
+      later = load(coef + m) * (mean - load(of_coef + m)) + (1.0f - share) * later;
     }
   }
 }

@@ -3,14 +3,11 @@
 // torch.
 #pragma once
 
-#include "engines/first_layer.h"
-#include "engines/first_layer_scan.h"
+#include "engines/first_layer_logits.h"
+#include "engines/first_layer_pass.h"
 #include "ops/norm.h"
-#include "ops/rotary.h"
-#include "products/packed_tile.h"
-#include "products/tile.h"
+#include "products/packed_product.h"
 #include "simd/arena.h"
-#include "simd/exp.h"
 #include "simd/target.h"
 #include "simd/vectors.h"
 
@@ -18,96 +15,10 @@
 
 PROTOTOK_TARGET_BEGIN
 
-// A text with its sizes and the memory that both directions share. Of the two vectors m is number 0.
-struct FirstLayerPass {
-  const FirstLayerModel& model;
-  const FirstLayerProducts& products;
-  const FirstLayerTexts& text;
-  FirstLayerSizes size;
-  FirstLayerSaved saved;
-
-  explicit FirstLayerPass(const FirstLayerText& call)
-      : model(call.model),
-        products(call.products),
-        text(call.text),
-        size(call.model, call.length),
-        saved(saved_of(call.text, size)) {}
-
-  const float* vector(int index) const { return index == 0 ? text.m : text.e; }
-  float* grad_vector(int index) const { return index == 0 ? text.grad_m : text.grad_e; }
-  float* qkv(int index) const { return saved.qkv + index * size.stacked_row; }
-  // Where k and v of the key-value head of query head h begin among those of all heads.
-  std::int64_t kv(std::int64_t h) const {
-    return h / (model.heads / model.kv_heads) * model.head_size;
-  }
-  // Where keys and values begin in a stacked product.
-  std::int64_t keys() const { return model.heads * model.head_size; }
-  std::int64_t values() const { return (model.heads + model.kv_heads) * model.head_size; }
-
- private:
-  static FirstLayerSaved saved_of(const FirstLayerTexts& text, const FirstLayerSizes& size) {
-    Arena arena(reinterpret_cast<unsigned char*>(text.saved), bytes_of<FirstLayerSaved>(size));
-    return {arena, size};
-  }
-};
-
 inline void add_row(float* to, const bf16* row, std::int64_t count) {
   if (row == nullptr) return;
   for (std::int64_t t = 0; t < count; t += kLanes)
     store_some(to + t, count - t, load_some(to + t, count - t) + load_some(row + t, count - t));
-}
-
-// One query or key of two vectors as the logits take it: normed where the model does that, a key
-// also turned by row 0 of the tables, which is where a scaled rotary embedding keeps its factor.
-// Returns what the norm multiplied with.
-inline float prepared_head(const FirstLayerPass& p, const float* from, const bf16* norm, bool turned,
-                           float* to) {
-  const std::int64_t c = p.model.head_size;
-  NormStatistics statistics{0.0f, 1.0f};
-  if (norm == nullptr) {
-    copy_scaled(from, to, c, 1.0f);
-  } else {
-    statistics = norm_statistics(from, c, false, p.model.eps);
-    normalize_row<float, bf16>(from, statistics, norm, nullptr, to, c);
-  }
-  if (turned) rotate_head(to, to, c, p.text.table(), 0, 1.0f, 1.0f);
-  return statistics.inverse;
-}
-
-// Adds to grad_from what `grad`, of prepared_head's result, says of `from`; overwrites `grad`.
-inline void prepared_head_backward(const FirstLayerPass& p, const float* from, const bf16* norm,
-                                   bool turned, float inverse, float* grad, float* grad_from) {
-  const std::int64_t c = p.model.head_size;
-  if (turned) rotate_head(grad, grad, c, p.text.table(), 0, -1.0f, 1.0f);
-  if (norm != nullptr)
-    return add_norm_gradient(grad, from, norm, grad_from, c, {0.0f, inverse}, false);
-  for (std::int64_t t = 0; t < c; t += kLanes)
-    store_some(grad_from + t, c - t, load_some(grad_from + t, c - t) + load_some(grad + t, c - t));
-}
-
-// The queries of m and the keys of both vectors, prepared, and what their norms multiplied with.
-struct PreparedHeads {
-  float *queries, *keys[2];  // (H, c), (K, c)
-  float *query_inverses, *key_inverses[2];
-
-  PreparedHeads(Arena& arena, const FirstLayerSizes& size)
-      : queries(arena.take<float>(size.mixed_row)),
-        keys{arena.take<float>(size.mixed_row), arena.take<float>(size.mixed_row)},
-        query_inverses(arena.take<float>(size.head_row)),
-        key_inverses{arena.take<float>(size.head_row), arena.take<float>(size.head_row)} {}
-};
-
-inline void prepare_heads(const FirstLayerPass& p, const PreparedHeads& heads) {
-  const FirstLayerModel& model = p.model;
-  const std::int64_t c = model.head_size;
-  for (std::int64_t h = 0; h < model.heads; ++h)
-    heads.query_inverses[h] =
-        prepared_head(p, p.qkv(0) + h * c, model.q_norm, false, heads.queries + h * c);
-  for (int vector = 0; vector < 2; ++vector)
-    for (std::int64_t k = 0; k < model.kv_heads; ++k)
-      heads.key_inverses[vector][k] =
-          prepared_head(p, p.qkv(vector) + p.keys() + k * c, model.k_norm, true,
-                        heads.keys[vector] + k * c);
 }
 
 struct SpanScratch {
@@ -118,6 +29,28 @@ struct SpanScratch {
         normed(arena.take<bf16>(2 * size.hidden)),
         mixed(arena.take<bf16>(2 * size.mixed)) {}
 };
+
+// The spanning vectors behind a prefix: every base counts its first vector in full, and the values of
+// e and m are steps away from that one. x (2, d), mixed a head.
+inline void steps_from_prefix(const FirstLayerPass& p, const bf16* x, bf16* mixed) {
+  const FirstLayerSizes& size = p.size;
+  const FirstLayerFront& front = p.model.front;
+  const std::int64_t d = size.hidden, D = size.hidden_row, c = p.model.head_size;
+  clear(p.saved.span, 2 * D);
+  for (int vector = 0; vector < 2; ++vector) {
+    float* base = p.saved.span + vector * D;
+    copy_scaled(front.shift, base, d, 1.0f);
+    add_row(base, x + vector * d, d);
+  }
+  for (std::int64_t h = 0; h < size.heads; ++h)
+    for (int vector = 0; vector < 2; ++vector) {
+      const float *value = p.qkv(vector) + p.values() + p.kv(h), *from = front.values + p.kv(h);
+      for (std::int64_t t = 0; t < c; ++t) store_one(mixed + t, value[t] - from[t]);
+      packed_sum({mixed, p.products.out.data() + h * c * kPanel,
+                  p.saved.span + p.step(vector, h) * D, nullptr, 1, c, size.mixed, d,
+                  true});
+    }
+}
 
 // q, k and v of the two vectors, and the spanning vectors.
 inline void span_of_pair(const FirstLayerPass& p) {
@@ -133,15 +66,16 @@ inline void span_of_pair(const FirstLayerPass& p) {
         x + vector * d, nullptr, nullptr, normed + vector * d, model.input_norm,
         model.input_norm_bias, d, model.eps);
   }
-  packed_sum({normed, p.products.qkv.data(), saved.qkv, nullptr, 2, d, d, size.stacked});
+  packed_sum({normed, p.products.qkv.data(), saved.qkv, nullptr, 2, d, d, size.stacked, true});
   for (int vector = 0; vector < 2; ++vector) {
     add_row(p.qkv(vector), model.qkv_bias, size.stacked);
     for (std::int64_t h = 0; h < size.heads; ++h)
       copy_scaled(p.qkv(vector) + p.values() + p.kv(h), mixed + vector * size.mixed + h * c, c,
                   1.0f);
   }
+  if (size.front > 0) return steps_from_prefix(p, x, mixed);
   const bf16* out = p.products.out.data();
-  packed_sum({mixed, out, saved.span, nullptr, 2, size.mixed, size.mixed, d});
+  packed_sum({mixed, out, saved.span, nullptr, 2, size.mixed, size.mixed, d, true});
   for (int vector = 0; vector < 2; ++vector) {
     add_row(saved.span + vector * D, x + vector * d, d);
     add_row(saved.span + vector * D, model.out_bias, d);
@@ -151,104 +85,54 @@ inline void span_of_pair(const FirstLayerPass& p) {
     for (std::int64_t t = 0; t < c; ++t)
       store_one(mixed + t, p.qkv(1)[value + t] - p.qkv(0)[value + t]);
     packed_sum({mixed, out + h * c * kPanel, saved.span + (2 + h) * D, nullptr, 1, c, size.mixed,
-                d});
+                d, true});
   }
-}
-
-struct LogitsScratch {
-  float *table, *features;  // (N, T), (H, T)
-  LogitsScratch(Arena& arena, const FirstLayerSizes& size)
-      : table(arena.take<float>(size.length * size.table_row)),
-        features(arena.take<float>(size.heads * size.table_row)) {}
-};
-
-// a and b of affine_scan, each (N, H).
-inline void distance_logits(const FirstLayerPass& p, float* const logits[2]) {
-  const FirstLayerSizes& size = p.size;
-  const std::int64_t c = p.model.head_size, T = size.table_row;
-  const Scratch<LogitsScratch> scratch(size);
-  const Scratch<PreparedHeads> heads(size);
-  const auto [table, features] = *scratch;
-  distance_table(size, p.text.table(), table);
-  prepare_heads(p, *heads);
-  clear(features, size.heads * T);
-  for (int vector = 0; vector < 2; ++vector) {
-    for (std::int64_t h = 0; h < size.heads; ++h)
-      head_feature(heads->queries + h * c, heads->keys[vector] + p.kv(h), c, p.text.rotary / 2,
-                   p.model.scaling * kLog2e, features + h * T);
-    clear(logits[vector], size.length * size.head_row);
-    all_dots(size.length, table, T, size.heads, features, T, logits[vector], size.head_row, T,
-             false);
-  }
-}
-
-struct LogitsBackwardScratch {
-  float *table, *features;        // (N, T), (H, T)
-  float *grad_queries, *grad_keys;  // (H, c), (K, c)
-  LogitsBackwardScratch(Arena& arena, const FirstLayerSizes& size)
-      : table(arena.take<float>(size.length * size.table_row)),
-        features(arena.take<float>(size.heads * size.table_row)),
-        grad_queries(arena.take<float>(size.mixed_row)),
-        grad_keys(arena.take<float>(size.mixed_row)) {}
-};
-
-// Adds to grad_qkv (2, Q) what the gradients of the logits, in nats, say of q and k.
-inline void distance_logits_backward(const FirstLayerPass& p, float* const grad_logits[2],
-                                     float* grad_qkv) {
-  const FirstLayerModel& model = p.model;
-  const FirstLayerSizes& size = p.size;
-  const std::int64_t c = model.head_size, H = size.heads, T = size.table_row;
-  const Scratch<LogitsBackwardScratch> scratch(size);
-  const Scratch<PreparedHeads> heads(size);
-  const auto [table, features, grad_queries, grad_keys] = *scratch;
-  distance_table(size, p.text.table(), table);
-  prepare_heads(p, *heads);
-  clear(grad_queries, size.mixed_row);
-  for (int vector = 0; vector < 2; ++vector) {
-    all_products(H, T, {grad_logits[vector], 1, size.head_row}, table, T, features, T, size.length,
-                 false);
-    clear(grad_keys, size.mixed_row);
-    for (std::int64_t h = 0; h < H; ++h)
-      head_feature_backward(features + h * T, heads->queries + h * c,
-                            heads->keys[vector] + p.kv(h), c, p.text.rotary / 2, model.scaling,
-                            grad_queries + h * c, grad_keys + p.kv(h));
-    for (std::int64_t k = 0; k < model.kv_heads; ++k) {
-      const std::int64_t key = p.keys() + k * c;
-      prepared_head_backward(p, p.qkv(vector) + key, model.k_norm, true,
-                             heads->key_inverses[vector][k], grad_keys + k * c,
-                             grad_qkv + vector * size.stacked_row + key);
-    }
-  }
-  for (std::int64_t h = 0; h < H; ++h)
-    prepared_head_backward(p, p.qkv(0) + h * c, model.q_norm, false, heads->query_inverses[h],
-                           grad_queries + h * c, grad_qkv + h * c);
 }
 
 struct SpanBackwardScratch {
-  bf16* narrow;        // (S, d), later one vector
-  float* grad_mixed;   // (S, H c)
+  bf16* narrow;        // (own, d), later one vector
+  float* grad_mixed;   // (own, H c)
   float* grad_qkv;     // (2, Q)
   bf16* narrow_qkv;    // (2, Q)
   float* grad_normed;  // (2, d)
   SpanBackwardScratch(Arena& arena, const FirstLayerSizes& size)
-      : narrow(arena.take<bf16>(size.span * size.hidden)),
-        grad_mixed(arena.take<float>(size.span * size.mixed_row)),
+      : narrow(arena.take<bf16>(size.own * size.hidden)),
+        grad_mixed(arena.take<float>(size.own * size.mixed_row)),
         grad_qkv(arena.take<float>(2 * size.stacked_row)),
         narrow_qkv(arena.take<bf16>(2 * size.stacked)),
         grad_normed(arena.take<float>(2 * size.hidden_row)) {}
 };
 
-// The gradients of e and m from those of the spanning vectors (S, d) and of the logits.
-inline void span_of_pair_backward(const FirstLayerPass& p, const float* grad_span,
-                                  float* const grad_logits[2]) {
+// Adds to grad_qkv (2, Q) what the gradients of steps_from_prefix say of the values, by the panels
+// that hold the head's part of the product.
+inline void steps_from_prefix_backward(const FirstLayerPass& p, const float* grad_span,
+                                       const SpanBackwardScratch& scratch) {
+  const FirstLayerSizes& size = p.size;
+  const std::int64_t d = size.hidden, D = size.hidden_row, c = p.model.head_size;
+  for (std::int64_t h = 0; h < size.heads; ++h) {
+    const std::int64_t begin = h * c / kPanel * kPanel, width = panels_padded((h + 1) * c - begin);
+    for (int vector = 0; vector < 2; ++vector)
+      copy_scaled(grad_span + p.step(vector, h) * D, scratch.narrow + vector * d, d, 1.0f);
+    packed_sum({scratch.narrow, p.products.out.data() + begin * d, scratch.grad_mixed, nullptr, 2,
+                d, d, width, true});
+    for (int vector = 0; vector < 2; ++vector) {
+      const float* grad = scratch.grad_mixed + vector * width + (h * c - begin);
+      float* to = scratch.grad_qkv + vector * size.stacked_row + p.values() + p.kv(h);
+      for (std::int64_t t = 0; t < c; ++t) to[t] += grad[t];
+    }
+  }
+}
+
+// Adds to grad_qkv (2, Q) what the gradients of the spanning vectors (S, d) say of the values.
+inline void values_backward(const FirstLayerPass& p, const float* grad_span,
+                            const SpanBackwardScratch& scratch) {
   const FirstLayerModel& model = p.model;
   const FirstLayerSizes& size = p.size;
   const std::int64_t d = size.hidden, D = size.hidden_row, c = model.head_size;
-  const Scratch<SpanBackwardScratch> scratch(size);
-  const auto [narrow, grad_mixed, grad_qkv, narrow_qkv, grad_normed] = *scratch;
-  clear(grad_qkv, 2 * size.stacked_row);
+  const auto [narrow, grad_mixed, grad_qkv, narrow_qkv, grad_normed] = scratch;
   copy_rows(grad_span, D, narrow, d, size.span, d);
-  packed_sum({narrow, p.products.out.data(), grad_mixed, nullptr, size.span, d, d, size.mixed});
+  packed_sum({narrow, p.products.out.data(), grad_mixed, nullptr, size.span, d, d, size.mixed,
+              size.span < kTilesFrom});
   float *of_m = grad_qkv + p.values(), *of_e = of_m + size.stacked_row;
   for (std::int64_t h = 0; h < size.heads; ++h)
     for (std::int64_t t = 0; t < c; ++t) {
@@ -257,10 +141,25 @@ inline void span_of_pair_backward(const FirstLayerPass& p, const float* grad_spa
       of_m[p.kv(h) + t] += grad[0] - of_difference;
       of_e[p.kv(h) + t] += grad[size.mixed_row] + of_difference;
     }
+}
+
+// The gradients of e and m from those of the spanning vectors (S, d) and of the logits.
+inline void span_of_pair_backward(const FirstLayerPass& p, const float* grad_span,
+                                  const PairLogits& grad_logits) {
+  const FirstLayerModel& model = p.model;
+  const FirstLayerSizes& size = p.size;
+  const std::int64_t d = size.hidden, D = size.hidden_row;
+  const Scratch<SpanBackwardScratch> scratch(size);
+  const auto [narrow, grad_mixed, grad_qkv, narrow_qkv, grad_normed] = *scratch;
+  clear(grad_qkv, 2 * size.stacked_row);
+  if (size.front > 0)
+    steps_from_prefix_backward(p, grad_span, *scratch);
+  else
+    values_backward(p, grad_span, *scratch);
   distance_logits_backward(p, grad_logits, grad_qkv);
   copy_rows(grad_qkv, size.stacked_row, narrow_qkv, size.stacked, 2, size.stacked);
   packed_sum({narrow_qkv, p.products.qkv.data(), grad_normed, nullptr, 2, size.stacked,
-              size.stacked, d});
+              size.stacked, d, true});
   for (int vector = 0; vector < 2; ++vector) {
     // The norm read the vector as it was rounded.
     copy_scaled(p.vector(vector), narrow, d, 1.0f);

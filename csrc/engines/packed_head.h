@@ -13,23 +13,24 @@ namespace prototok {
 
 struct Kernels;
 
-constexpr std::int64_t kHeadTile = 128;   // rows that a thread takes at most at a time
+constexpr std::int64_t kHeadTile = 256;   // rows that a thread takes at most at a time
 constexpr std::int64_t kHeadChunk = 1024;  // logits of a row alive at a time; whole panels
 
 class PackedHead {
  public:
   // weight (V, d) must live as long. Throws std::invalid_argument for odd sizes and for a processor
-  // without AVX-512 BF16.
+  // without products of pairs.
   PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden);
 
   std::int64_t vocabulary() const { return to_logits_.outputs(); }
   std::int64_t hidden() const { return to_logits_.inputs(); }
+  std::int64_t most_rows() const;  // that a thread does best to take at a time
 
   // Scratch bytes of a thread for a tile of so many rows.
   std::int64_t workspace_bytes(std::int64_t tile) const;
 
   // hidden, grad (R, d); grad may be null. Of `head` everything but logits, gradient and
-  // vocabulary; throws as `head` does. `tile`: rows a thread takes at a time, at most kHeadTile.
+  // vocabulary; throws as `head` does. `tile`: rows a thread takes at a time, at most most_rows().
   void run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads);
 
  private:

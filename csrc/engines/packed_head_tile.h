@@ -6,7 +6,7 @@
 
 #include "engines/packed_head.h"
 #include "ops/head.h"
-#include "products/packed_tile.h"
+#include "products/packed_product.h"
 #include "simd/exp.h"
 #include "simd/target.h"
 #include "simd/vectors.h"
@@ -76,13 +76,13 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
   for (std::int64_t begin = 0; begin < V; begin += kHeadChunk) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
     packed_product({tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
-                                 head.rows, d, count, false});
+                                 head.rows, d, count, false, false});
     for (std::int64_t r = 0; r < head.rows; ++r)
       rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
                               need_grad, states[r]);
     if (need_grad)
       packed_sum({tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
-                               begin == 0 ? nullptr : rescale, head.rows, count, V, d});
+                               begin == 0 ? nullptr : rescale, head.rows, count, V, d, false});
   }
   for (std::int64_t r = 0; r < head.rows; ++r) {
     const HeadState& state = states[r];

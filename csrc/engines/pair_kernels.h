@@ -3,6 +3,8 @@
 
 #include "products/packed_matrix.h"
 
+#include <cstdint>
+
 namespace prototok {
 
 struct FirstLayerText;
@@ -11,9 +13,13 @@ struct PackedHeadTile;
 // One set per instruction set.
 struct PairKernels {
   void (*product)(const PackedProduct& product);
+  void (*sum)(const PackedSum& sum);
   void (*head_tile)(const PackedHeadTile& tile);
   void (*first_layer_forward)(const FirstLayerText& text);
   void (*first_layer_backward)(const FirstLayerText& text);
+  // Rows that a thread does best to take through blocks and head at a time. The faster the products,
+  // the more rows must share a reading of the weights.
+  std::int64_t block_rows, head_rows;
 };
 
 }  // namespace prototok

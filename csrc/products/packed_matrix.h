@@ -1,5 +1,6 @@
 // A product with a frozen bf16 weight that was laid out once for it. Sums are fp32 and run over the
 // inputs in pairs, in one order whatever the rows around, so that a row's result is its own.
+// Vectors (packed_tile.h) and tiles (tiled_product.h) read the same panels.
 // Letters: M rows, I inputs, O outputs.
 #pragma once
 
@@ -14,12 +15,17 @@ namespace prototok {
 
 constexpr std::int64_t kPanel = 64;  // outputs that are computed side by side
 
+// Rows from which a processor with tiles takes them. A sum in tiles is rounded in another order than
+// one in vectors. So whoever asks for a product says whether its rows are few by what belongs to a
+// text (its length, its two vectors), never by how many rows happen to share the call.
+constexpr std::int64_t kTilesFrom = 5;
+
 constexpr std::int64_t panels_padded(std::int64_t outputs) {
   return (outputs + kPanel - 1) / kPanel * kPanel;
 }
 
 // Panels of kPanel outputs, each (I / 2, kPanel, 2), so that a vector holds pairs of inputs of
-// neighbouring outputs; the outputs that are missing in the last panel are zero.
+// neighbouring outputs, and 16 rows of 64 bytes, 256 apart, are a tile of AMX; the outputs that are missing in the last panel are zero.
 class PackedMatrix {
  public:
   PackedMatrix() = default;
@@ -46,6 +52,7 @@ struct PackedProduct {
   bf16* out;           // (M, O)
   std::int64_t rows, depth, outputs;
   bool add;  // to what `out` holds
+  bool few;  // rows of a text: fewer than kTilesFrom
 };
 
 // Of a weight (outputs, inputs): for rows of its inputs, and for rows of its outputs (a gradient).
@@ -64,6 +71,7 @@ struct PackedSum {
   float* sum;          // (M, O rounded up to panels)
   const float* scale;  // (M,) of what `sum` holds; null = it holds nothing yet
   std::int64_t rows, part, depth, outputs;
+  bool few;  // rows of a text: fewer than kTilesFrom
 };
 
 }  // namespace prototok

@@ -1,4 +1,4 @@
-// The products of packed_matrix.h.
+// The products of packed_matrix.h in vectors.
 //
 // A tile is kRows rows by one panel. Its sums stay in registers over all inputs, while a panel's
 // weights come from the caches a cache line a vector: 24 sums, 4 vectors of weights and one of a
@@ -22,6 +22,16 @@ inline Outer<Pair> panel_factors(const bf16* inputs, std::int64_t row, const bf1
   return {{pairs(inputs), row / 2, 1}, pairs(panel), kPanel};
 }
 
+// Outputs `at` ... of a row from their sums.
+inline void put_outputs(const PackedProduct& p, std::int64_t row, std::int64_t at, Floats value) {
+  const std::int64_t left = p.outputs - at;
+  if (left <= 0) return;
+  bf16* to = p.out + row * p.outputs + at;
+  if (p.bias != nullptr) value += load_some(p.bias + at, left);
+  if (p.add) value += load_some(to, left);
+  store_some(to, left, value);
+}
+
 struct PackedTile {
   const PackedProduct& p;
   std::int64_t row, panel;
@@ -39,15 +49,8 @@ struct PackedTile {
       return;
     }
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const std::int64_t at = panel + v * kLanes, left = p.outputs - at;
-        if (left <= 0) break;
-        bf16* to = p.out + (row + r) * p.outputs + at;
-        Floats value = sum[r][v];
-        if (p.bias != nullptr) value += load_some(p.bias + at, left);
-        if (p.add) value += load_some(to, left);
-        store_some(to, left, value);
-      }
+      for (int v = 0; v < kPanelVectors; ++v)
+        put_outputs(p, row + r, panel + v * kLanes, sum[r][v]);
   }
 };
 
@@ -80,7 +83,5 @@ inline void all_tiles(const Product& p) {
       run_rows<kRows>(p.rows - row, Tile{p, row, panel});
 }
 
-inline void packed_product(const PackedProduct& p) { all_tiles<PackedTile>(p); }
-inline void packed_sum(const PackedSum& p) { all_tiles<PackedSumTile>(p); }
 
 PROTOTOK_TARGET_END

@@ -18,15 +18,17 @@ inline Floats everywhere(const float* from) { return splat(*from); }
 inline Floats vector_at(const float* from) { return load(from); }
 inline Floats multiply_add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
 // Two neighbours, which one instruction multiplies with two others and adds to one sum.
 struct Pair {
   bf16 first, second;
 };
 
-typedef __m512bh PairVector;
-
 inline const Pair* pairs(const bf16* from) { return reinterpret_cast<const Pair*>(from); }
+#endif
+
+#if defined(PROTOTOK_AVX512_BF16)
+typedef __m512bh PairVector;
 
 inline PairVector everywhere(const Pair* from) {
   std::int32_t pair;
@@ -38,6 +40,26 @@ inline PairVector vector_at(const Pair* from) { return (PairVector)_mm512_loadu_
 
 inline Floats multiply_add(Floats sum, PairVector a, PairVector b) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b);
+}
+#elif defined(PROTOTOK_PAIRS)
+// The same without the instruction, the second of a pair first as it does.
+typedef Words PairVector;
+
+inline PairVector everywhere(const Pair* from) {
+  std::uint32_t pair;
+  __builtin_memcpy(&pair, from, sizeof pair);
+  return PairVector{} + pair;
+}
+
+inline PairVector vector_at(const Pair* from) {
+  PairVector value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Floats multiply_add(Floats sum, PairVector a, PairVector b) {
+  sum += (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u);
+  return sum + (Floats)(a << 16) * (Floats)(b << 16);
 }
 #endif
 
@@ -99,7 +121,7 @@ struct DotVector {
   static type at(const T* from) { return load(from); }
 };
 
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
 template <>
 struct DotVector<bf16> {
   typedef PairVector type;
@@ -140,10 +162,11 @@ struct TileShape {
   static constexpr int kRows = 4, kVectors = kLanes == 16 ? 4 : 2;
 };
 
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
 template <>
 struct TileShape<Pair> {
-  static constexpr int kRows = 6, kVectors = 4;  // an even number: rows come in pairs, too
+  static constexpr int kRows = 6;  // an even number: rows come in pairs, too
+  static constexpr int kVectors = 64 / kLanes;  // as wide as a panel of packed weights
 };
 #endif
 

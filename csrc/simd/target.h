@@ -3,7 +3,9 @@
 //   PROTOTOK_TARGET      the set's name, and the namespace of everything that is compiled for it
 //   PROTOTOK_ATTRIBUTES  the set as the compiler's `target` attribute; baseline defines none
 //   PROTOTOK_LANES       floats in a vector
-//   PROTOTOK_AVX512, PROTOTOK_AVX512_BF16  where these instructions may be used
+//   PROTOTOK_AVX512, PROTOTOK_AVX512_BF16, PROTOTOK_AMX  where these instructions may be used
+//   PROTOTOK_PAIRS       where it has products of bf16 pairs
+//   PROTOTOK_TILES       where these may run in tiles, those of AMX or emulated ones
 // A header with code for a target puts all of it between PROTOTOK_TARGET_BEGIN and
 // PROTOTOK_TARGET_END, behind its includes. So a function compiled for a newer processor has a name
 // of its own and cannot be the one that the linker keeps for an older one, and the inline functions

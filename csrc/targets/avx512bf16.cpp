@@ -7,6 +7,7 @@
 #define PROTOTOK_LANES 16
 #define PROTOTOK_AVX512
 #define PROTOTOK_AVX512_BF16
+#define PROTOTOK_PAIRS
 
 #include "targets/dispatch.h"
 #include "targets/kernels_of_target.h"

@@ -6,6 +6,7 @@
 #include "ops/row_kernels.h"
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace prototok {
@@ -16,10 +17,18 @@ struct Kernels : RowKernels {
   const PairKernels* pairs;  // null: the set has no products of bf16 pairs
 };
 
-// The sets that this processor can run, best first; the names `kernels_for` takes.
+// The sets that this processor can run, best first.
 std::vector<std::string> instruction_sets();
 
-// Throws std::invalid_argument for a name that `instruction_sets` does not list; "" is the best.
+// Those it cannot run, each with the reason.
+std::vector<std::pair<std::string, std::string>> missing_instruction_sets();
+
+// Makes a set the best one for this process, and those behind it the only others; "" undoes that.
+// Beside what `instruction_sets` lists "amx-emulated" is taken. Throws std::invalid_argument for any
+// other name.
+void prefer_instruction_set(const std::string& name);
+
+// Takes the same names; "" is the best.
 const Kernels& kernels_for(const std::string& instruction_set);
 
 // The best set with products of bf16 pairs. Throws std::invalid_argument where there is none.

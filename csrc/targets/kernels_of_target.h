@@ -11,18 +11,26 @@
 #include "simd/target.h"
 #include "targets/dispatch.h"
 
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
 #include "engines/first_layer_text.h"
 #include "engines/packed_head_tile.h"
+#include "products/packed_product.h"
+#endif
+#ifdef PROTOTOK_AVX512_BF16
 #include "ops/attention_pairs.h"
-#include "products/packed_tile.h"
 #endif
 
 PROTOTOK_TARGET_BEGIN
 
-#ifdef PROTOTOK_AVX512_BF16
-constexpr PairKernels kPairKernels{packed_product, packed_head_tile, first_layer_forward,
-                               first_layer_backward};
+#ifdef PROTOTOK_PAIRS
+#ifdef PROTOTOK_TILES
+constexpr std::int64_t kBlockPositions = 128, kHeadRows = kHeadTile;
+#else
+constexpr std::int64_t kBlockPositions = 64, kHeadRows = 128;
+#endif
+constexpr PairKernels kPairKernels{packed_product,      packed_sum,           packed_head_tile,
+                                   first_layer_forward, first_layer_backward, kBlockPositions,
+                                   kHeadRows};
 #endif
 
 constexpr Kernels kKernels{
@@ -53,7 +61,7 @@ constexpr Kernels kKernels{
     },
     decoder_kernels<float>(),
     decoder_kernels<bf16>(),
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
     &kPairKernels,
 #else
     nullptr,

@@ -1,11 +1,14 @@
 """What this process can run: Triton, the C++ kernels, and the instruction sets of the processor.
 
-Found once, at import. `plan` chooses from it; nothing else does.
+Found at import. `plan` chooses from it; nothing else does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +27,11 @@ KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
 }
 
+# Instruction sets whose products take packed weights, the fastest first.
+PACKED = ("amx", "avx512bf16")
+# The first of them with emulated tiles, for tests; taken only where `instruction_set` asks for it.
+EMULATED = "amx-emulated"
+
 # Fixed when triton decorates the kernels, at import, like `triton.jit` itself.
 TRITON_INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -37,6 +45,7 @@ class Machine:
     triton           the triton package is installed
     interpreted      Triton's kernels run through its interpreter, on CPU tensors
     threads          threads of torch's CPU operations and of the C++ kernels
+    missing          instruction sets of the C++ kernels that cannot run here, each with the reason
     """
 
     cpp: bool
@@ -44,6 +53,18 @@ class Machine:
     triton: bool
     interpreted: bool
     threads: int
+    missing: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def packed(self) -> str | None:
+        """The instruction set of products with packed weights, or None."""
+        return next((name for name in self.instruction_sets if name in (*PACKED, EMULATED)), None)
+
+    def lacks_instructions(self, name: str) -> str | None:
+        """Return why the C++ kernels do not take this instruction set, or None when they can."""
+        if name in self.instruction_sets:
+            return None
+        return dict(self.missing).get(name, "not among those in use")
 
     def lacks(self, backend: str, kind: str) -> str | None:
         """Return why `backend` cannot run on devices of type `kind`, or None when it can."""
@@ -60,18 +81,57 @@ class Machine:
         return None
 
 
-_INSTRUCTION_SETS = () if _cpu is None else tuple(_cpu.instruction_sets())
+def _instruction_sets() -> tuple[str, ...]:
+    return () if _cpu is None else tuple(_cpu.instruction_sets())
+
+
+_found = _instruction_sets()
+_MISSING = () if _cpu is None else tuple(map(tuple, _cpu.missing_instruction_sets()))
 
 
 def this_machine() -> Machine:
     """Return what this process can run, with as many threads as torch uses now."""
     return Machine(
         cpp=_cpu is not None,
-        instruction_sets=_INSTRUCTION_SETS,
+        instruction_sets=_found,
         triton=triton is not None,
         interpreted=TRITON_INTERPRETED,
         threads=torch.get_num_threads(),
+        missing=_MISSING,
     )
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Let all C++ kernels of this process run on one instruction set instead of the best.
+
+    For tests, and for measuring what another processor would do. What was made of weights before
+    stays as it is, so load models within.
+
+    Args:
+        name: one that this processor has, or "amx-emulated".
+
+    Raises:
+        ValueError: this processor does not have it.
+    """
+    global _found
+    if _cpu is None:
+        raise ValueError(f"instruction_set: {name!r} needs the C++ kernels, which are not built")
+    _cpu.prefer_instruction_set(name=name)
+    _found = _instruction_sets()
+    try:
+        yield
+    finally:
+        _cpu.prefer_instruction_set(name="")
+        _found = _instruction_sets()
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has; 1 for any other."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def unavailable(backend: str, kind: str) -> str | None:

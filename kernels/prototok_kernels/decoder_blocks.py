@@ -1,7 +1,8 @@
 """Many frozen blocks and the norm behind them as one op, forward and backward to their input.
 
-In bfloat16 on a CPU with AVX-512 BF16 that is one C++ call each way, in which a thread takes a text
-through all blocks before the next one. Everywhere else it is the loop of `layers.decoder_block`.
+In bfloat16 on a CPU with AMX or AVX-512 BF16 that is one C++ call each way, in which a thread takes
+a text through all blocks before the next one. Everywhere else it is the loop of
+`layers.decoder_block`.
 
 The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of
 making them: those of GPT-NeoX's second block are cheaper from the first one's span
@@ -32,9 +33,6 @@ from prototok_kernels.packed import packed
 from prototok_kernels.plan import Plan
 from prototok_kernels.residual_norm import residual_norm
 from prototok_kernels.views import views
-
-# Positions a thread takes through the blocks at a time, where texts are shorter than that.
-_TILE = 64
 
 
 class DecoderBlocks:
@@ -85,7 +83,7 @@ class DecoderBlocks:
         if torch.is_grad_enabled() and x.requires_grad:
             return _CpuBlocks.apply(x, qkv, z, cos, sin, self._prefix, cpp, start)
         constants = cos, sin, self._prefix
-        return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start))
+        return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start, cpp))
 
     def _packed(self, rotated: int) -> Any:
         if self._bare is not None:
@@ -110,11 +108,11 @@ def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> 
             )
 
 
-def _shape(x: Tensor, start: int) -> dict[str, int]:
+def _shape(x: Tensor, start: int, cpp: Any) -> dict[str, int]:
     """Return the block that x enters, and how many texts make a tile."""
     texts, length, _ = x.shape
     share = -(-texts // torch.get_num_threads())
-    return {"first": start, "tile": max(1, min(_TILE // length, share))}
+    return {"first": start, "tile": max(1, min(cpp.most_positions() // length, share))}
 
 
 def _forward(
@@ -139,7 +137,7 @@ class _CpuBlocks(torch.autograd.Function):
         ctx: Any, x: Tensor, qkv: Tensor | None, z: Tensor | None, cos: Tensor, sin: Tensor,
         prefix: Tensor | None, cpp: Any, start: int,
     ) -> Tensor:  # fmt: skip
-        inputs, shape = (x.contiguous(), qkv, z), _shape(x, start)
+        inputs, shape = (x.contiguous(), qkv, z), _shape(x, start, cpp)
         size = cpp.saved_bytes(texts=len(x), length=x.shape[1], **shape)
         saved = torch.empty(size, dtype=torch.uint8, device="cpu")
         out = _forward(inputs, saved, (cos, sin, prefix), cpp, shape)
@@ -170,6 +168,7 @@ def decoder_blocks_ref(
     delta: Tensor | None = None
     for index, layer in enumerate(blocks.layers[start:]):
         if index == 0 and projected is not None:
+            assert is_parallel(layer)
             delta = parallel_block_end(projected, layer, cos, sin, backend)
         else:
             x, delta = decoder_block(x, delta, layer, cos, sin, backend)

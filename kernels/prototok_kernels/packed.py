@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# The instructions that products with packed weights are made of.
-PACKED = "avx512bf16"
-
 Made = TypeVar("Made")
 
 # By owner: what was seen of its weights, and what was made of them.
@@ -20,13 +17,16 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _making = threading.Lock()
 
 
-def packed(owner: object, weights: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+def packed(
+    owner: object, weights: Sequence[Tensor], make: Callable[[], Made], settings: object = None
+) -> Made:
     """Return what `make()` made of the owner's weights, made anew when one of them has changed.
 
-    It is kept as long as `owner` lives, by any number of threads, and by those that still use it.
-    So it must not hold the owner: of an owner that is itself the weight it holds an alias.
+    `settings`: what else it is made of, where that is not the owner's alone. What was made is kept
+    as long as `owner` lives, by any number of threads, and by those that still use it. So it must
+    not hold the owner: of an owner that is itself the weight it holds an alias.
     """
-    state = [_state_of(weight) for weight in weights]
+    state = settings, [_state_of(weight) for weight in weights]
     known, made = _packed.get(owner, (None, None))
     if known == state:
         return made

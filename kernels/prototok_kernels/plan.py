@@ -5,11 +5,12 @@ never asks again. A plan says of each part what was taken, why, and why nothing 
 with `str(plan)`.
 
 Letters: B rows, N positions, d hidden size, H heads, P vectors of a prefix, S = 2 + H (1 + P)
-spanning vectors per row.
+spanning vectors per row, of which H (P − 1) are constants of the model.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,16 +18,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import KERNEL_DTYPES, Machine, this_machine
+from prototok_kernels.backend import EMULATED, KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
-from prototok_kernels.packed import PACKED, why_unpacked
+from prototok_kernels.packed import why_unpacked
 
 BACKENDS = ("auto", "torch", "triton", "cpu")
 
 # N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
 SMALL_TEXT = 1 << 24
-# Positions (B · N) up to which the C++ decoder is faster than torch's products (docs/log.md).
+# A constant vector's part of a position against one operation of the products that it replaces:
+# nothing else of it is left to be saved (docs/log.md).
+CONSTANT_COST = 4
+# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
+FEW_ON_CUDA = 1 << 22
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
 FEW_POSITIONS = 64
+# The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
+# does not: up to there reading the weights takes as long as its products. Counted, not measured.
+FEW_POSITIONS_AMX = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Plan:
     head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
                   "torch", "triton" or "cpu"
     update        AdamW: "torch", "triton" or "cpu"
+    products      of packed weights, in any of these parts: "amx" or "avx512bf16"; "torch" where no
+                  part has them
     """
 
     backend: str  # as asked for
@@ -74,6 +86,7 @@ class Plan:
     decoder: Choice
     head: Choice
     update: Choice
+    products: Choice
 
     def choices(self) -> dict[str, Choice]:
         """Return the choice of each part, by its name."""
@@ -84,6 +97,9 @@ class Plan:
         """Return one line that names what was taken, for records."""
         taken = ", ".join(f"{name} {choice.taken}" for name, choice in self.choices().items())
         return f"{self.rows} x {self.length} {self.dtype} on {self.device}: {taken}"
+
+    def __repr__(self) -> str:
+        return f"Plan({self.summary()})"
 
     def __str__(self) -> str:
         head = (
@@ -119,6 +135,11 @@ class Shape:
     def spanning(self) -> int:
         """S"""
         return 2 + self.heads * (1 + self.prefix)
+
+    @property
+    def constants(self) -> int:
+        """Return how many of the S spanning vectors are constants."""
+        return self.heads * max(0, self.prefix - 1)
 
     @classmethod
     def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
@@ -186,17 +207,21 @@ def _plan_of(
     run_elsewhere = None if shape.blocks else "transformers runs the model"
     no_cpp = None if by == "cpu" else "the C++ kernels do not run"
     no_triton = None if by == "triton" else "Triton's kernels do not run"
-    no_products = None if PACKED in machine.instruction_sets else f"the processor has no {PACKED}"
+    no_products = None if machine.packed else "no instruction set here multiplies bf16 pairs"
     long_texts = rows < machine.threads and length * shape.hidden_size**2 >= SMALL_TEXT
     few_texts = "threads do better to share so few long texts" if long_texts else None
     normed_heads = "q and k have norms" if shape.normed_heads else None
     is_flash = "flash-attn attends" if shape.flash else None
     two_vectors = None if shape.parallel[:1] == (False,) else "a parallel block needs e and m alone"
-    behind = "there is a prefix" if shape.prefix else None
     long_prefix = "the prefix is longer than the text" if shape.prefix > length else None
-    spanned = shape.spanning * (shape.hidden_size + length) < length * shape.hidden_size
+    cost_of_span = (shape.spanning - shape.constants) * (shape.hidden_size + length)
+    cost_of_span += CONSTANT_COST * shape.constants * length
+    spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
-    no_pair = _against_closed_form(shape, length, pair)
+    few_on_cuda = kind == "cuda" and rows * length * shape.hidden_size < FEW_ON_CUDA
+    no_pair = _against_closed_form(shape, length, pair) or (
+        "its small operations cost more than N positions" if few_on_cuda else None
+    )
 
     blocks = _choose(
         (
@@ -206,7 +231,24 @@ def _plan_of(
         ("one by one",),
     )  # fmt: skip
     # Behind a prefix torch's closed form competes with one more block in C++ (docs/log.md).
-    one_more_block = few_positions if behind and blocks.taken == "cpu" else None
+    one_more_block = few_positions if shape.prefix and blocks.taken == "cpu" else None
+
+    first_layer = _choose(
+        (
+            "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
+            few_positions, "the head size is odd" if shape.head_size % 2 else None,
+        ),
+        ("triton", no_pair, long_prefix, no_triton),
+        ("torch", no_pair, long_prefix, one_more_block),
+        ("in full",),
+    )  # fmt: skip
+    head = _choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,))
+    has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
+    unused = None if has_packed else "no part has packed weights"
+    sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
+    few_for_decoder = FEW_POSITIONS
+    if dtype == torch.bfloat16 and length > 1 and machine.packed in ("amx", EMULATED):
+        few_for_decoder = FEW_POSITIONS_AMX
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
@@ -221,15 +263,7 @@ def _plan_of(
         instruction_set=machine.instruction_sets[0] if by == "cpu" else "none",
         passes=passes,
         attention=attention,
-        first_layer=_choose(
-            (
-                "cpu", no_pair, behind, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
-                few_positions, "the head size is odd" if shape.head_size % 2 else None,
-            ),
-            ("triton", no_pair, behind, no_triton),
-            ("torch", no_pair, long_prefix, one_more_block),
-            ("in full",),
-        ),
+        first_layer=first_layer,
         first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
         second_layer=_choose(
             (
@@ -244,13 +278,18 @@ def _plan_of(
         decoder=_choose(
             (
                 "cpu", run_elsewhere, no_cpp,
-                None if rows * length <= FEW_POSITIONS else f"more than {FEW_POSITIONS} positions",
+                None if rows * length <= few_for_decoder
+                else f"more than {few_for_decoder} positions",
             ),
             ("blocks",),
         ),
-        head=_choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,)),
+        head=head,
         # e and m are fp32, whatever the model is.
         update=_passes(backend, kind, torch.float32, machine),
+        products=_choose(
+            *((name, no_cpp, unused, machine.lacks_instructions(name)) for name in sets),
+            ("torch",),
+        ),
     )  # fmt: skip
 
 
@@ -277,7 +316,9 @@ def _against_closed_form(shape: Shape, length: int, pair: bool) -> str | None:
 def _passes(backend: str, kind: str, dtype: torch.dtype, machine: Machine) -> Choice:
     """Choose between torch, Triton and the C++; raise ValueError for what cannot be had."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        near = difflib.get_close_matches(str(backend)[:200].lower(), BACKENDS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}{meant}")
 
     def against(name: str) -> str | None:
         missing = machine.lacks(name, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -12,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_ORPHAN = re.compile(r"~(?P<host>[0-9a-f]{8})\.(?:\d+\.)?(?P<pid>\d+)")
+_TEMPORARY = re.compile(r"~(?P<host>[0-9a-f]{8})\.(?:\d+\.)?(?P<pid>\d+)\Z")
 _HEAD = 1 << 16  # bytes of a file that tell whose it is
 _numbers = itertools.count()
 
@@ -60,8 +61,8 @@ def remove_orphans(folder: Path) -> int:
     """Remove temporary files that dead processes of this host left in a folder; return how many."""
     removed = 0
     for path in folder.iterdir():
-        found = _ORPHAN.search(path.name)
-        if not found or found.end() != len(path.name) or found["host"] != host():
+        found = _TEMPORARY.search(path.name)
+        if not found or found["host"] != host():
             continue
         if not _alive(int(found["pid"])):
             path.unlink(missing_ok=True)
@@ -69,17 +70,33 @@ def remove_orphans(folder: Path) -> int:
     return removed
 
 
+def is_temporary(path: Path) -> bool:
+    """Return True for a name that `whole` gives to a file before it is whole."""
+    return path.name.startswith(".") and bool(_TEMPORARY.search(path.name))
+
+
 @contextlib.contextmanager
-def try_folder(folder: Path, name: str) -> Iterator[None]:
+def try_folder(
+    folder: Path, name: str, alone: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Make a folder and try to write there; a block that raises finds it gone again if still empty.
 
+    Args:
+        folder: to make; so are its parents.
+        name: of the argument, for messages.
+        alone: keep every other process that asks for the same out of the folder for as long.
+        check: raises where the folder may not be written to; called before that is tried.
+
     Raises:
-        ValueError: naming `name`, where the folder cannot be made or written.
+        ValueError: naming `name`, where the folder cannot be made or written, or is taken.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    handle = None
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder, made)
+            handle = _claim(folder, name) if alone else None
+            check()
             with whole(folder / "trial") as probe:
                 probe.write_bytes(bytes(1 << 16))
                 flush(probe)  # some file systems say that they are full no sooner than here
@@ -92,10 +109,44 @@ def try_folder(folder: Path, name: str) -> Iterator[None]:
             ) from None
         yield
     except BaseException:
-        for path in missing:
+        for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)  # and with it the claim
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make a folder and its parents; what was not there, and only that, is added to `made`."""
+    if folder.exists():
+        return
+    if folder.parent != folder:
+        _make(folder.parent, made)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return  # another process was faster
+    made.append(folder)
+
+
+def _claim(folder: Path, name: str) -> int:
+    """Lock a folder, which leaves no file in it; the lock goes with the process that holds it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.samestat(os.fstat(handle), os.stat(folder))
+    except (BlockingIOError, FileNotFoundError):  # taken, or just removed by who had it
+        free = False
+    except OSError:
+        return handle  # a file system that locks no folders, as NFS
+    if not free:
+        os.close(handle)
+        raise ValueError(f"{name}: another process is writing to {folder}")
+    return handle
 
 
 class _Enough(Exception):

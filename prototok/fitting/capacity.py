@@ -5,23 +5,24 @@ Letters: T texts, N targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from prototok.common.arguments import batch_size_of, is_count, listed_items
 from prototok.common.progress import Progress
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
-from prototok.fitting.driver import fit_groups
+from prototok.fitting.driver import EndedRow, fit_groups
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
-from prototok.fitting.verify import verify
+from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
@@ -53,6 +54,63 @@ class Capacity:
     steps: Tensor
     seconds: Tensor
 
+    __repr__ = shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """How far one text has come along the grid, and all that is needed to go on from there.
+
+    text     its place in the list
+    stage    lengths of the grid that are behind it, and so the place of the next
+    failed   fits of the next length that have failed
+    exact    the longest N so far that came back whole, at_099 at token accuracy ≥ 0.99
+    steps    updates of all its fits so far, seconds their share of the wall time
+    start    (slots, d) fp32, vectors of the length before; None: the next fit has fresh ones
+    """
+
+    text: int
+    stage: int = 0
+    failed: int = 0
+    exact: int = 0
+    at_099: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    start: Tensor | None = None
+
+    def after(self, one: EndedRow[Verified], length: int, restarts: int) -> Growth:
+        """Return where the text stands after a fit of its next length."""
+        check = one.check
+        spent = replace(self, steps=self.steps + one.steps, seconds=self.seconds + one.seconds)
+        if check.accuracy >= 0.99:
+            exact = length if check.exact else self.exact
+            return replace(
+                spent, stage=self.stage + 1, failed=0, exact=exact, at_099=length,
+                start=one.vectors,
+            )  # fmt: skip
+        warm = self.start is not None
+        if warm and check.accuracy < _NEAR:
+            return replace(spent, failed=restarts + 1, start=None)
+        # The first failure was that of the warm start, which the first length has not.
+        more = 1 + (not warm and self.failed == 0)
+        return replace(spent, failed=self.failed + more, start=None)
+
+    def group(self, ids: Tensor, length: int) -> Group:
+        """Return what is to be fitted next, of the text's ids (N,)."""
+        row = Row(self.text, self.text, self.failed, ids[:length], self.start)
+        return Group(self.text, (row,), None)
+
+
+class CapacityInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `capacity`; a call with the same arguments and `grown` goes on from there.
+
+    `texts` are the places of those that had ended, and `result` is of these.
+    """
+
+    def __init__(self, result: Capacity, texts: list[int], grown: list[Growth]) -> None:
+        super().__init__(f"interrupted with {len(texts)} texts measured")
+        self.result, self.texts, self.grown = result, texts, grown
+
 
 @own_world
 def capacity(
@@ -67,6 +125,8 @@ def capacity(
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
+    grown: Sequence[Growth] = (),
+    on_fit: Callable[[Growth], None] | None = None,
 ) -> Capacity:
     """Grow each text's prefix along the grid until it no longer comes back (Table 3's C_tokens).
 
@@ -83,9 +143,12 @@ def capacity(
         init: where fresh vectors start, as in `fast_fit`.
         restarts: fresh starts after a warm one has come near and failed.
         backend, batch_size, progress: as in `fast_fit`.
+        grown: how far an earlier call with the same arguments has come, to go on from there.
+        on_fit: called after every fit with how far its text has come, to keep it.
 
     Raises:
         ValueError: an argument that cannot be met, named.
+        CapacityInterrupted: Ctrl-C; carries how far each text has come.
     """
     require_frozen(lm)
     grid = tuple(listed_items(lengths) or ())
@@ -103,57 +166,51 @@ def capacity(
     room = [n for n in grid if lm.context is None or layout.input_length(n) <= lm.context]
     require_length(grid[0], lm, layout)
 
-    count = len(targets)
-    exact, at_099, steps = (torch.zeros(count, dtype=torch.int64, device="cpu") for _ in range(3))
-    seconds, ended = (
-        torch.zeros(count, dtype=torch.float32, device="cpu"),
-        torch.zeros(count, dtype=torch.bool, device="cpu"),
-    )
-    growing = [_Growth(t, ids) for t, ids in enumerate(targets)]
-    for growth in growing:
-        growth.reaches = sum(n <= len(growth.ids) for n in room)
-        ended[growth.text] = growth.reaches == 0
-    growing = [growth for growth in growing if growth.reaches]
-    with Progress(count, "capacity", progress) as bar:
-        while growing:
-            groups = [growth.next_group(room) for growth in growing]
-            for group, (one,) in fit_groups(setup, groups, verify, lambda event: None):
-                growth = next(g for g in growing if g.text == group.index)
-                check = one.check
-                t, n = growth.text, room[growth.stage]
-                steps[t] += one.steps
-                seconds[t] += one.seconds
-                if check.accuracy >= 0.99:
-                    at_099[t] = n
-                    exact[t] = n if check.exact else exact[t]
-                    growth.start = one.vectors
-                    growth.stage, growth.failed = growth.stage + 1, 0
-                    ended[t] = growth.stage == growth.reaches
-                else:
-                    warm = growth.start is not None
-                    # The first failure was that of the warm start, which the first prefix has not.
-                    growth.failed += 1 + (not warm and growth.failed == 0)
-                    if warm and check.accuracy < _NEAR:
-                        growth.failed = restarts + 1
-                    growth.start = None
-            growing = [
-                g for g in growing if g.failed <= restarts and g.stage < g.reaches
-            ]  # fmt: skip
-            bar.update(count - len(growing), f"{len(growing)} texts still growing")
-    return Capacity(grid, exact, at_099, ended, steps, seconds)
+    reaches = [sum(n <= len(ids) for n in room) for ids in targets]
+    state = _begun(grown, reaches, (layout.slots, lm.hidden_size))
+
+    def has_ended(growth: Growth) -> bool:
+        return growth.failed > restarts or growth.stage == reaches[growth.text]
+
+    def result(growths: list[Growth]) -> Capacity:
+        def column(read: Callable[[Growth], float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor([read(growth) for growth in growths], dtype=dtype, device="cpu")
+
+        return Capacity(
+            lengths=grid,
+            exact=column(lambda g: g.exact, torch.int64),
+            at_099=column(lambda g: g.at_099, torch.int64),
+            ended=column(lambda g: g.stage == reaches[g.text], torch.bool),
+            steps=column(lambda g: g.steps, torch.int64),
+            seconds=column(lambda g: g.seconds, torch.float32),
+        )
+
+    try:
+        with Progress(len(state), "capacity", progress) as bar:
+            while left := [growth for growth in state if not has_ended(growth)]:
+                bar.update(len(state) - len(left), f"{len(left)} texts still growing")
+                groups = [growth.group(targets[growth.text], room[growth.stage]) for growth in left]
+                for group, (one,) in fit_groups(setup, groups, verify, lambda event: None):
+                    before = state[group.index]
+                    now = before.after(one, room[before.stage], restarts)
+                    if on_fit is not None:
+                        on_fit(now)
+                    state[group.index] = now  # what could not be kept does not count
+    except KeyboardInterrupt:
+        over = [growth for growth in state if has_ended(growth)]
+        raise CapacityInterrupted(result(over), [g.text for g in over], state) from None
+    return result(state)
 
 
-@dataclass
-class _Growth:
-    """One text on its way along the grid."""
-
-    text: int
-    ids: Tensor  # (N,)
-    stage: int = 0  # place in the grid of the prefix to fit next
-    reaches: int = 0  # places of the grid that the text is long enough for
-    failed: int = 0  # fits of this prefix that failed
-    start: Tensor | None = None  # (slots, d), vectors of the prefix before
-
-    def next_group(self, grid: Sequence[int]) -> Group:
-        row = Row(self.text, self.text, self.failed, self.ids[: grid[self.stage]], self.start)
-        return Group(self.text, (row,), None)
+def _begun(grown: object, reaches: list[int], shape: tuple[int, int]) -> list[Growth]:
+    """Return how far each text has come; ValueError where `grown` cannot be of these texts."""
+    found = listed_items(grown)
+    if found is None or not all(isinstance(growth, Growth) for growth in found):
+        raise ValueError(f"grown: {grown!r} is not a list of Growth")
+    state = [Growth(t) for t in range(len(reaches))]
+    for growth in found:
+        fits = 0 <= growth.text < len(state) and 0 <= growth.stage <= reaches[growth.text]
+        if not fits or (growth.start is not None and growth.start.shape != shape):
+            raise ValueError(f"grown: text {growth.text} has not come so far in these texts")
+        state[growth.text] = growth
+    return state

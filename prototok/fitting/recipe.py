@@ -11,7 +11,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_integer
+from prototok.common.arguments import hint, is_integer
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -175,8 +175,10 @@ FAST = Recipe(
 LEARNED = replace(FAST, name="learned", learned=10)
 
 
-def recipe_of(recipe: str | Recipe) -> Recipe:
-    """Return the recipe itself, or the one of that name."""
+def recipe_of(recipe: str | Recipe, max_steps: int | None = None) -> Recipe:
+    """Return the recipe itself, or the one of that name; `max_steps` replaces its own."""
+    if max_steps is not None:
+        return replace(recipe_of(recipe), max_steps=max_steps)
     if isinstance(recipe, Recipe):
         return recipe
     if recipe == "paper":
@@ -185,4 +187,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
         return FAST
     if recipe == "learned":
         return LEARNED
-    raise ValueError(f"recipe: {recipe!r} is not 'fast', 'paper', 'learned' or a Recipe")
+    known = ("fast", "paper", "learned")
+    raise ValueError(
+        f"recipe: {recipe!r} is not 'fast', 'paper', 'learned' or a Recipe" + hint(recipe, known)
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from prototok.common.shown import shapes
 from prototok.decoding.decode import decode_vectors
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
@@ -30,6 +31,8 @@ class Verified:
     loss: float
     ids: Tensor
     margins: Tensor
+
+    __repr__ = shapes
 
     @property
     def exact(self) -> bool:

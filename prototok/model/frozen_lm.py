@@ -26,6 +26,7 @@ from prototok.model.prefix import Prefix
 from prototok_kernels.plan import Plan, plan_of
 
 _casting = threading.Lock()
+_PREFIXES_KEPT = 8  # models behind other prefixes: a study of thousands must not keep them all
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,15 @@ class FrozenLM:
     _version: int = field(repr=False, default=0)
     _sampled: str = field(repr=False, default="")
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        context = "no limit" if self.context is None else f"context {self.context}"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return (
+            f"FrozenLM({self.identity.name!r}, {self.body.family}, d = {self.hidden_size}, "
+            f"V = {self.vocab_size}, {context}, {dtype} on {self.device}{front})"
+        )
 
     @cached_property
     def embedding(self) -> Tensor:
@@ -140,7 +150,9 @@ class FrozenLM:
 
     @own_world
     def behind(self, prefix: Prefix | None) -> FrozenLM:
-        """Return the model with a constant prefix in front of every input, made once and kept.
+        """Return the model with a constant prefix in front of every input.
+
+        The last few that were asked for are kept, so that asking again costs nothing.
 
         To its callers it is a model like any other: inputs are as long as they were, and `context`
         is what is left. Keys and values of the prefix are computed here, in the model's dtype. A
@@ -150,15 +162,17 @@ class FrozenLM:
         if prefix is None:
             return bare
         with _casting:  # so that threads that start together make it once
-            if prefix.key not in bare._behind:
-                bare._behind[prefix.key] = replace(
-                    bare,
-                    body=bare.body.behind(bare._vectors_of(prefix)),
-                    context=None if bare.context is None else bare.context - len(prefix),
-                    prefix=prefix,
-                    _bare=bare,
-                )
-            return bare._behind[prefix.key]
+            made = bare._behind.pop(prefix.key, None) or replace(
+                bare,
+                body=bare.body.behind(bare._vectors_of(prefix)),
+                context=None if bare.context is None else bare.context - len(prefix),
+                prefix=prefix,
+                _bare=bare,
+            )
+            bare._behind[prefix.key] = made  # as the latest; the dict is in that order
+            while len(bare._behind) > _PREFIXES_KEPT:
+                del bare._behind[next(iter(bare._behind))]
+            return made
 
     @property
     def prefix_vectors(self) -> Tensor | None:

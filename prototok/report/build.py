@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prototok.common.files import try_file, write_text
+from prototok.common.files import try_file, whole, write_text
 from prototok.common.version import VERSION
 from prototok.report import raster
 from prototok.report.chart import svg
@@ -142,10 +142,11 @@ def _print_page(out: Path, folder: Path, browser: str | None, written: Written) 
         return
     target = folder / _PRINTED
     with tempfile.TemporaryDirectory() as profile:
+        printed = Path(profile) / _PRINTED
         command = [
             found, "--headless", "--disable-gpu", "--no-sandbox", f"--user-data-dir={profile}",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", "--no-pdf-header-footer", f"--print-to-pdf={target.resolve()}",
+            "--disable-sync", "--no-pdf-header-footer", f"--print-to-pdf={printed}",
             out.resolve().as_uri(),
         ]  # fmt: skip
         try:
@@ -153,10 +154,12 @@ def _print_page(out: Path, folder: Path, browser: str | None, written: Written) 
         except (OSError, subprocess.TimeoutExpired) as error:
             written.skipped.append(f"the page as PDF: {found} failed ({type(error).__name__})")
             return
-    if run.returncode or not target.exists():
-        written.skipped.append(f"the page as PDF: {found} ended with {run.returncode}")
-    else:
-        written.files.append(target)
+        if run.returncode or not printed.exists():
+            written.skipped.append(f"the page as PDF: {found} ended with {run.returncode}")
+            return
+        with whole(target) as temporary:
+            shutil.copyfile(printed, temporary)
+    written.files.append(target)
 
 
 def _origin(results: Results) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prototok.common.files import whole
 from prototok.report.chart import COLOURS, Chart, Series, extent, tick_label, ticks
 
 _MARKERS = ("o", "s", "^", "D")
@@ -50,7 +51,8 @@ def draw(chart: Chart, paths: list[Path]) -> None:
     for path in paths:
         # Without a date the same run gives the same bytes.
         metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
-        figure.savefig(path, metadata=metadata)
+        with whole(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
 
 
 def _draw(axes: object, one: Series, colour: int) -> None:

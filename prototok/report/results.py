@@ -93,12 +93,18 @@ class Results:
         return self.experiments.get(name)
 
 
+_NEEDED = ("text_id", "seed", "length", "accuracy", "exact")  # by every figure
+
+
 def read(path: str | Path) -> Results:
     """Read the results of a run; ValueError where `path` is no run folder."""
     run = RunFolder.open(path)
     reasons = {row["key"]: row["reason"] for row in run.failures().to_pylist()}
     fits: dict[str, list[Fit]] = {}
     for row in run.fits().to_pylist():
+        lacking = [name for name in _NEEDED if row[name] is None]
+        if lacking:
+            raise ValueError(f"run: {run.path} has a fit of {row['key']} without {lacking[0]}")
         fits.setdefault(row["key"], []).append(row)
     plan = run.plan().to_pylist()
     columns = (

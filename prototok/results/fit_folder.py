@@ -10,23 +10,19 @@ Nothing else in F is ever touched.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prototok.common.files import remove_orphans, try_folder, write_text
+from prototok.common.files import remove_orphans, try_folder
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
-from prototok.model.prefix import Prefix
 from prototok.results.fit_result import FitResult, join, require_writable
+from prototok.results.unfinished import Unfinished, digest_of, name_of, require_same
 
-_FORMAT, _VERSION = "prototok.unfinished_fit", 1
-_TEXT = re.compile(r"\d{8}")
+_FORM = ("prototok.unfinished_fit", 1)
 
 
 @dataclass(frozen=True)
@@ -48,27 +44,33 @@ class FitFolder:
         """
         if self.resume and self.overwrite:
             raise ValueError("resume: give --resume to go on or --overwrite to start again")
-        require_writable(self.path)
-        if not (self.resume or self.overwrite):
-            if self._plan_file.is_file():
-                raise ValueError(
-                    f"out: {self.path} holds an unfinished fit of {len(self.done())} texts; give "
-                    "--resume to go on or --overwrite to start again"
-                )
-            earlier = self.earlier()
-            if earlier is not None:
-                raise ValueError(
-                    f"out: {self.path} holds an earlier fit of {earlier.tokens.texts} texts; give "
-                    "--overwrite to replace it"
-                )
-        with try_folder(self.path, "out"):
+        if not self.path.is_dir():
+            require_writable(self.path)
+        with try_folder(self.path, "out", alone=True, check=self._require_free):
             remove_orphans(self.path)
             try:
                 yield self
             except BaseException:
                 if not self.done():
-                    self._clear()
+                    self._unfinished.clear()
                 raise
+
+    def _require_free(self) -> None:
+        """Raise ValueError where something is that may not be replaced."""
+        require_writable(self.path)
+        if self.resume or self.overwrite:
+            return
+        if self._unfinished.is_there():
+            raise ValueError(
+                f"out: {self.path} holds an unfinished fit of {len(self.done())} texts; give "
+                "--resume to go on or --overwrite to start again"
+            )
+        earlier = self.earlier()
+        if earlier is not None:
+            raise ValueError(
+                f"out: {self.path} holds an earlier fit of {earlier.tokens.texts} texts; give "
+                "--overwrite to replace it"
+            )
 
     def begin(self, plan: dict[str, Any], need: int) -> list[int]:
         """Return the texts that are done already; from here on the folder is of this fit.
@@ -87,29 +89,32 @@ class FitFolder:
                 f"{need / 1e6:.1f} MB"
             )
         if self.overwrite:
-            self._clear()
-        if self._plan_file.is_file():
-            _require_same(self._stored_plan(), plan, self.path)
-        else:
-            self._remove_texts()  # where `finish` was cut short
-            if self.resume and (earlier := self.earlier()) is not None:
-                _require_same(plan_of_result(earlier), plan, self.path)
+            self._unfinished.clear()
+        if self.resume and not self._unfinished.is_there():
+            earlier = self.earlier()
+            if earlier is not None:
+                require_same(plan_of_result(earlier), plan, self.path)
+                self._unfinished.clear()  # where that was cut short
                 return list(range(plan["texts"]))
-            self._unfinished.mkdir(exist_ok=True)
-            write_text(self._plan_file, json.dumps(plan, indent=1) + "\n")
-        for folder in self._texts():
-            remove_orphans(folder)
-        return self.done()
+        self._unfinished.begin(plan)
+        kept = self.done()
+        for text in self._unfinished.parts():
+            if int(text.name) in kept:
+                remove_orphans(text)
+            else:
+                _remove(text)  # a process died between its two files
+        return kept
 
     def commit(self, text: int, result: FitResult) -> None:
         """Keep a text that has ended; when this returns it is on the disk."""
-        result.save(self._unfinished / f"{text:08d}")
+        result.save(self._unfinished.part(text))
 
     def done(self) -> list[int]:
         """Return the texts that are kept, in their order."""
-        if not self._plan_file.is_file():
+        if not self._unfinished.is_there():
             return []
-        return [int(path.name) for path in self._texts() if (path / "fits.parquet").is_file()]
+        found = self._unfinished.parts()
+        return [int(path.name) for path in found if (path / "fits.parquet").is_file()]
 
     def finish(self, whole: FitResult | None = None) -> FitResult:
         """Write the whole fit, clear what was kept on the way, and return it.
@@ -117,13 +122,13 @@ class FitFolder:
         Args:
             whole: the result where no text was kept on its own, as with a shared vector.
         """
-        if whole is None and not self._plan_file.is_file():
+        if whole is None and not self._unfinished.is_there():
             earlier = self.earlier()  # resumed, and it was whole already
             assert earlier is not None
             return earlier
         result = whole if whole is not None else self._joined(self.done())
         result.save(self.path, overwrite=True)
-        self._clear()
+        self._unfinished.clear()
         return result
 
     def interrupt(self) -> int:
@@ -149,55 +154,22 @@ class FitFolder:
             return None
 
     @property
-    def _unfinished(self) -> Path:
-        return self.path / "unfinished"
-
-    @property
-    def _plan_file(self) -> Path:
-        return self._unfinished / "fit.json"
-
-    def _texts(self) -> list[Path]:
-        if not self._unfinished.is_dir() or self._unfinished.is_symlink():
-            return []
-        return sorted(
-            path for path in self._unfinished.iterdir()
-            if _TEXT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-        )  # fmt: skip
+    def _unfinished(self) -> Unfinished:
+        return Unfinished(self.path / "unfinished", self.path, _FORM, _remove)
 
     def _joined(self, texts: Sequence[int]) -> FitResult:
-        return join([FitResult.load(self._unfinished / f"{text:08d}") for text in texts])
+        return join([FitResult.load(self._unfinished.part(text)) for text in texts])
 
-    def _stored_plan(self) -> dict[str, Any]:
-        try:
-            found = parse_json(self._plan_file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"out: {self._plan_file} is damaged ({error})") from None
-        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (
-            _FORMAT, _VERSION,
-        ):  # fmt: skip
-            raise ValueError(f"out: {self._plan_file} is not of an unfinished fit of this prototok")
-        return found
 
-    def _clear(self) -> None:
-        """Remove what was kept on the way, its plan first: without that it counts for nothing."""
-        if not self._plan_file.is_file():
-            return
-        self._stored_plan()
-        self._plan_file.unlink()
-        self._remove_texts()
-
-    def _remove_texts(self) -> None:
-        """Remove kept texts file by file, as a user may have put others there."""
-        for folder in self._texts():
-            remove_orphans(folder)
-            for name in ("fits.parquet", "proto_tokens.safetensors"):
-                (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if self._unfinished.is_dir():
-            remove_orphans(self._unfinished)
-            with contextlib.suppress(OSError):
-                self._unfinished.rmdir()
+def _remove(text: Path) -> None:
+    """Remove a kept text file by file, as a user may have put others there."""
+    if not text.is_dir():
+        return
+    remove_orphans(text)
+    for name in ("fits.parquet", "proto_tokens.safetensors"):
+        (text / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        text.rmdir()
 
 
 def plan_of(
@@ -211,7 +183,7 @@ def plan_of(
     return _plan(
         texts=len(targets), targets=targets, model=lm.identity.fingerprint,
         dtype=str(lm.dtype).removeprefix("torch."), arrangement=arrangement, share=share,
-        seeds=list(seeds), recipe=recipe, prefix=_named(lm.prefix),
+        seeds=list(seeds), recipe=recipe, prefix=name_of(lm.prefix),
     )  # fmt: skip
 
 
@@ -223,23 +195,9 @@ def plan_of_result(result: FitResult) -> dict[str, Any]:
         model=tokens.model.fingerprint, dtype=tokens.provenance.get("dtype"),
         arrangement=tokens.arrangement, share=tokens.share,
         seeds=parse_json(tokens.provenance.get("seeds", "null")),
-        recipe=tokens.provenance.get("recipe"), prefix=_named(tokens.prefix),
+        recipe=tokens.provenance.get("recipe"), prefix=name_of(tokens.prefix),
     )  # fmt: skip
 
 
-def _named(prefix: Prefix | None) -> str | None:
-    return None if prefix is None else hashlib.sha256(prefix.key).hexdigest()
-
-
 def _plan(targets: Sequence[Sequence[int]], **rest: Any) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([list(ids) for ids in targets]).encode()).hexdigest()
-    return {"format": _FORMAT, "version": _VERSION, **rest, "targets": digest}
-
-
-def _require_same(stored: dict[str, Any], plan: dict[str, Any], path: Path) -> None:
-    other = [name for name in plan if stored.get(name) != plan[name]]
-    if other:
-        raise ValueError(
-            f"resume: {path} holds a fit of other {', '.join(other)}; give --overwrite to start "
-            "again"
-        )
+    return {**rest, "targets": digest_of(targets)}

@@ -18,14 +18,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from prototok.common.files import flush, whole
+from prototok.common.files import flush, is_temporary, remove_orphans, whole
 from prototok.common.json import parse_json
+from prototok.common.shown import html_table
+from prototok.results.history import History
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import seeds_of
+from prototok.results.summary import summary_of
 from prototok.results.tensor_file import is_tensor_file
+from prototok.results.unfinished import is_left_over
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
     from prototok.results.mem_fit import MemFit
 
@@ -55,6 +60,8 @@ class FitResult:
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
     seed      int64, the seed that the row started from; −1 where a file from before seeds were kept
               holds the best of several
+    history   what was seen of each row as it was fitted, where `fast_fit` was asked for it; no file
+              keeps it
     """
 
     tokens: ProtoTokens
@@ -68,6 +75,40 @@ class FitResult:
     seconds: Tensor
     accuracy_in_batch: Tensor
     seed: Tensor
+    history: History | None = None
+
+    def __repr__(self) -> str:
+        return f"FitResult({summary_of(self)})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks, the best seed of each text."""
+        best = self.best()
+        return html_table(
+            repr(self),
+            ("text", "tokens", "right", "exact seeds", "margin", "steps", "seconds"),
+            (
+                (
+                    t,
+                    int(best.tokens.lengths[t]),
+                    int(best.correct[t, 0]),
+                    f"{int(self.exact[t].sum())} of {self.tokens.seeds}",
+                    f"{float(best.margin[t, 0]):.2f}",
+                    int(best.steps[t, 0]),
+                    f"{float(self.seconds[t].sum()):.1f}",
+                )
+                for t in range(self.tokens.texts)
+            ),
+            self.tokens.texts,
+        )
+
+    def plot(self) -> Figure:
+        """Draw loss and accuracy of every row over its steps; needs matplotlib.
+
+        Raises ValueError where nothing was recorded: fit with `history=True`.
+        """
+        if self.history is None:
+            raise ValueError("history: nothing was recorded; fit with history=True")
+        return self.history.plot()
 
     @property
     def failed(self) -> Tensor:
@@ -85,6 +126,7 @@ class FitResult:
         return replace(
             self,
             tokens=self.tokens.select(at.tolist(), chosen.tolist()),
+            history=self.history and self.history.select(chosen.tolist()),
             **{name: getattr(self, name)[at, chosen][:, None] for name in _MEASURED},
         )
 
@@ -123,6 +165,7 @@ class FitResult:
                 self.tokens.save(tokens)
                 pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
                 flush(fits)
+            remove_orphans(folder)
         except BaseException:
             # An interrupt may come when both have their names: then it is a whole fit.
             if is_new and not (folder / _FITS).exists():
@@ -168,7 +211,7 @@ class FitResult:
                 raise ValueError(f"folder: {folder} has targets that are not those of its vectors")
         if _SEEDS not in (table.schema.metadata or {}):
             measured["seed"] = seeds_of(tokens.provenance, tokens.seeds).expand(shape).clone()
-        return cls(tokens=tokens, targets=targets, **measured)
+        return cls(tokens=tokens, targets=targets, history=None, **measured)
 
     def _table(self, sha256: str | None = None) -> pa.Table:
         texts, seeds = self.accuracy.shape
@@ -215,6 +258,7 @@ def join(parts: Sequence[FitResult]) -> FitResult:
     return FitResult(
         tokens=tokens,
         targets=[ids for part in parts for ids in part.targets],
+        history=None,
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _MEASURED},
     )
 
@@ -223,9 +267,16 @@ def require_writable(folder: Path) -> None:
     """Raise ValueError unless a FitResult may be written there: nothing else is in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         return
-    if not any((folder / name).exists() for name in (_FITS, "unfinished/fit.json")):
+    # What an earlier fit left that was killed before it had kept anything, or between its files.
+    temporary = [path.name for path in folder.iterdir() if is_temporary(path)]
+    others = [path for path in folder.iterdir() if path.name not in temporary]
+    if all(path.name == "unfinished" and is_left_over(path) for path in others):
+        return
+    cut_short = any(name.startswith(f".{_FITS}~") for name in temporary)
+    signs = (_FITS, "unfinished/fit.json", *([_TOKENS] if cut_short else []))
+    if not any((folder / name).exists() for name in signs):
         raise ValueError(f"folder: {folder} exists and holds something else than a fit")
     for name, ours in ((_FITS, _is_ours), (_TOKENS, is_tensor_file)):
         path = folder / name

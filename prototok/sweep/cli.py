@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prototok.common.arguments import hint
 from prototok.common.command_line import PREFIX, Device, say
 from prototok.common.files import try_folder
 
@@ -74,6 +75,7 @@ def run(
     device: Device = "auto",
 ) -> None:
     """Do what is planned and not yet done."""
+    from prototok.sweep.files import RunNotWritable
     from prototok.sweep.local import LocalSettings, run_local
     from prototok.sweep.lots import to_do
     from prototok.sweep.run_folder import RunFolder
@@ -82,12 +84,18 @@ def run(
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not a positive integer")
     if launcher not in ("local", "ray", "slurm"):
-        raise ValueError(f"launcher: {launcher!r} is not local, ray or slurm")
+        raise ValueError(
+            f"launcher: {launcher!r} is not local, ray or slurm"
+            + hint(launcher, ("local", "ray", "slurm"))
+        )
     if slurm and launcher != "slurm":
         raise ValueError(f"slurm: given beside the launcher {launcher!r}")
     opened = RunFolder.open(folder)
     units = to_do(opened, shard, retry_failed)
     settings = LocalSettings(device, workers, batch_size or "auto", attempts)
+    if units:
+        with try_folder(opened.path / "tmp", "run"):  # before workers start
+            pass
     try:
         if not units:
             pass
@@ -106,6 +114,12 @@ def run(
     except KeyboardInterrupt:
         say(f"interrupted; {len(opened.done())} units are done in {folder}")
         raise typer.Exit(130) from None
+    except RunNotWritable as error:
+        say(
+            f"prototok: {error}; {len(opened.done())} units are done, and running it again goes on "
+            "from there"
+        )
+        raise typer.Exit(3) from None
     mine = {unit.key for unit in units}
     failed = [row for row in opened.failures().to_pylist() if row["key"] in _keys(opened, shard)]
     done = len(mine & opened.done())
@@ -120,8 +134,9 @@ def run(
 def status(folder: Run) -> None:
     """Count what is done, by experiment."""
     from prototok.sweep.run_folder import RunFolder
+    from prototok.sweep.status import status as status_of
 
-    print(RunFolder.open(folder).status())
+    print(status_of(RunFolder.open(folder)))
 
 
 @app.command()

@@ -15,11 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from prototok.common.arguments import hint
 from prototok.fitting.capacity import GRID
 from prototok.model.load import BUILT_IN
 from prototok.sweep import schema
+from prototok.sweep.files import require_place
 from prototok.sweep.models import load_model, tokenizer_of
-from prototok.sweep.run_folder import RunFolder, require_place
+from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.settings import Settings, read_config
 from prototok.sweep.unit import Unit, text_id
 from prototok.texts.sources import Source, TargetText, continuations, target_texts
@@ -135,9 +137,13 @@ def settings_of(
         ValueError: an unknown experiment, preset or key, or a value that cannot be.
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"experiment: {name!r} is not one of {', '.join(EXPERIMENTS)}")
+        raise ValueError(
+            f"experiment: {name!r} is not one of {', '.join(EXPERIMENTS)}" + hint(name, EXPERIMENTS)
+        )
     if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset: {preset!r} is not one of {', '.join(PRESETS)}" + hint(preset, PRESETS)
+        )
     experiment = EXPERIMENTS[name]
     found = dict(getattr(experiment, preset))
     if config is not None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prototok.common.files import is_temporary
 from prototok.common.json import parse_json
 
 
@@ -20,6 +23,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
+_OURS = re.compile(r"lock|run\.json~.*")  # in tmp/ while a run is made
 _cache: dict[tuple[Path, int, int], set[str]] = {}
 
 
@@ -83,3 +88,46 @@ def require_inside(folder: Path, names: tuple[str, ...]) -> None:
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise ValueError(f"run: {path} is a link that leads out of the folder")
+
+
+def require_place(path: Path) -> None:
+    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing.
+
+    A folder is empty, too, that a process was killed in while it made a run, or that one is making.
+    """
+    if not path.exists() or (path / "run.json").is_file():
+        return
+    if not path.is_dir() or not all(map(_is_begun, path.iterdir())):
+        raise ValueError(f"run: {path} exists and is not a run folder")
+
+
+def _is_begun(path: Path) -> bool:
+    if is_temporary(path):
+        return True
+    if path.name not in FOLDERS or path.is_symlink() or not path.is_dir():
+        return False
+    return all(path.name == "tmp" and _OURS.fullmatch(inside.name) for inside in path.iterdir())
+
+
+class RunNotWritable(OSError):
+    """A run folder takes no more, as on a full disk; what is in it stays, and a run goes on."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *temporary: Path) -> Iterator[None]:
+    """Remove the temporary files of a block that raises.
+
+    Raises:
+        RunNotWritable: the system refuses to write.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunNotWritable(
+                f"run: {folder} cannot be written any more ({error.strerror or error})"
+            ) from error
+        raise

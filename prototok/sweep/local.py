@@ -7,6 +7,7 @@ Workers end with their driver. torch is imported late: a worker sets its threads
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.progress import Progress
+from prototok.sweep.files import RunNotWritable
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit
@@ -65,6 +67,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers were ended, what they committed stays.
+        RunNotWritable: the disk is full; what was committed stays.
         RuntimeError: workers cannot be started.
     """
     places = places_of(settings.device, settings.workers)
@@ -107,6 +110,9 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
                 worker.process.terminate()
                 worker.process.join(10)
                 worker.process.kill()
+                worker.process.join()
+        with contextlib.suppress(OSError):
+            run.sweep_up()
 
 
 def places_of(device: str, workers: int | None) -> list[tuple[str, tuple[int, ...]]]:
@@ -175,14 +181,18 @@ def _employ(run: RunFolder, worker: _Process, lots: Lots, settings: LocalSetting
 
 
 def _listen(worker: _Process) -> Iterable[bool]:
-    """Hear a worker: that it is ready for a lot, or whether a unit was done."""
+    """Hear a worker: it is ready for a lot, a unit was done or not, or why it cannot go on."""
     try:
         while worker.pipe.poll():
             said = worker.pipe.recv()
             if said == "ready":
                 worker.ready, worker.lot, worker.failed_starts = True, None, 0
+            elif isinstance(said, str):
+                raise RunNotWritable(said)
             else:
                 yield bool(said)
+    except RunNotWritable:
+        raise
     except (EOFError, OSError):
         return
 
@@ -225,6 +235,9 @@ def _work(
                 return
             for _, ok in worker.do(lot):
                 pipe.send(ok)
+    except RunNotWritable as error:
+        pipe.send(str(error))
+        sys.exit(1)
     except (EOFError, BrokenPipeError):
         sys.exit(1)
 

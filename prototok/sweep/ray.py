@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.progress import Progress
+from prototok.sweep.files import RunNotWritable
 from prototok.sweep.local import LocalSettings
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder
@@ -39,6 +40,7 @@ def run_ray(run: RunFolder, units: list[Unit], settings: LocalSettings) -> None:
     Raises:
         ValueError: ray is not installed, or the cluster has no room for a worker.
         KeyboardInterrupt: Ctrl-C; what was committed stays.
+        RunNotWritable: the disk is full; what was committed stays.
     """
     try:
         import ray
@@ -95,6 +97,8 @@ def _dispatch(ray: Any, run: RunFolder, units: list[Unit], settings: LocalSettin
                 idle.append(actor)
                 try:
                     ray.get(task)
+                except RunNotWritable as error:  # Ray's own, of this kind as well
+                    raise RunNotWritable(str(error.cause)) from None  # type: ignore[attr-defined]
                 except ray.exceptions.RayError as error:
                     lots.died(lot, type(error).__name__)
             finished = (

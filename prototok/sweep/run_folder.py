@@ -24,13 +24,16 @@ import pyarrow.compute as pc
 from prototok.common.files import flush, host, put, remove_orphans
 from prototok.sweep import schema
 from prototok.sweep.files import (
+    FOLDERS,
     dump_json,
     keys_of,
     read_json,
     read_table,
     require_inside,
+    require_place,
     sha256_of,
     table_writer,
+    writing,
 )
 from prototok.sweep.unit import Unit
 
@@ -41,8 +44,7 @@ if TYPE_CHECKING:
 _FORMAT = "prototok.sweep"
 _NAME, _KEY = re.compile(r"[\w-]{1,64}"), re.compile(r"[0-9a-f]{24}")
 _ANY = re.compile(r".*")
-_FOLDERS = ("fits", "tensors", "failed", "compacted", "tmp")
-_ENTRIES = (*_FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
+_ENTRIES = (*FOLDERS, "run.json", "plan.parquet", "texts.parquet", "analysis", "slurm")
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class RunFolder:
         require_place(path)
         if (path / "run.json").exists():
             return cls.open(path)
-        for name in _FOLDERS:
+        for name in FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        run._write_json({"format": _FORMAT, "version": schema.VERSION, "experiments": {}})
+        with run._locked():
+            if not (path / "run.json").exists():  # another process may have been faster
+                run._write_json({"format": _FORMAT, "version": schema.VERSION, "experiments": {}})
         return run
 
     @classmethod
@@ -73,7 +77,7 @@ class RunFolder:
         run = cls(path)
         run._json()
         require_inside(path, _ENTRIES)
-        for name in _FOLDERS:  # version control and some copies leave empty folders out
+        for name in FOLDERS:  # version control and some copies leave empty folders out
             (path / name).mkdir(exist_ok=True)
         return run
 
@@ -200,23 +204,6 @@ class RunFolder:
                     seen.add(key)
                     yield key, functools.partial(table.take, own)
 
-    def status(self) -> str:
-        """Make a table for people: each experiment's units, what is done and what failed."""
-        done, failed = self.done(), set(self.failures()["key"].to_pylist())
-        plan = self.plan()
-        found: dict[str, set[str]] = {name: set() for name in self.settings()}
-        names, keys = plan["experiment"].to_pylist(), plan["key"].to_pylist()
-        for name, key in zip(names, keys, strict=True):
-            found[name].add(key)
-        lines: list[tuple[str, ...]] = [("experiment", "units", "done", "failed", "to do")]
-        for name, mine in [*found.items(), ("all", set(keys))]:
-            counts = len(mine), len(mine & done), len(mine & failed), len(mine - done - failed)
-            lines.append((name, *map(str, counts)))
-        width = max(len(line[0]) for line in lines)
-        return "\n".join(
-            line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in lines
-        )
-
     def tensors_path(self, key: str) -> Path:
         return self.path / "tensors" / f"{key}.safetensors"
 
@@ -237,27 +224,31 @@ class RunFolder:
         Args:
             rows: `schema.FITS` without key, row and tensors_sha256.
             save: writes the unit's tensors to the path it is given.
+
+        Raises:
+            RunNotWritable: the disk is full, or may not be written; nothing is left half written.
         """
         tensors = self._temporary(key + ".safetensors")
-        save(tensors)
-        flush(tensors)
-        sha256 = sha256_of(tensors)
-        filled = [
-            row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
-        ]
         shard = self._temporary(key + ".parquet")
-        table_writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
-        flush(shard)
-        # Alone, because the shard's hash must be that of the tensors beside it.
-        with self._locked():
-            if self.is_done(key):
-                tensors.unlink()
-                shard.unlink()
-                return False
-            os.replace(tensors, self.tensors_path(key))
-            flush(self.path / "tensors")
-            os.replace(shard, self.path / "fits" / f"{key}.parquet")
-            flush(self.path / "fits")
+        with writing(self.path, tensors, shard):
+            save(tensors)
+            flush(tensors)
+            sha256 = sha256_of(tensors)
+            filled = [
+                row | {"key": key, "row": i, "tensors_sha256": sha256} for i, row in enumerate(rows)
+            ]
+            table_writer(pa.Table.from_pylist(filled, schema=schema.FITS))(shard)
+            flush(shard)
+            # Alone, because the shard's hash must be that of the tensors beside it.
+            with self._locked():
+                if self.is_done(key):
+                    tensors.unlink()
+                    shard.unlink()
+                    return False
+                os.replace(tensors, self.tensors_path(key))
+                flush(self.path / "tensors")
+                os.replace(shard, self.path / "fits" / f"{key}.parquet")
+                flush(self.path / "fits")
         (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
         return True
 
@@ -365,8 +356,9 @@ class RunFolder:
         """Write a file of this folder so that it is there whole or not at all."""
         target = self.path / name
         temporary = self._temporary(target.name)
-        write(temporary)
-        put(temporary, target)
+        with writing(self.path, temporary):
+            write(temporary)
+            put(temporary, target)
 
     def _json(self) -> dict[str, Any]:
         found = read_json(self.path / "run.json")
@@ -387,13 +379,6 @@ class RunFolder:
     def _table(self, name: str, empty: pa.Schema) -> pa.Table:
         path = self.path / name
         return read_table(path, schema=empty) if path.exists() else empty.empty_table()
-
-
-def require_place(path: Path) -> None:
-    """Raise ValueError unless a run may be planned there: a run, an empty folder or nothing."""
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and not (path / "run.json").is_file():
-        raise ValueError(f"run: {path} exists and is not a run folder")
 
 
 def now() -> datetime.datetime:

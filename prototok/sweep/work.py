@@ -25,6 +25,7 @@ from prototok.fitting.front import front_of
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.mem_fit import MemFit
 from prototok.results.provenance import arithmetic, as_json, versions
+from prototok.sweep.files import RunNotWritable
 from prototok.sweep.models import load_model
 from prototok.sweep.modes import Mode, mode_of
 from prototok.sweep.run_folder import RunFolder, now
@@ -50,7 +51,8 @@ class Worker:
         """Fit units of one `group()`; yield (key, True if it is done, False if it failed).
 
         A unit that raises is recorded as failed and does not stop the others. What leaves a CUDA
-        device unusable is raised: the process has to end, and another to begin.
+        device unusable is raised: the process has to end, and another to begin. A run folder that
+        takes no more is raised as RunNotWritable.
         """
         units = [unit for unit in units if not self.run.is_done(unit.key)]
         if not units:
@@ -74,6 +76,8 @@ class Worker:
             for key in self._fit(lm, units):
                 done.add(key)
                 yield key, True
+        except RunNotWritable:
+            raise  # no unit is to blame
         except Exception as error:
             unusable = lm.device.type == "cuda" and not isinstance(
                 error, ValueError | torch.OutOfMemoryError

@@ -24,19 +24,25 @@ from prototok_kernels.pair import first_layer_triton as kernels
 POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad_coef_ptr"}
 
 # As _tiles chooses for Pythia-160M (12 heads, d = 768), Llama-3.2-1B (32, 2048) and 64 heads.
-PYTHIA = {"D": 768, "HP": 16, "BN": 64, "BD": 128, "PRECISION": "tf32"}
-LLAMA_FP32 = {"D": 2048, "HP": 32, "BN": 32, "BD": 128, "PRECISION": "ieee"}
-WIDE_FP32 = {"D": 8192, "HP": 64, "BN": 16, "BD": 128, "PRECISION": "ieee"}
-SCAN = {"HAS_GRAD_COEF": True, "BN": 256}
+PYTHIA = {"P": 0, "D": 768, "HP": 16, "BN": 64, "BD": 128, "PRECISION": "tf32"}
+LLAMA_FP32 = {"P": 0, "D": 2048, "HP": 32, "BN": 32, "BD": 128, "PRECISION": "ieee"}
+WIDE_FP32 = {"P": 0, "D": 8192, "HP": 64, "BN": 16, "BD": 128, "PRECISION": "ieee"}
+SCAN = {"P": 0, "HAS_GRAD_COEF": True, "BN": 256}
 EVERYWHERE = [
     ("affine_scan_forward_kernel", "bf16", PYTHIA),
     ("affine_backward_kernel", "bf16", PYTHIA),
     ("scan_backward_kernel", "bf16", SCAN),
 ]
+EVERYWHERE += [(name, dtype, {**sizes, "P": 1}) for name, dtype, sizes in EVERYWHERE]
 ONCE = [
     ("affine_scan_forward_kernel", "fp32", LLAMA_FP32),
     ("affine_backward_kernel", "fp32", WIDE_FP32),
     ("scan_backward_kernel", "bf16", {**SCAN, "HAS_GRAD_COEF": False}),
+]
+# In fp32 behind a prefix a tile has half the columns.
+ONCE += [
+    (name, dtype, {**sizes, "P": 4} | ({"BD": 64} if dtype == "fp32" else {}))
+    for name, dtype, sizes in ONCE
 ]
 
 

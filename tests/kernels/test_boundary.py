@@ -201,6 +201,19 @@ def calls() -> dict[str, Call]:
             {"hidden": halves(R, D), "grad_hidden": halves(R, D), **head_tensors()},
             ("grad_hidden", "token_weight"), needs_bf16=True,
         ),
+        "Packed": Call(lambda **t: _cpu.Packed(**t), {"weight": halves(V, D)}, needs_bf16=True),
+        "Packed.product": Call(
+            lambda **t: _cpu.Packed(**views(weight=halves(V, D))).product(
+                **t, add=True, few=False
+            ),
+            {"inputs": halves(R, D), "bias": halves(V), "out": halves(R, V)},
+            ("bias",), needs_bf16=True,
+        ),
+        "Packed.sum": Call(
+            lambda **t: _cpu.Packed(**views(weight=halves(V, D))).sum(**t, begin=2, few=False),
+            {"inputs": halves(R, D - 2), "scale": floats(R), "sum": floats(R, 64)},
+            ("scale",), needs_bf16=True,
+        ),
         "DecoderBlocks.forward": Call(
             lambda **t: blocks().forward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "out": halves(R, N, D),
@@ -218,6 +231,12 @@ def calls() -> dict[str, Call]:
             first_layer, first_layer_weights(),
             ("input_norm_bias", "qkv_bias", "q_norm", "k_norm", "out_bias", "up_bias",
              "down_bias"), needs_bf16=True,
+        ),
+        "FirstLayer.behind": Call(
+            lambda **t: first_layer(**views(**first_layer_weights())).behind(**t),
+            {"prefix": halves(2, K, F, C), "shift": floats(D), "fixed": floats(H * (F - 1), D),
+             "centred": floats(H * (F - 1), D), "projected": floats(H * (F - 1), 2 * INNER)},
+            needs_bf16=True,
         ),
         "FirstLayer.forward": Call(
             lambda **t: first_layer(**views(**first_layer_weights())).forward(**t, **one),

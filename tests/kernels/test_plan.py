@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from prototok_kernels.backend import Machine, require
-from prototok_kernels.plan import FEW_POSITIONS, SMALL_TEXT, Plan, Shape, plan_of
+from prototok_kernels.plan import (
+    FEW_POSITIONS,
+    FEW_POSITIONS_AMX,
+    SMALL_TEXT,
+    Plan,
+    Shape,
+    plan_of,
+)
 
 CPU = Machine(
     cpp=True, instruction_sets=("avx512bf16", "avx512", "avx2", "baseline"), triton=False,
     interpreted=False, threads=2,
 )  # fmt: skip
+AMX_CPU = dataclasses.replace(CPU, instruction_sets=("amx", *CPU.instruction_sets))
 OLD_CPU = dataclasses.replace(CPU, instruction_sets=("avx2", "baseline"))
 BARE = Machine(cpp=False, instruction_sets=(), triton=False, interpreted=False, threads=2)
 GPU = dataclasses.replace(BARE, triton=True)
@@ -40,7 +48,7 @@ def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
     assert taken(planned()) == {
         "passes": "cpu", "attention": "cpu", "first_layer": "cpu", "first_mlp": "span",
         "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "head": "packed",
-        "update": "cpu",
+        "update": "cpu", "products": "avx512bf16",
     }  # fmt: skip
 
 
@@ -48,6 +56,32 @@ def test_a_processor_without_them_takes_torchs_products() -> None:
     found = taken(planned(machine=OLD_CPU))
     assert found["first_layer"] == "torch" and found["blocks"] == "one by one"
     assert found["head"] == found["passes"] == found["update"] == "cpu"
+    assert found["products"] == "torch"
+
+
+def test_tiles_are_taken_where_there_are_any_and_else_the_plan_says_why_not() -> None:
+    plan = planned(machine=AMX_CPU)
+    assert taken(plan) == taken(planned()) | {"products": "amx"}
+    assert plan.instruction_set == "amx" and "products amx" in plan.summary()
+    why = "the system does not let this process use tiles: Operation not permitted"
+    refused = planned(machine=dataclasses.replace(CPU, missing=(("amx", why),)))
+    assert refused.products.taken == "avx512bf16" and refused.instruction_set == "avx512bf16"
+    assert ("amx", why) in refused.products.others and why in str(refused)
+    single = planned(
+        dataclasses.replace(LLAMA, unpacked="a weight is float32", head_unpacked="as well"),
+        AMX_CPU, dtype=torch.float32,
+    )  # fmt: skip
+    assert single.products.taken == "torch"
+    assert dict(single.products.others)["amx"] == "no part has packed weights"
+
+
+def test_one_forward_on_tiles_leaves_the_decoder_sooner() -> None:
+    for dtype, most in ((torch.bfloat16, FEW_POSITIONS_AMX), (torch.float32, FEW_POSITIONS)):
+        for length, expected in ((most, "cpu"), (most + 1, "blocks")):
+            plan = planned(machine=AMX_CPU, rows=1, length=length, dtype=dtype)
+            assert taken(plan)["decoder"] == expected
+    tokens = planned(machine=AMX_CPU, rows=FEW_POSITIONS, length=1)  # generated one by one
+    assert taken(tokens)["decoder"] == "cpu"
 
 
 def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
@@ -59,9 +93,13 @@ def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
 
 
 def test_cuda_takes_triton() -> None:
-    found = taken(planned(NEOX, GPU, device="cuda", rows=256, length=128))
+    found = taken(planned(NEOX, GPU, device="cuda", rows=1024, length=128))
     assert {found[part] for part in ("passes", "first_layer", "head", "update")} == {"triton"}
     assert found["second_layer"] == "span" and found["blocks"] == "one by one"
+    # Few positions: the closed form's launches cost more than it saves.
+    few = planned(NEOX, GPU, device="cuda", rows=8, length=128)
+    assert few.first_layer.taken == few.second_layer.taken == "in full"
+    assert "small operations" in str(few.first_layer)
     flash = dataclasses.replace(NEOX, flash=True)
     assert taken(planned(flash, GPU, device="cuda"))["attention"] == "flash"
 
@@ -95,21 +133,40 @@ def test_the_closed_form_is_for_pairs_within_the_window() -> None:
     assert taken(planned(Shape()))["first_layer"] == "in full"
 
 
-def test_behind_a_prefix_the_first_layer_is_torchs_and_its_span_is_wider() -> None:
-    behind = dataclasses.replace(LLAMA, prefix=1)
+def test_behind_a_prefix_the_first_layer_collapses_where_its_wider_span_is_cheaper() -> None:
+    behind = dataclasses.replace(LLAMA, prefix=1)  # S = 10
     found = taken(planned(behind))
-    assert found["first_layer"] == "torch" and found["blocks"] == "cpu"
-    assert ("cpu", "there is a prefix") in planned(behind).first_layer.others
-    assert taken(planned(behind, GPU, device="cuda"))["first_layer"] == "torch"
-    assert found["first_mlp"] == "span"
-    assert taken(planned(dataclasses.replace(LLAMA, prefix=12)))["first_mlp"] == "positions"
-    # So few positions go through one more block in C++, where there is one.
-    assert taken(planned(behind, length=8))["first_layer"] == "in full"
-    assert taken(planned(behind, OLD_CPU, length=8))["first_layer"] == "torch"
-    long = dataclasses.replace(LLAMA, prefix=65)
-    assert taken(planned(long))["first_layer"] == "in full"
+    assert found["first_layer"] == found["blocks"] == "cpu" and found["first_mlp"] == "span"
+    assert taken(planned(behind, OLD_CPU))["first_layer"] == "torch"
+    assert taken(planned(behind, GPU, device="cuda", rows=1024))["first_layer"] == "triton"
+    # 10 (64 + N) < 64 N; so few positions go through one more block in C++, where there is one.
+    assert taken(planned(behind, length=12))["first_layer"] == "cpu"
+    assert taken(planned(behind, length=11))["first_layer"] == "in full"
+    assert taken(planned(behind, OLD_CPU, length=11))["first_layer"] == "torch"
+    assert taken(planned(behind, OLD_CPU, length=11))["first_mlp"] == "positions"
+
+
+def test_constants_of_a_prefix_cost_their_part_of_each_position_and_no_product() -> None:
+    # 10 (64 + 64) + 4 · 4 (P − 1) 64 < 64 · 64
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=3)))["first_layer"] == "cpu"
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4)))["first_layer"] == "in full"
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4), OLD_CPU))["first_mlp"] == "positions"
+    # With many positions the products that are spared pay for 48 operations of 64, not for all.
+    assert taken(planned(dataclasses.replace(LLAMA, prefix=4), length=640))["first_layer"] == "cpu"
+    wide = dataclasses.replace(LLAMA, prefix=5)
+    assert taken(planned(wide, length=640))["first_layer"] == "in full"
+
+
+def test_a_prefix_longer_than_the_text_or_beyond_the_window_is_run_in_full() -> None:
+    for prefix, expected in ((64, "torch"), (65, "in full")):
+        long = dataclasses.replace(LLAMA, prefix=prefix)
+        assert taken(planned(long, OLD_CPU))["first_layer"] == expected
+    for prefix, expected in ((64, "triton"), (65, "in full")):
+        long = dataclasses.replace(NEOX, prefix=prefix)
+        assert taken(planned(long, GPU, device="cuda", rows=1024))["first_layer"] == expected
     windowed = dataclasses.replace(LLAMA, prefix=1, window=64)
     assert taken(planned(windowed))["first_layer"] == "in full"
+    assert taken(planned(windowed, length=63))["first_layer"] == "cpu"
     wider = dataclasses.replace(NEOX, prefix=3)
     assert taken(planned(NEOX))["second_layer"] == "span"
     assert taken(planned(wider, length=54))["second_layer"] == "in full"
@@ -143,12 +200,12 @@ def test_few_positions_go_through_the_decoder() -> None:
 def test_a_plan_prints_a_line_and_a_reason_for_every_part() -> None:
     for plan in (planned(), planned(Shape()), planned(NEOX, GPU, device="cuda")):
         lines = str(plan).splitlines()
-        assert len(lines) == 1 + len(plan.choices()) == 10
+        assert len(lines) == 1 + len(plan.choices()) == 11
         for line, (name, choice) in zip(lines[1:], plan.choices().items(), strict=True):
             assert line.startswith(name) and choice.reason
             assert all(why for _, why in choice.others)
             assert choice.taken not in dict(choice.others)
-        assert plan.summary().count(",") == 8
+        assert plan.summary().count(",") == 9
 
 
 def test_an_op_takes_a_decision_and_no_request() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,22 +12,37 @@ from torch import Tensor
 
 import prototok
 from against_fp64 import assert_as_close_as_torch, with_gradients
-from kernels.test_first_layer import CASES, D, expanded, rotary_tables, vectors
+from kernels.test_first_layer import (
+    CASES,
+    HEAD_SIZE,
+    TRITON_DEVICE,
+    D,
+    assert_as_good_as_general,
+    expanded,
+    random_tensors,
+    rotary_tables,
+    vectors,
+)
 from kernels.test_first_layer import with_gradients as to_inputs
 from plans import plan_for
 from prototok.model.families import DecoderBody
+from prototok_kernels import packed
 from prototok_kernels.attention import attention
 from prototok_kernels.backend import this_machine
-from prototok_kernels.layers import DecoderLayer, decoder_layer
-from prototok_kernels.packed import PACKED
-from prototok_kernels.pair.first_layer import first_layer, first_layer_ref
+from prototok_kernels.layers import DecoderLayer, LlamaLayer, decoder_layer
+from prototok_kernels.pair import first_layer_cpu
+from prototok_kernels.pair.first_layer import first_layer, first_layer_ref, first_layer_spanned
+from prototok_kernels.pair.second_layer import (
+    second_layer_projections,
+    second_layer_projections_ref,
+)
 from prototok_kernels.prefix import behind_prefix
 from zoo import OWN, made
 
 FRONTS = [1, 3, 16]
 
 needs_bf16 = pytest.mark.skipif(
-    PACKED not in this_machine().instruction_sets, reason=f"needs {PACKED}"
+    this_machine().packed is None, reason="needs products of packed weights"
 )
 
 
@@ -103,18 +119,236 @@ def test_the_closed_form_of_many_positions_takes_either_mlp(mlp: str) -> None:
         torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-9)
 
 
-def test_logits_of_the_prefix_that_span_hundreds_of_nats_stay_finite() -> None:
+# Behind P vectors, and at most as many positions: P = N, P > N, one position, many.
+SIZES = [(1, 1), (1, 9), (1, 70), (4, 33), (16, 33), (16, 3)]
+SEQUENTIAL = [case for case in CASES if "parallel" not in case]
+
+
+def planned(backend: str, layer: DecoderLayer, length: int) -> Any:
+    """A plan that takes the closed form of a backend at any size."""
+    plan = plan_for([layer], 3, length, backend)
+    return dataclasses.replace(
+        plan, first_layer=dataclasses.replace(plan.first_layer, taken=backend)
+    )
+
+
+def collapsed(backend: str) -> Callable[..., Tensor]:
+    """`first_layer` of a backend from and to the CPU; gradients pass through."""
+
+    def run(*args: Any) -> Tensor:
+        if backend == "triton":
+            args = tuple(
+                a.to(TRITON_DEVICE) if isinstance(a, (Tensor, DecoderLayer)) else a for a in args
+            )
+        _, _, _, length, layer, *_ = args
+        return first_layer(*args, planned(backend, layer, length)).cpu()
+
+    return run
+
+
+def errors_behind(
+    layer: DecoderLayer,
+    tables: Callable[[int], tuple[Tensor, Tensor]],
+    count: int,
+    length: int,
+    ways: dict[str, Callable[..., Tensor]],
+    groups: int | None = None,
+) -> dict[str, list[float]]:
+    """Relative errors of h1, ∂e and ∂m of each way and of the general layer, in layer's dtype."""
+    cos, sin = tables(count + length)
+    width = layer.hidden_size
+    front = prefix_of_width(width, count).to(layer.dtype)
+    e, m, group = vectors(3, groups, width)
+    e, m = (t.detach().float().requires_grad_() for t in (e, m))
+    (behind,) = behind_prefix([layer], front, cos, sin)
+
+    def general(layer: DecoderLayer) -> Tensor:
+        x = expanded(e, m, group, length).to(layer.dtype)
+        return in_the_input(x, front.to(layer.dtype), layer, cos, sin)
+
+    found = {"general": to_inputs(general(layer), e, m)}
+    for name, way in ways.items():
+        h = way(e, m, group, length, behind, cos, sin)
+        assert h.dtype == layer.dtype
+        found[name] = to_inputs(h, e, m)
+    truth = to_inputs(general(layer.to(torch.float64)), e, m)
+    return {
+        name: [
+            float((f.double() - t).norm() / t.double().norm().clamp(min=1e-30))
+            for f, t in zip(tensors, truth, strict=True)
+        ]
+        for name, tensors in found.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count, length", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_torchs_closed_form_errs_no_more_than_the_general_layer(
+    case: str, count: int, length: int, dtype: torch.dtype
+) -> None:
+    layer, tables = CASES[case]
+    ways = {"torch": collapsed("torch")}
+    assert_as_good_as_general(errors_behind(layer.to(dtype), tables, count, length, ways), dtype)
+
+
+@needs_bf16
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("count, length", SIZES)
+@pytest.mark.parametrize("case", SEQUENTIAL)
+def test_the_closed_form_in_cpp_errs_no_more_than_the_general_layer(
+    case: str, count: int, length: int, groups: int | None
+) -> None:
+    layer, tables = CASES[case]
+    ways = {"cpu": collapsed("cpu")}
+    errors = errors_behind(layer.to(torch.bfloat16), tables, count, length, ways, groups)
+    assert_as_good_as_general(errors, torch.bfloat16)
+
+
+@needs_bf16
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("heads, kv_heads, size", [(19, 19, 6), (18, 6, 10), (2, 1, 128)])
+def test_the_closed_form_in_cpp_of_heads_off_every_vector_and_panel(
+    heads: int, kv_heads: int, size: int, count: int
+) -> None:
+    inner, d = 74, 50
+    shapes = {
+        "qkv": ((heads + 2 * kv_heads) * size, d), "o": (d, heads * size),
+        "gate_up": (2 * inner, d), "down": (d, inner), "input_norm": (d,), "post_norm": (d,),
+        "o_bias": (d,),
+    }  # fmt: skip
+    layer = LlamaLayer(
+        **random_tensors(5, **shapes), heads=heads, kv_heads=kv_heads, head_size=size,
+        scaling=size**-0.5, eps=1e-5, activation="silu",
+    ).to(torch.bfloat16)  # fmt: skip
+    ways = {"cpu": collapsed("cpu")}
+    errors = errors_behind(layer, lambda n: rotary_tables(n, size), count, 37, ways)
+    assert_as_good_as_general(errors, torch.bfloat16)
+
+
+@needs_bf16
+def test_the_closed_form_in_cpp_gives_the_same_bits_by_any_number_of_threads() -> None:
+    layer, tables = CASES["llama-gqa-biases"]
+    cos, sin = tables(2 + 33)
+    (behind,) = behind_prefix([layer.to(torch.bfloat16)], prefix_of(2).bfloat16(), cos, sin)
+    before = torch.get_num_threads()
+
+    def found(threads: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(threads)
+        e, m, group = vectors(5, 2)
+        return to_inputs(collapsed("cpu")(e, m, group, 33, behind, cos, sin), e, m)
+
+    try:
+        one, three = found(1), found(3)
+        behind.gate_up.mul_(2)  # type: ignore[attr-defined]
+        changed = found(1)
+        behind.prefix.mul_(2)  # type: ignore[union-attr]
+        moved = found(1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    assert not torch.equal(one[0], changed[0]) and not torch.equal(changed[0], moved[0])
+
+
+@needs_bf16
+def test_first_layers_behind_prefixes_share_the_packed_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, tables = CASES["llama-gqa-biases"]
+    layer, made, held = layer.to(torch.bfloat16), [], len(packed._packed)
+    cos, sin = tables(20)
+
+    def counted(**arguments: Any) -> Any:
+        made.append(real(**arguments))
+        return made[-1]
+
+    real = first_layer_cpu._cpu.FirstLayer
+    monkeypatch.setattr(first_layer_cpu._cpu, "FirstLayer", counted)
+
+    def run(layer: DecoderLayer) -> Tensor:
+        e, m, _ = vectors(3)
+        return collapsed("cpu")(e, m, None, 17, layer, cos, sin).detach()
+
+    behind = [behind_prefix([layer], prefix_of(n).bfloat16(), cos, sin)[0] for n in (1, 3)]
+    found = [[run(each) for each in (layer, *behind)] for _ in range(2)]
+    assert len(made) == 1 and len(packed._packed) == held + 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # The same weights with other settings are another block.
+    louder = dataclasses.replace(layer, scaling=2 * layer.scaling)
+    assert not torch.equal(run(louder), found[0][0]) and len(made) == 2
+    del layer, louder, behind
+    made.clear()
+    assert len(packed._packed) == held
+
+
+@pytest.mark.parametrize(
+    "case, count, length, dtype, groups",
+    [
+        (case, *sizes)
+        for case in ("llama-gqa", "neox-parallel-partial-rotary", "neox-sequential-gelu-tanh")
+        for sizes in [
+            (1, 1, torch.float32, None),
+            (3, 2, torch.float32, 2),
+            (1, 17, torch.bfloat16, 2),
+            (4, 17, torch.float32, None),
+        ]
+    ]
+    + [("llama-gqa", 1, 70, torch.float32, 2), ("neox-parallel", 16, 70, torch.bfloat16, None)],
+)
+def test_the_closed_form_in_triton_errs_no_more_than_the_general_layer(
+    case: str, count: int, length: int, dtype: torch.dtype, groups: int | None
+) -> None:
+    pytest.importorskip("triton")
+    layer, tables = CASES[case]
+    ways = {"triton": collapsed("triton")}
+    errors = errors_behind(layer.to(dtype), tables, count, length, ways, groups)
+    assert_as_good_as_general(errors, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_logits_of_the_prefix_hundreds_of_nats_apart(backend: str, count: int) -> None:
+    """Qwen2's key biases, on the prefix as well."""
     layer, tables = CASES["llama-gqa-biases"]
     assert layer.qkv_bias is not None
-    bias = layer.qkv_bias.clone()
-    bias[: 6 * 8] *= 300  # of queries and keys
-    layer = dataclasses.replace(layer, qkv_bias=bias).to(torch.float32)
-    cos, sin = tables(3 + 33)
-    (behind,) = behind_prefix([layer], prefix_of(3), cos, sin)
-    e, m, _ = vectors(3)
-    plan = plan_for([behind], 3, 33, "torch")
-    for value in to_inputs(first_layer(e, m, None, 33, behind, cos, sin, plan), e, m):
-        assert value.isfinite().all()
+    values = layer.kv_heads * HEAD_SIZE
+    loud = torch.cat([25 * layer.qkv_bias[:-values].sign(), layer.qkv_bias[-values:]])
+    dtype = torch.bfloat16 if backend == "cpu" else torch.float32  # the C++ takes no other
+    if backend == "triton":
+        pytest.importorskip("triton")
+    if backend == "cpu" and this_machine().packed is None:
+        pytest.skip("needs products of packed weights")
+    layer = dataclasses.replace(layer, qkv_bias=loud).to(dtype)
+    errors = errors_behind(layer, tables, count, 33, {"found": collapsed(backend)})
+    assert_as_good_as_general(errors, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_products_of_the_second_layer_read_the_wider_span(count: int, backend: str) -> None:
+    first, second = CASES["neox-parallel"][0], CASES["neox-parallel-partial-rotary"][0]
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cpu" if backend == "torch" else TRITON_DEVICE
+    cos, sin = (t.to(device) for t in rotary_tables(count + 60))
+    front = prefix_of(count).to(device)
+    layers = behind_prefix([layer.to(device) for layer in (first, second)], front, cos, sin)
+    layers = [layer.to(dtype) for layer in layers]
+    e, m, group = (t.to(device) for t in vectors(3, 2))
+    pair = (e, m, group, 60, layers[0], cos, sin, planned(backend, layers[0], 60))
+    x, coef, span = first_layer_spanned(*pair)
+    found = *second_layer_projections(x, coef, span, layers[1]), x
+    expected = *second_layer_projections_ref(x, layers[1]), x
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for f, w in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, w, rtol=tolerance, atol=tolerance)
+    probes = [torch.ones_like(t).cumsum(-1) / t.shape[-1] for t in expected]
+    of_found, of_expected = (
+        torch.autograd.grad(both, (e, m), probes, retain_graph=True) for both in (found, expected)
+    )
+    for f, w in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(f, w, rtol=tolerance, atol=tolerance * float(w.abs().max()))
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -136,6 +136,18 @@ def test_the_float32_twin_stands_behind_the_same_prefix() -> None:
     assert lm.behind(prefix).cast(torch.bfloat16) is lm.behind(prefix)
 
 
+def test_the_latest_prefixes_alone_are_kept() -> None:
+    lm = prototok.load(small_llama(), device="cpu", dtype="float32")
+    kept = lm.behind(prefix_of(lm, [0]))
+    fitted = weakref.ref(lm.behind(prefix_of(lm, [1])))
+    prototok.fast_fit(lm, [[3, 4]], prefix=[1], recipe=prototok.Recipe(max_steps=1), progress=False)
+    for token in range(2, 12):
+        assert lm.behind(kept.prefix) is kept
+        lm.behind(prefix_of(lm, [token]))
+    gc.collect()
+    assert fitted() is None
+
+
 def test_what_stands_behind_a_prefix_goes_with_its_model() -> None:
     lm = prototok.load(small_llama(), device="cpu", dtype="float32")
     gone = weakref.ref(lm.behind(Prefix(torch.ones(1, 32))))

@@ -14,8 +14,10 @@ import prototok
 from prototok import FitResult
 from prototok.cli import main
 from prototok.common import files
+from prototok.results import fit_folder
 from prototok.results.fit_folder import FitFolder
 from prototok.results.fit_result import join
+from prototok.results.unfinished import Unfinished
 
 BOOK = (Path(prototok.__file__).parent / "models/tiny-llama/held_out.txt").read_text()[:90]
 
@@ -334,7 +336,7 @@ def test_arguments_are_checked_before_the_model_loads(
 def test_an_end_while_clearing_up_is_no_loss(removed: int, home: Path, monkeypatch, capsys) -> None:
     """The whole fit is there; of what was kept on the way some texts are gone already."""
     with monkeypatch.context() as patched:
-        patched.setattr(FitFolder, "_remove_texts", lambda self: None)
+        patched.setattr(fit_folder, "_remove", lambda text: None)
         assert fit(limit=2) == 0
     assert len(os.listdir(home / "F" / "unfinished")) == 2
     for text in range(removed):
@@ -348,7 +350,7 @@ def test_an_end_while_clearing_up_is_no_loss(removed: int, home: Path, monkeypat
 
 def test_a_save_cut_short_is_made_good_by_resuming(home: Path, monkeypatch, capsys) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(FitFolder, "_clear", lambda self: None)
+        patched.setattr(Unfinished, "clear", lambda self: None)
         assert fit(limit=2) == 0
     FitResult.load(home / "F" / "unfinished" / "00000000").tokens.save(
         home / "F" / "proto_tokens.safetensors"
@@ -357,3 +359,46 @@ def test_a_save_cut_short_is_made_good_by_resuming(home: Path, monkeypatch, caps
         FitResult.load(home / "F")
     assert fit("--resume", limit=2) == 0
     assert FitResult.load(home / "F").tokens.texts == 2
+
+
+DEAD = f"~{files.host()}.0.999999999"  # how a process that was killed named what it was writing
+
+
+def test_a_chunk_that_was_killed_between_its_two_files_is_fitted_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(2, patched, KeyboardInterrupt())
+        assert fit() == 130
+    folder = home / "F" / "unfinished"
+    kept = next(folder.glob("0*"))
+    cut = next(path for t in range(4) if not (path := folder / f"{t:08d}").exists())
+    cut.mkdir()
+    shutil.copy(kept / "proto_tokens.safetensors", cut)
+    (cut / f".fits.parquet{DEAD}").write_bytes(b"PAR1")
+    assert fit("--resume") == 0
+    assert FitResult.load("F").tokens.texts == 4
+    assert sorted(os.listdir("F")) == ["fits.parquet", "proto_tokens.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "left", [[f".trial{DEAD}"], [f"unfinished/.fit.json{DEAD}"], ["unfinished/00000001/x"]]
+)
+def test_a_place_that_a_process_was_killed_in_can_be_used(left: list[str], home: Path) -> None:
+    for name in left:
+        (home / "F" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "F" / name).write_bytes(b"")
+    assert fit(limit=1) == 0
+    assert FitResult.load("F").tokens.texts == 1
+
+
+def test_a_save_that_was_killed_between_its_two_files_can_be_made_again(tmp_path: Path) -> None:
+    result = made_result()
+    result.save(tmp_path / "F")
+    (tmp_path / "F" / "fits.parquet").rename(tmp_path / "F" / f".fits.parquet{DEAD}")
+    result.save(tmp_path / "F")
+    assert FitResult.load(tmp_path / "F").tokens.texts == 3
+    assert sorted(os.listdir(tmp_path / "F")) == ["fits.parquet", "proto_tokens.safetensors"]
+    (tmp_path / "F" / "fits.parquet").unlink()
+    with pytest.raises(ValueError, match="holds something else than a fit"):
+        result.save(tmp_path / "F")  # vectors that somebody saved alone

@@ -93,7 +93,7 @@ def test_a_commit_that_stops_at_any_call_leaves_a_folder_that_can_go_on(
             patched.setattr(os, name, counted(name))
         try:
             acknowledged = run.commit(unit.key, [{"accuracy": 1.0}], save(b"x"))
-        except InterruptedError:
+        except OSError:
             acknowledged = False
     assert acknowledged == (calls < stop)
     if not run.is_done(unit.key):
@@ -191,3 +191,16 @@ def test_shards_read_with_the_tables_own_reader(tmp_path: Path) -> None:
     table = pq.read_table(run.path / "fits")
     assert table.num_rows == 2
     assert table.schema.equals(schema.FITS)
+
+
+def test_a_folder_that_was_left_while_it_was_made_can_be_planned_into(tmp_path: Path) -> None:
+    """A kill before run.json has its name."""
+    for name in ("fits", "tensors", "tmp"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("tmp/lock", "tmp/run.json~0123abcd.999999999", ".trial~0123abcd.0.999999999"):
+        (tmp_path / "run" / name).write_text("")
+    assert RunFolder.create(tmp_path / "run").settings() == {}
+    (tmp_path / "other" / "fits").mkdir(parents=True)
+    (tmp_path / "other" / "fits" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is not a run folder"):
+        RunFolder.create(tmp_path / "other")

@@ -2,12 +2,13 @@
 
 Positions 1 … N − 1 carry one vector and differ in their rotary position alone, so attention
 collapses to a scan (scan.py) and the block's output to affine combinations of H + 2 vectors per
-row; behind a prefix of P vectors, of H P more. docs/kernels.md derives it. Exact: the same numbers
-as `decoder_layer` on the expanded input.
+row; behind a prefix of P vectors, of H more and of H (P − 1) constants of the model.
+docs/kernels.md derives it. Exact: the same numbers as `decoder_layer` on the expanded input.
 
 Letters: B rows, G groups of rows that share m, N positions, d hidden size, H heads, K key-value
 heads, c head size, r rotary size, I inner size of the MLP, P vectors of a prefix, S spanning
-vectors per row: base of m, base of e, one U per head, one V per head and vector of the prefix.
+vectors per row: base of m, base of e, one U per head. Behind a prefix each head has one for e, one
+for m and one for every vector of the prefix but the first, from which all of them are counted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from prototok_kernels.pair.scan import (
     logits_of,
     per_row,
     weights_behind_prefix,
+    with_constants,
 )
 from prototok_kernels.plan import Plan
 
@@ -70,24 +72,46 @@ def _span(
     v = project_heads(normed, layer.v, layer)
     if shared > 1:
         k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
-    base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
+    o = layer.o.unflatten(1, (heads, layer.head_size)).permute(1, 2, 0)  # (H, c, d)
+    if layer.prefix is None:
+        base = x + F.linear(v.flatten(1), layer.o, layer.o_bias)
+    else:
+        keys, values = layer.prefix.repeat_interleave(shared, dim=1).transpose(1, 2)  # (P, H, c)
+        base = x + F.linear(values[:1].flatten(1), layer.o, layer.o_bias)
     if is_parallel(layer):
         base = base + mlp(post_norm(x, None, layer, backend)[1], layer, backend)
-    v_e, v_m = v[:rows], per_row(v[rows:], group)
-    o = layer.o.unflatten(1, (heads, layer.head_size)).permute(1, 2, 0)  # (H, c, d)
-    u = torch.bmm((v_e - v_m).transpose(0, 1), o).transpose(0, 1)  # (B, H, d)
-    base_m = per_row(base[rows:], group)
-    span = torch.cat([base_m[:, None], base[:rows, None], u], dim=1)
+    bases = torch.stack([per_row(base[rows:], group), base[:rows]], dim=1)
     if layer.prefix is None:
-        return logits_of(q, k[rows:], k[:rows], group, cos, sin, layer.scaling), span
-    keys, values = (t.repeat_interleave(shared, dim=0) for t in layer.prefix)  # (H, P, c)
-    apart = values[None] - v_m[:, :, None]  # (B, H, P, c)
-    front = torch.bmm(apart.transpose(0, 1).flatten(1, 2), o)  # (H, B · P, d)
-    front = front.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+        v_e, v_m = v[:rows], per_row(v[rows:], group)
+        u = torch.bmm((v_e - v_m).transpose(0, 1), o).transpose(0, 1)  # (B, H, d)
+        logits = logits_of(q, k[rows:], k[:rows], group, cos, sin, layer.scaling)
+        return logits, torch.cat([bases, u], dim=1)
+    # Of e, of m and of the prefix's other vectors: steps from its first one, (B + G + P − 1, H, d).
+    apart = torch.cat([v, values[1:]]) - values[0]
+    u = torch.bmm(apart.transpose(0, 1), o).transpose(0, 1)
+    u_e, u_m, fixed = u.split([rows, len(m), len(values) - 1])
+    fixed = fixed.flatten(0, 1).expand(rows, -1, -1)
     logits = logits_behind_prefix(
         (q[rows:], q[:rows]), (k[rows:], k[:rows]), keys, group, cos, sin, layer.scaling
     )
-    return logits, torch.cat([span, front], dim=1)
+    return logits, torch.cat([bases, u_e, per_row(u_m, group), fixed], dim=1)
+
+
+def own_vectors(layer: DecoderLayer) -> int:
+    """Return how many of the S vectors are a row's own; those behind them are constants."""
+    return 2 + layer.heads * (1 if layer.prefix is None else 2)
+
+
+def projected_span(
+    span: Tensor,  # (B, S, d)
+    weight: Tensor,  # (O, d)
+    own: int,  # vectors of a row
+) -> Tensor:  # (B, S, O)
+    """Project the spanning vectors, those that all rows have in common once."""
+    if own == span.shape[1]:
+        return F.linear(span, weight)
+    common = F.linear(span[:1, own:], weight).expand(len(span), -1, -1)
+    return torch.cat([F.linear(span[:, :own], weight), common], dim=1)
 
 
 def rms_inverse_of(x: Tensor, layer: DecoderLayer) -> Tensor:
@@ -106,7 +130,7 @@ def centred_for(span: Tensor, layer: DecoderLayer) -> Tensor:
 
 def affine_norm_backward(
     grad_scaled: Tensor,  # (B, S, N)
-    grad_centred: Tensor,  # (B, S, d), through the products alone
+    grad_centred: Tensor,  # (B, ≤ S, d), through the products alone; constants have none
     coef: Tensor,  # (B, S, N)
     rms_inverse: Tensor,  # (B, N), of x = coefᵀ · span
     centred: Tensor,  # (B, S, d)
@@ -123,8 +147,10 @@ def affine_norm_backward(
     pulled = wide_coef * (pull / centred.shape[-1])  # (B, S, N)
     gram = torch.bmm(wide, wide.transpose(1, 2))
     grad_coef = grad_coef - torch.bmm(gram, pulled)
-    grad_span = grad_centred - torch.bmm(torch.bmm(pulled, wide_coef.transpose(1, 2)), wide)
-    return grad_coef.to(coef.dtype), centred_for(grad_span, layer).to(centred.dtype)
+    own = pulled[:, : grad_centred.shape[1]]
+    grad_span = grad_centred - torch.bmm(torch.bmm(own, wide_coef.transpose(1, 2)), wide)
+    grad_span = centred_for(grad_span, layer).to(centred.dtype)
+    return grad_coef.to(coef.dtype), with_constants(grad_span, centred)
 
 
 class _AffineMLP(torch.autograd.Function):
@@ -144,7 +170,8 @@ class _AffineMLP(torch.autograd.Function):
         backend: str,
     ) -> Tensor:  # (B, N, d)
         centred = centred_for(span, layer)
-        projected = F.linear(centred * layer.post_norm, inner_projection(layer)[0])
+        weight, own = inner_projection(layer)[0], own_vectors(layer)
+        projected = projected_span(centred * layer.post_norm, weight, own)
         rms_inverse = rms_inverse_of(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer, ctx.backend = layer, backend
@@ -163,7 +190,8 @@ class _AffineMLP(torch.autograd.Function):
         z, bias = combined(scaled, projected), bias_behind_norm(layer)
         grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer, ctx.backend)
         grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
-        grad_normed = torch.bmm(scaled, grad_z) @ inner_projection(layer)[0]
+        own = own_vectors(layer)
+        grad_normed = torch.bmm(scaled[:, :own], grad_z) @ inner_projection(layer)[0]
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
         )
@@ -186,14 +214,14 @@ def first_layer_spanned(
     errors are those of `first_layer`.
     """
     _check(e, m, group, length, layer, cos)
-    if plan.first_layer.taken == "triton":
-        from prototok_kernels.pair.first_layer_triton import affine_scan
-    else:
-        affine_scan = AffineScan.apply
     seen = layer.prefix_length + length
     logits, span = _span(e, m, group, layer, cos[:seen], sin[:seen], plan.passes.taken)
-    if logits.of_prefix is None:
-        x, coef = affine_scan(logits.of_m, logits.of_e, span)
+    if plan.first_layer.taken == "triton":
+        from prototok_kernels.pair.first_layer_triton import affine_scan
+
+        x, coef = affine_scan(logits.of_m, logits.of_e, logits.of_prefix, span)
+    elif logits.of_prefix is None:
+        x, coef = AffineScan.apply(logits.of_m, logits.of_e, span)
     else:
         x, coef = ScanBehindPrefix.apply(logits.of_m, logits.of_e, logits.of_prefix, span)
     return x, coef, span

@@ -4,8 +4,8 @@ Behind a prefix the scan has P more keys a head, which position 0 sees as well. 
 derives both.
 
 Letters: B rows, G groups of rows that share m, N positions, d hidden size, H heads, c head size, r
-rotary size, P vectors of a prefix, S spanning vectors per row: base of m, base of e, one U per head
-and, behind a prefix, one V per head and vector of it.
+rotary size, P vectors of a prefix, S spanning vectors per row: base of m, base of e and one U per
+head; behind a prefix H each for e, for m and for every vector of the prefix but the first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prototok_kernels.groups import of_group
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -24,7 +26,7 @@ class Logits:
 
     of_m        (B, H, N): m to m at distance δ
     of_e        (B, H, N): to e, from m at position i ≥ 1; behind a prefix from e itself at 0
-    of_prefix   (B, H, P, N): to each key of the prefix, from e at 0 and from m at i ≥ 1; or None
+    of_prefix   (B, P, H, N): to each key of the prefix, from e at 0 and from m at i ≥ 1; or None
     """
 
     of_m: Tensor
@@ -34,7 +36,7 @@ class Logits:
 
 def per_row(x: Tensor, group: Tensor | None) -> Tensor:
     """Give each row its group's entry: (G, …) → (B, …)."""
-    return x if group is None else x.index_select(0, group)
+    return x if group is None else of_group(x, group)
 
 
 def _turned_logits(
@@ -94,7 +96,7 @@ def logits_of(
 def logits_behind_prefix(
     q: tuple[Tensor, Tensor],  # of m (G, H, c) and of e (B, H, c)
     k: tuple[Tensor, Tensor],  # likewise
-    prefix_k: Tensor,  # (H, P, c), rotated
+    prefix_k: Tensor,  # (P, H, c), rotated
     group: Tensor | None,
     cos: Tensor,  # (P + N, r), row i for position i
     sin: Tensor,  # (P + N, r)
@@ -104,13 +106,13 @@ def logits_behind_prefix(
     dtype = torch.promote_types(q[0].dtype, torch.float32)
     (q_m, q_e), (k_m, k_e) = (tuple(t.to(dtype) for t in pair) for pair in (q, k))
     prefix_k, cos, sin = (t.to(dtype) for t in (prefix_k, cos, sin))
-    front = prefix_k.shape[1]
+    front = len(prefix_k)
     plain = logits_of(q_m, k_m, k_e, group, cos[: len(cos) - front], sin[: len(sin) - front],
                       scaling)  # fmt: skip
     itself = _distance_logits(q_e, k_e, cos[:1], sin[:1], scaling)
-    of_m = _turned_logits(q_m[:, :, None], prefix_k, cos[front + 1 :], sin[front + 1 :], scaling)
+    of_m = _turned_logits(q_m[:, None], prefix_k, cos[front + 1 :], sin[front + 1 :], scaling)
     at = slice(front, front + 1)
-    of_e = _turned_logits(q_e[:, :, None], prefix_k, cos[at], sin[at], scaling)
+    of_e = _turned_logits(q_e[:, None], prefix_k, cos[at], sin[at], scaling)
     return Logits(
         plain.of_m,
         torch.cat([itself, plain.of_e[..., 1:]], dim=-1),
@@ -129,29 +131,26 @@ def coefficients(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weights_behind_prefix(logits: Logits) -> tuple[Tensor, Tensor]:
-    """Softmax over all m together, e and each key of the prefix: (B, H, 2 + P, N).
+    """Softmax over the prefix's first key, e, all m together and the other keys: (B, 2 + P, H, N).
 
     And its logits of all m together, (B, H, N): log Σ_{δ<i} exp a_δ, −∞ at position 0.
     """
     assert logits.of_prefix is not None
     of_all_m = F.pad(torch.logcumsumexp(logits.of_m[..., :-1], dim=-1), (1, 0), value=-torch.inf)
-    ends = torch.stack([of_all_m, logits.of_e], dim=2)
-    return torch.softmax(torch.cat([ends, logits.of_prefix], dim=2), dim=2), of_all_m
+    pair = torch.stack([logits.of_e, of_all_m], dim=1)
+    first, others = logits.of_prefix[:, :1], logits.of_prefix[:, 1:]
+    return torch.softmax(torch.cat([first, pair, others], dim=1), dim=1), of_all_m
 
 
 def coefficients_behind_prefix(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, 2 + P, N) → (B, S, N), S = 2 + H (1 + P).
+    """(B, 2 + P, H, N) → (B, S, N), S = 2 + H (1 + P): the bases, and every weight but the first.
 
-    x_i = base of m + Σ_h w_ih U_h + Σ_hj p_ihj V_hj; at position 0, where the base is that of e,
-    which counts e in full, w_0h − 1 stands for w_0h.
+    The bases count the prefix's first vector in full, so that all others are steps away from it.
     """
     rows, _, _, length = weights.shape
-    of_e, of_prefix = weights[:, :, 1], weights[:, :, 2:]
     bases = weights.new_zeros(rows, 2, length)
     bases[:, 0, 1:] = bases[:, 1, 0] = 1
-    first = torch.zeros_like(bases[:, 1:])
-    first[..., 0] = 1
-    return torch.cat([bases, of_e - first, of_prefix.flatten(1, 2)], dim=1).to(dtype)
+    return torch.cat([bases, weights[:, 1:].flatten(1, 2)], dim=1).to(dtype)
 
 
 class AffineScan(torch.autograd.Function):
@@ -181,14 +180,14 @@ class AffineScan(torch.autograd.Function):
 
 
 class ScanBehindPrefix(torch.autograd.Function):
-    """`AffineScan` with the keys of a prefix, whose values stand in the span."""
+    """`AffineScan` with the keys of a prefix, whose values stand in the span as constants."""
 
     @staticmethod
     def forward(
         ctx: Any,
         a: Tensor,  # (B, H, N)
         b: Tensor,  # (B, H, N)
-        u: Tensor,  # (B, H, P, N)
+        u: Tensor,  # (B, P, H, N)
         span: Tensor,  # (B, S, d)
     ) -> tuple[Tensor, Tensor]:  # x (B, N, d), coef (B, S, N)
         weights, of_all_m = weights_behind_prefix(Logits(a, b, u))
@@ -203,12 +202,21 @@ class ScanBehindPrefix(torch.autograd.Function):
         a, of_all_m, weights, coef, span = ctx.saved_tensors
         heads = a.shape[1]
         grad = torch.bmm(span[:, 2:], grad_x.transpose(1, 2)) + grad_coef[:, 2:]
-        grad = grad.to(weights.dtype)
-        of_e, of_prefix = grad[:, :heads, None], grad[:, heads:].unflatten(1, (heads, -1))
-        of_weights = torch.cat([torch.zeros_like(of_e), of_e, of_prefix], dim=2)
-        slope = weights * (of_weights - (weights * of_weights).sum(2, keepdim=True))
-        grad_a = _grad_of_m(-slope[:, :, 0, 1:], a[..., :-1], of_all_m[..., 1:])
-        return grad_a, slope[:, :, 1], slope[:, :, 2:], torch.bmm(coef, grad_x)
+        of_weights = F.pad(grad.to(weights.dtype), (0, 0, heads, 0)).unflatten(1, (-1, heads))
+        slope = weights * (of_weights - (weights * of_weights).sum(1, keepdim=True))
+        grad_a = _grad_of_m(-slope[:, 2, :, 1:], a[..., :-1], of_all_m[..., 1:])
+        grad_u = torch.cat([slope[:, :1], slope[:, 3:]], dim=1)
+        own = 2 + 2 * heads  # the rest are constants
+        grad_span = with_constants(torch.bmm(coef[:, :own], grad_x), span)
+        return grad_a, slope[:, 1], grad_u, grad_span
+
+
+def with_constants(
+    grad: Tensor,  # (B, ≤ S, d)
+    span: Tensor,  # (B, S, d)
+) -> Tensor:  # (B, S, d)
+    """Lay out the gradient of the span whose last vectors are constants, which get none."""
+    return F.pad(grad, (0, 0, 0, span.shape[1] - grad.shape[1]))
 
 
 def _grad_of_m(

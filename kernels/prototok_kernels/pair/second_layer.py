@@ -21,6 +21,8 @@ from prototok_kernels.layers import DecoderLayer, NeoXLayer, input_norm, post_no
 from prototok_kernels.pair.first_layer import (
     affine_norm_backward,
     centred_for,
+    own_vectors,
+    projected_span,
     rms_inverse_of,
 )
 from prototok_kernels.pair.scan import combined
@@ -38,11 +40,13 @@ def _parts(layer: DecoderLayer) -> list[_Part]:
     ]
 
 
-def _projected(centred: Tensor, part: _Part) -> Tensor:
+def _projected(centred: Tensor, part: _Part, own: int) -> Tensor:
     """Project (B, S, d) to (B, S + 1, O): each spanning vector's share, and every position's."""
     norm, norm_bias, weight, bias = part
-    fixed = norm_bias.expand(len(centred), 1, -1)
-    out = F.linear(torch.cat([centred * norm, fixed], dim=1), weight)
+    everywhere = norm_bias.expand(len(centred), 1, -1)
+    vectors = torch.cat([centred * norm, everywhere], dim=1)
+    # Where the span has no constants, one product is cheaper than one more for the last vector.
+    out = projected_span(vectors, weight, own if own < centred.shape[1] else vectors.shape[1])
     if bias is not None:
         out[:, -1] += bias
     return out
@@ -56,7 +60,7 @@ class _SecondLayerProducts(torch.autograd.Function):
         rms_inverse, centred = rms_inverse_of(x, layer), centred_for(span, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         scaled = F.pad(scaled, (0, 0, 0, 1), value=1.0)  # (B, S + 1, N)
-        projected = [_projected(centred, part) for part in _parts(layer)]
+        projected = [_projected(centred, part, own_vectors(layer)) for part in _parts(layer)]
         ctx.layer = layer
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, *projected)
         return tuple(combined(scaled, p) for p in projected)
@@ -65,11 +69,11 @@ class _SecondLayerProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, *projected = ctx.saved_tensors
-        scaled = scaled[:, :-1]
-        grad_scaled, grad_centred = torch.zeros_like(scaled), torch.zeros_like(centred)
+        scaled, own = scaled[:, :-1], own_vectors(layer)
+        grad_scaled, grad_centred = torch.zeros_like(scaled), torch.zeros_like(centred[:, :own])
         for grad, p, (norm, _, weight, _) in zip(grads, projected, _parts(layer), strict=True):
             grad_scaled += torch.bmm(p[:, :-1], grad.transpose(1, 2))
-            grad_centred += (torch.bmm(scaled, grad) @ weight) * norm
+            grad_centred += (torch.bmm(scaled[:, :own], grad) @ weight) * norm
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_centred, coef, rms_inverse, centred, layer
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prototok.common.command_line import PREFIX, Device, Dtype, require_positive, say
+from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_positive, say
 from prototok.common.files import try_file
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")]
-Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Book = Annotated[Path | None, typer.Option(help="Learn from this text. Default: samples.")]
 
 _CHECKPOINT = "Keep the training in this file every minute, and go on from it where it is there."

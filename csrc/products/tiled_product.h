@@ -1,0 +1,207 @@
+// The products of packed_matrix.h in tiles.
+//
+// A tile of weights is 16 rows of a panel, 32 inputs deep and 16 outputs wide, read as it lies; one of
+// inputs is 16 rows of 32 inputs, read as they lie. Four tiles hold sums over all inputs: above 16
+// rows two of rows by two of outputs, so that each tile that is read serves twice, else one by four,
+// which is a whole panel. Where rows are no multiple of 16 the last tile of sums and of inputs has
+// fewer. Where the depth is no multiple of 32 both factors of its end are copied with zeros behind.
+//
+// A row's sums run over the depth in steps of 32 whatever the rows around, so a row's result is its
+// own.
+#pragma once
+
+#include "products/packed_matrix.h"
+#include "products/packed_tile.h"
+#include "simd/arena.h"
+#include "simd/target.h"
+#include "simd/tile_config.h"
+#include "simd/tiles.h"
+#include "simd/vectors.h"
+
+#include <cstdint>
+#include <cstring>
+
+PROTOTOK_TARGET_BEGIN
+
+constexpr std::int64_t kAmxDepth = 32;              // inputs of a tile
+constexpr std::int64_t kBlockRows = 2 * kAmxRows;  // rows that sums are in tiles for
+static_assert(kPanel == 4 * kAmxRowBytes / std::int64_t(sizeof(float)), "a panel is four tiles");
+
+// The end of the depth, zeros behind it.
+struct TileTails {
+  bf16* inputs;  // (M, kAmxDepth)
+  bf16* panel;   // (kAmxDepth / 2, kPanel, 2), of the panel at hand
+  TileTails(Arena& arena, std::int64_t rows)
+      : inputs(arena.take<bf16>(rows * kAmxDepth)), panel(arena.take<bf16>(kAmxDepth * kPanel)) {}
+};
+
+// Rows of inputs and one panel.
+struct TileFactors {
+  const bf16* inputs;
+  std::int64_t row;  // elements from one to the next
+  const bf16* panel;
+  std::int64_t depth;
+  const TileTails* tails;  // null: the depth is a multiple of kAmxDepth
+};
+
+// Tiles are numbered as tile_block_config says.
+template <int kRowTiles, int kColumnTiles>
+struct TileBlock {
+  Tiles& tiles;
+
+  // sums (16 kRowTiles, 16 kColumnTiles) = [sums +] inputs panel, for rows from `row` on and outputs
+  // from `column` of the panel on. Sums lie `sums_row` apart.
+  void run(const TileFactors& f, std::int64_t row, std::int64_t column, float* sums,
+           std::int64_t sums_row, bool add) const {
+    const bf16 *inputs = f.inputs + row * f.row, *panel = f.panel + 2 * column;
+    begin<0>(sums, sums_row, add);
+    const std::int64_t whole = f.depth / kAmxDepth * kAmxDepth;
+    for (std::int64_t k = 0; k < whole; k += kAmxDepth)
+      step(inputs + k, f.row, panel + k * kPanel);
+    if (f.tails != nullptr)
+      step(f.tails->inputs + row * kAmxDepth, kAmxDepth, f.tails->panel + 2 * column);
+    end<0>(sums, sums_row);
+  }
+
+ private:
+  static constexpr int kInputs = kRowTiles * kColumnTiles, kWeights = kInputs + kRowTiles;
+  static_assert(kInputs == 4 && kWeights < kAmxTiles, "four tiles of sums");
+
+  static float* at(float* sums, std::int64_t sums_row, int tile) {
+    return sums + tile / kColumnTiles * kAmxRows * sums_row + tile % kColumnTiles * kAmxRows;
+  }
+
+  template <int kTile>
+  [[gnu::always_inline]] void begin(float* sums, std::int64_t sums_row, bool add) const {
+    if constexpr (kTile < kInputs) {
+      if (add)
+        tiles.load<kTile>(at(sums, sums_row, kTile), sums_row * std::int64_t(sizeof(float)));
+      else
+        tiles.zero<kTile>();
+      begin<kTile + 1>(sums, sums_row, add);
+    }
+  }
+
+  template <int kTile>
+  [[gnu::always_inline]] void end(float* sums, std::int64_t sums_row) const {
+    if constexpr (kTile < kInputs) {
+      tiles.store<kTile>(at(sums, sums_row, kTile), sums_row * std::int64_t(sizeof(float)));
+      end<kTile + 1>(sums, sums_row);
+    }
+  }
+
+  [[gnu::always_inline]] void step(const bf16* inputs, std::int64_t row, const bf16* panel) const {
+    load_inputs<0>(inputs, row);
+    column<0>(panel);
+  }
+
+  template <int kRow>
+  [[gnu::always_inline]] void load_inputs(const bf16* inputs, std::int64_t row) const {
+    if constexpr (kRow < kRowTiles) {
+      tiles.load<kInputs + kRow>(inputs + kRow * kAmxRows * row, row * std::int64_t(sizeof(bf16)));
+      load_inputs<kRow + 1>(inputs, row);
+    }
+  }
+
+  template <int kColumn>
+  [[gnu::always_inline]] void column(const bf16* panel) const {
+    if constexpr (kColumn < kColumnTiles) {
+      constexpr int kTile = kWeights + kColumn % (kAmxTiles - kWeights);
+      tiles.load<kTile>(panel + kColumn * 2 * kAmxRows, kPanel * std::int64_t(sizeof(Pair)));
+      dots<0, kColumn, kTile>();
+      column<kColumn + 1>(panel);
+    }
+  }
+
+  template <int kRow, int kColumn, int kTile>
+  [[gnu::always_inline]] void dots() const {
+    if constexpr (kRow < kRowTiles) {
+      tiles.dot<kRow * kColumnTiles + kColumn, kInputs + kRow, kTile>();
+      dots<kRow + 1, kColumn, kTile>();
+    }
+  }
+};
+
+inline void copy_inputs_tail(const bf16* inputs, std::int64_t rows, std::int64_t depth, bf16* to) {
+  const std::int64_t whole = depth / kAmxDepth * kAmxDepth;
+  std::memset(to, 0, std::size_t(rows * kAmxDepth) * sizeof(bf16));
+  for (std::int64_t r = 0; r < rows; ++r)
+    std::memcpy(to + r * kAmxDepth, inputs + r * depth + whole,
+                std::size_t(depth - whole) * sizeof(bf16));
+}
+
+inline void copy_panel_tail(const bf16* panel, std::int64_t depth, bf16* to) {
+  const std::int64_t whole = depth / kAmxDepth * kAmxDepth, left = depth - whole;
+  std::memcpy(to, panel + whole * kPanel, std::size_t(left * kPanel) * sizeof(bf16));
+  std::memset(to + left * kPanel, 0, std::size_t((kAmxDepth - left) * kPanel) * sizeof(bf16));
+}
+
+// What tiles of sums are stored to, and what becomes of them, for bf16 outputs ...
+struct TiledOutputs {
+  const PackedProduct& p;
+  float* block;  // (kBlockRows, kPanel)
+
+  bool add() const { return false; }
+  std::int64_t row() const { return kPanel; }
+  float* begin(std::int64_t, std::int64_t, std::int64_t) const { return block; }
+  void end(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t t = 0; t < kPanel; t += kLanes)
+        put_outputs(p, first + r, panel + t, load(block + r * kPanel + t));
+  }
+};
+
+// ... and for fp32 sums, which stay where they are.
+struct TiledSums {
+  const PackedSum& p;
+
+  bool add() const { return p.scale != nullptr; }
+  std::int64_t row() const { return panels_padded(p.outputs); }
+  float* begin(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
+    float* sums = p.sum + first * row() + panel;
+    for (std::int64_t r = 0; add() && r < rows; ++r)
+      if (p.scale[first + r] != 1.0f)
+        copy_scaled(sums + r * row(), sums + r * row(), kPanel, p.scale[first + r]);
+    return sums;
+  }
+  void end(std::int64_t, std::int64_t, std::int64_t) const {}
+};
+
+// inputs (M, depth); a panel begins every panel_size elements. All rows pass a panel while it is in a
+// cache.
+template <class Sums>
+inline void all_blocks(const bf16* inputs, std::int64_t rows, std::int64_t depth,
+                       const bf16* weight, std::int64_t panel_size, std::int64_t outputs,
+                       const Sums& sums) {
+  const bool tail = depth % kAmxDepth != 0;
+  const Scratch<TileTails> tails(tail ? rows : 0);
+  if (tail) copy_inputs_tail(inputs, rows, depth, tails->inputs);
+  Tiles tiles;
+  for (std::int64_t panel = 0; panel < outputs; panel += kPanel, weight += panel_size) {
+    if (tail) copy_panel_tail(weight, depth, tails->panel);
+    const TileFactors factors{inputs, depth, weight, depth, tail ? &*tails : nullptr};
+    for (std::int64_t first = 0; first < rows; first += kBlockRows) {
+      const std::int64_t count = least(kBlockRows, rows - first);
+      float* to = sums.begin(first, count, panel);
+      tiles.shape(kTileBlockConfigs.of_rows[count]);
+      if (count > kAmxRows)
+        for (std::int64_t column = 0; column < kPanel; column += 2 * kAmxRows)
+          TileBlock<2, 2>{tiles}.run(factors, first, column, to + column, sums.row(), sums.add());
+      else
+        TileBlock<1, 4>{tiles}.run(factors, first, 0, to, sums.row(), sums.add());
+      sums.end(first, count, panel);
+    }
+  }
+}
+
+inline void tiled_product(const PackedProduct& p) {
+  alignas(64) float block[kBlockRows * kPanel];
+  all_blocks(p.inputs, p.rows, p.depth, p.weight, kPanel * p.depth, p.outputs,
+             TiledOutputs{p, block});
+}
+
+inline void tiled_sum(const PackedSum& p) {
+  all_blocks(p.inputs, p.rows, p.part, p.weight, kPanel * p.depth, p.outputs, TiledSums{p});
+}
+
+PROTOTOK_TARGET_END
