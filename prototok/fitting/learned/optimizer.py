@@ -33,6 +33,13 @@ class LearnedOptimizer:
     start: Prior
     weights: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        made = self.start.provenance
+        return (
+            f"LearnedOptimizer({self.start.model.name}, trained at N = {made.get('lengths')} for "
+            f"{made.get('steps')} steps)"
+        )
+
     def network(self, lm: FrozenLM) -> UpdateNetwork:
         """Return the network on the model's device and in its dtype, frozen."""
         _, d = self.start.mean.shape
