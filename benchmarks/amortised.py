@@ -147,7 +147,7 @@ def main() -> None:
                 )
             cell |= {"model": model, "length": length, "recipe": name} | provenance()
             record["cells"][f"{model} {length} {name}"] = cell
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(f"\nwritten to {path}")
 
 
