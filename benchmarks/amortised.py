@@ -96,6 +96,12 @@ def cell_of(fit: FitResult, seconds: float) -> dict:
     }
 
 
+def save(record: dict, path: Path) -> None:
+    """Write the record, a cell a line."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]
+    path.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -147,7 +153,7 @@ def main() -> None:
                 )
             cell |= {"model": model, "length": length, "recipe": name} | provenance()
             record["cells"][f"{model} {length} {name}"] = cell
-            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            save(record, path)
     print(f"\nwritten to {path}")
 
 
