@@ -27,7 +27,7 @@ class LearnedOptimizer:
 
     start    where fits start, the basis that the network sees gradients in, and which model,
              prefix and training all this belongs to
-    weights  state of the `UpdateNetwork` by name, all but its mean; matrices in bfloat16
+    weights  state of the `UpdateNetwork` by name, all but its mean; bfloat16 but for scalars
     """
 
     start: Prior
