@@ -18,6 +18,7 @@ from prototok.common.progress import Progress
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.recipe import Recipe
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.mem_fit import MemFit
 
@@ -30,6 +31,12 @@ class Check(Protocol):
 
     @property
     def exact(self) -> bool: ...
+
+    @property
+    def margin(self) -> float: ...
+
+    @property
+    def spread(self) -> float: ...
 
     def as_failed(self) -> Self: ...
 
@@ -68,16 +75,24 @@ def fit_groups(
     """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
-    def confirm(finished: Finished) -> bool:
+    def confirm(finished: Finished) -> float | None:
         rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
         checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
         verified[finished.group.index] = checks
-        return all(check.accuracy >= setup.recipe.accuracy for check in checks)
+        short = [check for check in checks if not _holds(check, setup.recipe)]
+        return max((setup.recipe.spreads * check.spread for check in short), default=None)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):
         checks = verified.pop(finished.group.index)
         yield finished.group, list(_ended(finished, checks))
+
+
+def _holds(check: Check, recipe: Recipe) -> bool:
+    """Return True if a row alone is as right as `recipe` asks, by more than rounding moves it."""
+    if check.accuracy < recipe.accuracy:
+        return False
+    return recipe.accuracy < 1.0 or check.margin >= recipe.spreads * check.spread
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:

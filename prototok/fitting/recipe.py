@@ -42,6 +42,8 @@ class Recipe:
         patience: most updates in a row without a higher accuracy; None: any number.
         accuracy: share of right tokens that ends the fit (1.0: all of them).
         margin: smallest (target logit − best other logit) asked for as well before the fit ends.
+        spreads: the margin asked for is also at least this many times the rounding of the model's
+            dtype, measured on the row itself (`fitting.verify.Verified.spread`); 0: it is not.
     """
 
     name: str = "custom"
@@ -63,6 +65,7 @@ class Recipe:
     patience: int | None = None
     accuracy: float = 1.0
     margin: float = 0.0
+    spreads: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -80,7 +83,7 @@ class Recipe:
             _is_number(self.prior_rate) and self.prior_rate > 0
         ):
             raise ValueError(f"prior_rate: {self.prior_rate!r} is not None or a positive number")
-        for name in ("weight_decay", "margin", "m_rate"):
+        for name in ("weight_decay", "margin", "m_rate", "spreads"):
             value = getattr(self, name)
             if not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name}: {value!r} is negative or not a number")
@@ -164,6 +167,7 @@ FAST = Recipe(
     temperature=0.5,
     max_steps=4500,
     margin=0.2,
+    spreads=4.0,
 )
 
 

@@ -20,6 +20,8 @@ class Verified:
 
     accuracy  share of right tokens; correct: their number
     margin    smallest (target logit − best other logit)
+    spread    rms over the row's positions of the difference between the margins in the two dtypes:
+              what rounding, by whatever kernel, does to them; 0 where there is one dtype
     loss      nats a token, the mean over the row
     ids       (N,) int64, as decoded where fewer tokens are right; margins (N,) fp32 likewise
     """
@@ -27,6 +29,7 @@ class Verified:
     accuracy: float
     correct: int
     margin: float
+    spread: float
     loss: float
     ids: Tensor
     margins: Tensor
@@ -57,6 +60,7 @@ def verify(setup: Setup, targets: Tensor, vectors: Tensor) -> Verified:
         accuracy=correct / len(targets),
         correct=correct,
         margin=min(float(decoded.margin.min()) for decoded in both),
+        spread=float((both[0].margin - both[-1].margin).square().mean().sqrt()),
         loss=max(float(decoded.loss.mean()) for decoded in both),
         ids=worse.ids[0],
         margins=worse.margin[0],

@@ -50,13 +50,14 @@ class FitEvent:
 def run(
     setup: Setup,
     groups: list[Group],
-    confirm: Callable[[Finished], bool],
+    confirm: Callable[[Finished], float | None],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     """Fit all groups and yield each as it ends, bucket by bucket, the longest first.
 
-    A group that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
-    on with a higher margin to clear, until its updates are spent.
+    A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds,
+    else a margin that would. One that does not goes on until it clears that margin, or twice its
+    own where that is more already, or until its updates are spent.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -68,7 +69,7 @@ def run(
 def _run_bucket(
     setup: Setup,
     bucket: Bucket,
-    confirm: Callable[[Finished], bool],
+    confirm: Callable[[Finished], float | None],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     queue = deque(bucket.groups)
@@ -105,11 +106,12 @@ def _run_bucket(
                 if g is None:  # left after the poll before
                     continue
                 finished = _finished(poll, p, runner.best_of(g), seconds)
-                if confirm(finished) or finished.failed or poll.spent[p]:
+                asked, margin = confirm(finished), float(poll.best_margin[p])
+                if asked is None or finished.failed or poll.spent[p]:
                     leaving.append(g)
                     yield finished
                 else:
-                    runner.reopen(g, max(0.05, 2 * float(poll.best_margin[p])))
+                    runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
             if leaving:
                 with runner.changing():
                     slots.release(leaving)

@@ -10,6 +10,7 @@ from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import Finished, run
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.verify import verify
 from prototok.results.arrangement import Arrangement
 
 
@@ -20,9 +21,9 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
     targets = torch.randint(small_lm.vocab_size, (length,), generator=torch.manual_seed(1))
     shown: list[Finished] = []
 
-    def confirm(finished: Finished) -> bool:
+    def confirm(finished: Finished) -> float | None:
         shown.append(finished)
-        return len(shown) == 3
+        return None if len(shown) == 3 else 0.0
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
@@ -40,3 +41,18 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
         assert right[0] >= accuracy * length
         assert right[0] < right[1] < right[2]
     assert not torch.equal(shown[0].vectors[0], shown[2].vectors[0])
+
+
+def test_the_margin_asked_for_is_the_one_to_clear(small_lm: FrozenLM) -> None:
+    recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
+    setup = Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    asked = iter([0.5, None])
+    margins: list[float] = []
+
+    def confirm(finished: Finished) -> float | None:
+        margins.append(verify(setup, targets, torch.cat([v[0] for v in finished.vectors])).margin)
+        return next(asked)
+
+    list(run(setup, make_groups([targets], [0], None, None), confirm, lambda event: None))
+    assert margins[0] < 0.25 and 0.49 < margins[1] < 1.0
