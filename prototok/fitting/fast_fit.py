@@ -137,8 +137,7 @@ def one_forward(
     """Set up fits of e and m: from `init`, or from the prior that comes with a built-in model."""
     if init is None and recipe.shipped_prior and arrangement.is_pair:
         init = shipped_prior(lm)
-    if init is not None:
-        recipe = recipe.from_prior(lm.hidden_size)
+    recipe = recipe.at_width(lm.hidden_size, init is not None)
     return Setup(lm, OneForward(arrangement, prior=init), recipe, backend, batch_size)
 
 

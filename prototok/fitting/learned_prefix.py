@@ -66,7 +66,7 @@ def learn_prefix(
         )
     (group,) = make_groups(targets, [0], "m", None)
     e, m = initial_vectors(group, 1, lm.hidden_size, recipe.init_std)
-    first = torch.cat(targets)[torch.arange(count) % sum(map(len, targets))]
+    first = torch.cat(targets)[torch.arange(count, device="cpu") % sum(map(len, targets))]
     prefix = lm.cast(torch.float32).embed(first)[None]  # (1, P, d)
     vectors = [v.to(lm.device).contiguous() for v in (prefix, e, m[:, None])]
     states = [AdamWState.zeros(v.flatten(1)) for v in vectors]
@@ -79,7 +79,7 @@ def learn_prefix(
             bar.update(step, f"{right:.2f} of the tokens right")
             if step == recipe.max_steps:  # these vectors are scored, and kept
                 break
-            rate = recipe.lr_at(torch.tensor([step], device=lm.device))
+            rate = recipe.lr_at(torch.tensor([step], dtype=torch.int64, device=lm.device))
             for v, grad, state in zip(vectors, grads, states, strict=True):
                 moving = torch.ones(len(v), dtype=torch.bool, device=lm.device)
                 adamw_rows_(
@@ -95,7 +95,7 @@ def learn_prefix(
 def _padded(targets: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return ids (T, N), padded with 0, and which of them count."""
     ids = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
-    lengths = torch.tensor([len(t) for t in targets], device="cpu")
+    lengths = torch.tensor([len(t) for t in targets], dtype=torch.int64, device="cpu")
     return ids, torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
 
 

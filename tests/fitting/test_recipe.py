@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,10 +41,18 @@ def test_cycles_double_and_start_anew() -> None:
 
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
     recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
-    near = recipe.from_prior(256)
+    near = recipe.at_width(256, prior=True)
     assert near.lr == pytest.approx(0.3 / 16)
     assert near.lr * near.weight_decay == pytest.approx(recipe.lr * recipe.weight_decay)
-    assert PAPER.from_prior(256) is PAPER and near.from_prior(64) is near
+    assert recipe.at_width(256, prior=False) is recipe
+    assert PAPER.at_width(256, prior=True) is PAPER and near.at_width(64, prior=True) is near
+
+
+def test_an_update_is_as_long_at_any_width() -> None:
+    recipe = Recipe(lr=0.1, lr_width=64)
+    assert [recipe.at_width(d, prior=False).lr for d in (64, 256, 1024)] == [0.1, 0.05, 0.025]
+    narrow = replace(recipe, prior_rate=0.3).at_width(900, prior=True)
+    assert narrow.lr == pytest.approx(0.01) and narrow.at_width(64, prior=True) is narrow
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,8 @@ def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
         ({"accuracy": 0.0}, "accuracy"),
         ({"accuracy": 1.1}, "accuracy"),
         ({"margin": -1.0}, "margin"),
+        ({"spreads": -1.0}, "spreads"),
+        ({"lr_width": 0}, "lr_width"),
         ({"temperature": 0.0}, "temperature"),
         ({"max_steps": 0}, "max_steps"),
         ({"max_steps": 10.5}, "max_steps"),
