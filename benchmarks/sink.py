@@ -30,6 +30,7 @@ from record import RESULTS, provenance, write
 from transformers import AutoModelForCausalLM
 
 import prototok
+from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.recipe import recipe_of
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sink import sink_of
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--prefix", action="append", default=[], help="text, or none")
     parser.add_argument("--ids", action="append", default=[], help="token ids, with commas")
     parser.add_argument("--learned", action="append", default=[], type=int, metavar="P")
-    parser.add_argument("--learn-steps", type=int, default=300)
+    parser.add_argument("--learn-texts", type=int, default=16)
+    parser.add_argument("--learn-steps", type=int, default=200)
+    parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, help="start no more fits after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "sink.json")
@@ -87,11 +90,18 @@ def main() -> None:
         for name in a.recipes.split(","):
             fits(name, prefix=front)
     for count in a.learned:
-        prior = prototok.learn_shared(lm, prefix=count, steps=a.learn_steps, progress=True)
+        path = a.priors / f"{settings['model']}-prefix{count}.safetensors"
+        if not path.exists():
+            own = own_texts(lm, a.learn_texts, a.length)
+            prior = prototok.learn_shared(
+                lm, own, length=a.length, prefix=count, steps=a.learn_steps, progress=True
+            )
+            prior.save(path)
+        prior = prototok.Prior.load(path)
         print(prior.provenance["prefix"], "accuracy", prior.provenance["accuracy"], flush=True)
         for name in a.recipes.split(","):
-            fits(name, prefix=prior.prefix)
             fits(name, init=prior)
+            fits(name, prefix=prior.prefix)
     print(json.dumps([{k: c[k] for k in ("recipe", "prefix", "exact")} for c in cells]))
 
 

@@ -5,6 +5,8 @@ Letters: T texts, N targets, d hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,8 @@ def learn_shared(
             longer ones gets fewer than 0.9 of their tokens right.
         steps: most updates of the joint fit.
         prefix: what stands in front of e, as in `fast_fit`, and of the fits that start from here. A
-            number P: that many vectors, the same for all texts and learned with e and m.
+            number P: that many vectors, the same for all texts and learned with e and m. Such a
+            prior has no eigenbasis.
         backend, batch_size, progress: as in `fast_fit`.
 
     Raises:
@@ -77,6 +80,7 @@ def learn_shared(
     rows_at_once = batch_size_of(batch_size)
     if is_count(prefix):
         lm.plan(1, 1, backend)  # refuses a backend that cannot be had
+        recipe = replace(recipe, lr_width=81, betas=(0.9, 0.95)).at_width(lm.hidden_size, False)
     else:
         lm, in_front = front_of(lm, prefix, recipe)
     for length in lengths:
@@ -96,7 +100,8 @@ def learn_shared(
     return Prior(
         mean=torch.stack([e.mean(0), m]),
         std=torch.stack([_SPREAD * e.std(0), torch.zeros_like(m)]),
-        basis=eigenbasis(lm, backend).cpu(),
+        # With a learned prefix nobody has measured what the eigenbasis is worth.
+        basis=None if is_count(prefix) else eigenbasis(lm, backend).cpu(),
         model=lm.identity,
         provenance={
             "recipe": as_json(recipe),

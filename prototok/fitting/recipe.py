@@ -155,12 +155,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 # stop at accuracy 1.0, no schedule.
 PAPER = Recipe(name="paper")
 
-# A higher learning rate, so that an update is 0.7 long in the d-dimensional norm, whatever the
-# model, annealed in cycles of 200, 400, 800 and 1600 updates: easy texts end early and hard ones get
-# a long cooling. A start nearer to the size of embeddings, or a learned one where the model brings
-# it: from there the way is short, and an update 0.3 long. A sharpened loss that weighs the tokens
-# still wrong. A margin well above what the model's dtype rounds away, so that what is exact stays so
-# under other kernels.
+# A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It is
+# annealed in cycles of 200, 400, 800 and 1600 updates, so that easy texts end early and hard ones
+# get a long cooling. A start nearer to the size of embeddings, or a learned one where the model
+# brings it: from there the way is short, and an update 0.3 long. A sharpened loss that weighs the
+# tokens still wrong. A margin well above what the model's dtype rounds away, so that what is exact
+# stays so under other kernels.
 FAST = Recipe(
     name="fast",
     lr=0.1,
