@@ -18,6 +18,7 @@ from prototok.common.progress import Progress
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, run
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.outlook import Outlook
 from prototok.fitting.recipe import Recipe
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.mem_fit import MemFit
@@ -146,11 +147,14 @@ def fit_all(
     bar = Progress(asked.total(), watching.what, watching.progress)
     ended: dict[int, list[EndedRow[C]]] = {text: [] for text in asked}  # by text
     rows_ended = exact = failed = 0
+    lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
+    outlook = Outlook(setup.recipe.cycle if setup.inputs.is_pair else None, lengths)
 
     def observe(event: FitEvent) -> None:
+        outlook.see(event)
         steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
         lost = f"{failed} failed, not finite; " if failed else ""
-        bar.update(rows_ended, f"{lost}{exact} exact, {steps}")
+        bar.update(rows_ended, f"{lost}{outlook.note()}{exact} exact, {steps}")
         if watching.callback is not None:
             watching.callback(event)
 
@@ -163,6 +167,7 @@ def fit_all(
             for group, rows in fit_groups(setup, groups, verify, observe):
                 for one in rows:
                     ended[one.row.text].append(one)
+                    outlook.behind.discard(one.row.index)
                 if watching.on_text is not None and group.share is None:
                     text = rows[0].row.text
                     if len(ended[text]) == asked[text]:
