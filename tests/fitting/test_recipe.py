@@ -30,6 +30,14 @@ def test_cosine_with_warm_up() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-7)
 
 
+def test_the_cosine_is_raised_to_the_power_of_the_cooling() -> None:
+    plain = Recipe(lr=0.5, schedule="cosine", cycle=10, warmup=3, max_steps=30)
+    cooled = replace(plain, cooling=2.0)
+    steps = torch.arange(3, 30)
+    assert torch.allclose(cooled.lr_at(steps) / 0.5, (plain.lr_at(steps) / 0.5) ** 2)
+    assert torch.equal(cooled.lr_at(torch.tensor([10])), plain.lr_at(torch.tensor([10])))
+
+
 def test_cycles_double_and_start_anew() -> None:
     recipe = Recipe(lr=0.2, schedule="cosine", cycle=10, max_steps=70)
     rates = recipe.lr_at(torch.arange(71)).tolist()
@@ -66,6 +74,7 @@ def test_an_update_is_as_long_at_any_width() -> None:
         ({"accuracy": 0.0}, "accuracy"),
         ({"accuracy": 1.1}, "accuracy"),
         ({"margin": -1.0}, "margin"),
+        ({"cooling": 0.0}, "cooling"),
         ({"spreads": -1.0}, "spreads"),
         ({"lr_width": 0}, "lr_width"),
         ({"temperature": 0.0}, "temperature"),
