@@ -28,7 +28,8 @@ class Recipe:
         schedule: "constant", or "cosine" from lr to zero.
         cycle: updates of the first cosine, each later one twice as long as the one before
             (Loshchilov & Hutter's warm restarts); None: one cosine over `max_steps`.
-        cooling: power that the cosine is raised to; above 1 the rate falls earlier and is low longer.
+        cooling: power that the cosine is raised to; above 1 the rate falls earlier, then is low for
+            longer.
         warmup: updates over which lr rises linearly from zero.
         init_std: initial vectors are N(0, init_std²) in every coordinate.
         eigenbasis: AdamW runs in the eigenvectors of the model's gradients (`engine.basis`); with
@@ -158,12 +159,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 # stop at accuracy 1.0, no schedule.
 PAPER = Recipe(name="paper")
 
-# A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It is
-# annealed in cycles of 300, 600, 1200 and 2400 updates, so that easy texts end early and hard ones
-# get a long cooling, by the square of a cosine, for it is the cooling that ends a fit. A start nearer to the size of embeddings, or a learned one where the model
-# brings it: from there the way is short, and an update 0.3 long. A sharpened loss that weighs the
-# tokens still wrong. A margin well above what the model's dtype rounds away, so that what is exact
-# stays so under other kernels.
+# A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
+# falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600, 1200
+# and 2400 updates, so that hard texts get a long one. A start nearer to the size of embeddings, or a
+# learned one where the model brings it: from there the way is short, and an update 0.3 long. A
+# sharpened loss that weighs the tokens still wrong. A margin above what the model's dtype rounds
+# away, so that what is exact stays so under other kernels.
 FAST = Recipe(
     name="fast",
     lr=0.1,
