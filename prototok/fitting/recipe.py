@@ -160,11 +160,11 @@ def _is_number(value: object) -> TypeGuard[float]:
 PAPER = Recipe(name="paper")
 
 # A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
-# falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600, 1200
-# and 2400 updates, so that hard texts get a long one. A start nearer to the size of embeddings, or a
-# learned one where the model brings it: from there the way is short, and an update 0.3 long. A
-# sharpened loss that weighs the tokens still wrong. A margin above what the model's dtype rounds
-# away, so that what is exact stays so under other kernels.
+# falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
+# 1200 and 2400 updates, so that hard texts get a long one. A start nearer to the size of
+# embeddings, or a learned one where the model brings it: from there the way is short, and an
+# update 0.3 long. A sharpened loss that weighs the tokens still wrong. A margin above what the
+# model's dtype rounds away, so that what is exact stays so under other kernels.
 FAST = Recipe(
     name="fast",
     lr=0.1,
