@@ -7,7 +7,7 @@ and in what is collected. Letters: N targets of a row, d hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prototok.common.progress import Progress
 from prototok.fitting.engine.rows import Group, Row
-from prototok.fitting.engine.run import Finished, FitEvent, run
+from prototok.fitting.engine.run import Finished, FitEvent, Refused, run
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.outlook import Outlook
 from prototok.fitting.recipe import Recipe
@@ -76,12 +76,11 @@ def fit_groups(
     """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
-    def confirm(finished: Finished) -> float | None:
+    def confirm(finished: Finished) -> Refused | None:
         rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
         checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
         verified[finished.group.index] = checks
-        short = [check for check in checks if not _holds(check, setup.recipe)]
-        return max((setup.recipe.spreads * check.spread for check in short), default=None)
+        return _refused(checks, setup.recipe)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):
@@ -89,11 +88,14 @@ def fit_groups(
         yield finished.group, list(_ended(finished, checks))
 
 
-def _holds(check: Check, recipe: Recipe) -> bool:
-    """Return True if a row alone is as right as `recipe` asks, by more than rounding moves it."""
-    if check.accuracy < recipe.accuracy:
-        return False
-    return recipe.accuracy < 1.0 or check.margin >= recipe.spreads * check.spread
+def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
+    """Return None if rows alone are as right as `recipe` asks, by more than rounding moves them."""
+    exact = all(check.accuracy >= recipe.accuracy for check in checks)
+    asked = [recipe.spreads * check.spread for check in checks]
+    clear = all(check.margin >= least for check, least in zip(checks, asked, strict=True))
+    if exact and (clear or recipe.accuracy < 1.0):  # where less is asked for no margin counts
+        return None
+    return Refused(max(asked), exact)
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:

@@ -135,6 +135,15 @@ class Recipe:
             rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
         return rate
 
+    def end_of_cycle(self, step: int) -> int:
+        """Return the step at which the cosine that `step` is in has come to zero."""
+        if self.cycle is None:
+            return self.max_steps
+        end = self.cycle
+        while end <= step:
+            end = 2 * end + self.cycle
+        return min(end, self.max_steps)
+
     def _phase(self, step: Tensor) -> Tensor:
         """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""
         if self.cycle is None:

@@ -45,6 +45,9 @@ def test_cycles_double_and_start_anew() -> None:
         cosine = [0.1 * (1 + math.cos(math.pi * i / length)) for i in range(length)]
         assert rates[start : start + length] == pytest.approx(cosine, abs=1e-6)
     assert rates[70] == pytest.approx(0.2)
+    ends = [recipe.end_of_cycle(step) for step in (0, 9, 10, 29, 30, 69, 70)]
+    assert ends == [10, 10, 30, 30, 70, 70, 70]
+    assert Recipe(max_steps=5).end_of_cycle(3) == 5
 
 
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
