@@ -69,8 +69,8 @@ def run(
 
     A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds.
     One that does not goes on until it clears the margin asked for, or twice its own where that is
-    more already, or until its updates are spent. One whose margin alone is too small goes on to the
-    end of its cycle at most: what a new one, hot again, might add to it is not worth its updates.
+    more already, or until its updates are spent. One whose margin alone is too small goes on for a
+    quarter of the updates that it has made, and not into a new cycle, hot again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -133,7 +133,8 @@ def _run_bucket(
                     continue
                 until.pop(index, None)
                 if refused.exact:
-                    until[index] = setup.recipe.end_of_cycle(finished.steps)
+                    most = finished.steps + max(1, finished.steps // 4)
+                    until[index] = min(most, setup.recipe.end_of_cycle(finished.steps))
                 asked = refused.margin
                 runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
             if leaving:

@@ -59,10 +59,11 @@ def test_the_margin_asked_for_is_the_one_to_clear(small_lm: FrozenLM) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_an_exact_unit_goes_on_to_the_end_of_its_cycle_at_most(
-    small_lm: FrozenLM, exact: bool
+@pytest.mark.parametrize("cycle", [66, 200])
+def test_an_exact_unit_goes_on_for_a_quarter_and_to_the_end_of_its_cycle_at_most(
+    small_lm: FrozenLM, exact: bool, cycle: int
 ) -> None:
-    recipe = Recipe(lr=0.05, betas=(0.9, 0.99), schedule="cosine", cycle=100, max_steps=250)
+    recipe = Recipe(lr=0.05, betas=(0.9, 0.99), schedule="cosine", cycle=cycle, max_steps=250)
     targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
     shown: list[int] = []
 
@@ -74,5 +75,7 @@ def test_an_exact_unit_goes_on_to_the_end_of_its_cycle_at_most(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
         make_groups([targets], [0], None, None), confirm, lambda event: None,
     )  # fmt: skip
-    assert shown[0] < 100
-    assert shown[1:] == [100 if exact else 250] and ended.steps == shown[-1]
+    first = shown[0]
+    assert first < 66
+    quarter = min(first + first // 4, cycle)
+    assert shown[1:] == [quarter if exact else 250] and ended.steps == shown[-1]
