@@ -244,18 +244,19 @@ def width() -> str:
 
 
 def sinks() -> str:
-    """Each model with nothing in front and behind one token."""
+    """Each small model with nothing in front, behind one token, and behind learned vectors."""
     lines = [
-        '| model | N | share on position 0 | nothing in front | behind " the" |',
-        "|---|---|---|---|---|",
+        "| model | N | share on position 0 | in front | exact | median steps of the exact |",
+        "|---|---|---|---|---|---|",
     ]
     for model in ("tiny-llama", "tiny-neox", "stories260k", "stories3m", "neox4m"):
         record = result(f"sink_{model}.json")
-        shown = [
-            f"{c['exact']} of {record['texts']}, median {c['median']:.0f}" for c in record["cells"]
-        ]
         share = record["share of attention on position 0"]
-        lines.append(f"| {model} | {record['length']} | {share:.3f} | {' | '.join(shown)} |")
+        lines += [
+            f"| {model} | {record['length']} | {share:.3f} | {c['prefix']} "
+            f"| {c['exact']} of {record['texts']} | {c['median']:.0f} |"
+            for c in record["cells"]
+        ]
     return "\n".join([*lines, "", f"Last: `{record['command']}`: {source(record)}"])
 
 
