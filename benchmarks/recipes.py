@@ -109,6 +109,13 @@ def dev_cells() -> Iterator[Cell]:
             yield Cell("dev", model, middle, recipe, 16, prior=True)
 
 
+# `fast` as it was before its rate followed the width.
+NARROW = dataclasses.replace(
+    FAST, name="fast, before", lr_width=None, prior_rate=0.3, betas=(0.8, 0.99), cooling=1.0,
+    spreads=0.0,
+)  # fmt: skip
+
+
 def test_cells() -> Iterator[Cell]:
     """The recipes in turn at each length, so that they share the machine's ups and downs."""
     plain = dataclasses.replace(FAST, shipped_prior=False)
@@ -120,6 +127,7 @@ def test_cells() -> Iterator[Cell]:
                 yield Cell("test", model, length, PAPER, texts)
                 yield Cell("test", model, length, FAST, texts, prior=True)
                 if middle:
+                    yield Cell("test", model, length, NARROW, texts, prior=True)
                     yield Cell("test", model, length, plain, texts)
                     yield Cell("test", model, length, bare, texts, prior=True)
     yield Cell("test", UNSEEN, 8, PAPER, 16)

@@ -172,7 +172,7 @@ PAPER = Recipe(name="paper")
 # falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
 # 1200 and 2400 updates, so that hard texts get a long one. A start nearer to the size of
 # embeddings, or a learned one where the model brings it: from there the way is short, and an
-# update 0.3 long. A sharpened loss that weighs the tokens still wrong. A margin above what the
+# update 0.4 long. A sharpened loss that weighs the tokens still wrong. A margin above what the
 # model's dtype rounds away, so that what is exact stays so under other kernels.
 FAST = Recipe(
     name="fast",
@@ -185,7 +185,7 @@ FAST = Recipe(
     cooling=2.0,
     warmup=5,
     init_std=0.3,
-    prior_rate=0.3,
+    prior_rate=0.4,
     against_sink=True,
     shipped_prior=True,
     temperature=0.5,
