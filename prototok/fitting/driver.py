@@ -93,7 +93,10 @@ def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
     exact = all(check.accuracy >= recipe.accuracy for check in checks)
     asked = [recipe.spreads * check.spread for check in checks]
     clear = all(check.margin >= least for check, least in zip(checks, asked, strict=True))
-    if exact and (clear or recipe.accuracy < 1.0):  # where less is asked for no margin counts
+    counts = (
+        recipe.spreads > 0 and recipe.accuracy == 1.0
+    )  # where less is asked for, no margin does
+    if exact and (clear or not counts):
         return None
     return Refused(max(asked), exact)
 

@@ -117,7 +117,8 @@ def _run_bucket(
             leaving = []
             ending = poll.done | poll.spent | poll.failed
             for p, group in enumerate(poll.groups):
-                ending[p] |= int(poll.step[p]) >= until.get(group.index, setup.recipe.max_steps)
+                if group.index in until:
+                    ending[p] |= int(poll.step[p]) >= until[group.index]
             for p in ending.nonzero()[:, 0].tolist():
                 g = place.get(poll.groups[p].index)
                 if g is None:  # left after the poll before
@@ -125,9 +126,9 @@ def _run_bucket(
                 finished = _finished(poll, p, runner.best_of(g), seconds)
                 refused, margin = confirm(finished), float(poll.best_margin[p])
                 index = finished.group.index
-                cooled = refused is not None and refused.exact and index in until
-                cooled = cooled and finished.steps >= until[index]
-                if refused is None or cooled or finished.failed or poll.spent[p]:
+                last = index in until and finished.steps >= until[index]
+                holds = refused is None or (refused.exact and last)
+                if refused is None or holds or finished.failed or poll.spent[p]:
                     leaving.append(g)
                     yield finished
                     continue
