@@ -252,7 +252,7 @@ def sinks() -> str:
         "| model | N | share on position 0 | in front | exact | median steps of the exact |",
         "|---|---|---|---|---|---|",
     ]
-    for model in ("tiny-llama", "tiny-neox", "stories260k", "stories3m", "neox4m"):
+    for model in ("tiny-llama", "tiny-neox", "stories3m", "neox4m"):
         record = result(f"sink_{model}.json")
         share = record["share of attention on position 0"]
         lines += [
@@ -272,9 +272,9 @@ def fronts() -> str:
     ]
     for c in record["cells"]:
         steps = ", ".join(map(str, c["steps of the exact"]))
-        confirmed = c["confirmed"]
+        confirmed, front = c["confirmed"], c["prefix"].replace("|", "\\|")
         lines.append(
-            f"| {c['prefix']} | {c['exact']} of {record['texts']} "
+            f"| {front} | {c['exact']} of {record['texts']} "
             f"| {confirmed['bfloat16']} / {confirmed['float32']} | {steps or '–'} "
             f"| {statistics.fmean(c['accuracy']):.2f} |"
         )
