@@ -1,8 +1,12 @@
-"""Builds the CPU kernels of `csrc/`; everything else about the package is in pyproject.toml."""
+"""Builds the CPU kernels of `csrc/` and the description for a package index.
+
+Everything else about the package is in pyproject.toml.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +43,20 @@ class OptionalBuild(build_ext):
             self.extensions = []
 
 
+def description() -> str:
+    """Return the README for a package index, where files beside it are not at hand.
+
+    Pictures go, and a link to a file becomes its text and its place in the source distribution.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<picture>.*?</picture>\n\n", "", text, flags=re.DOTALL)
+
+    def plain(link: re.Match[str]) -> str:
+        return f"{link[1]} (`{link[2]}`)" if link[1] != link[2] else f"`{link[2]}`"
+
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)([^)]+)\)", plain, text)
+
+
 ParallelCompile().install()  # as many sources at a time as there are processors
 setup(
     ext_modules=[
@@ -52,4 +70,6 @@ setup(
         )
     ],
     cmdclass={"build_ext": OptionalBuild},
+    long_description=description(),
+    long_description_content_type="text/markdown",
 )

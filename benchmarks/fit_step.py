@@ -143,6 +143,7 @@ def engine(lm: FrozenLM, targets: Tensor) -> StepRunner:
     runner = step_runner(lm, slots, rows)
     with runner.changing():
         slots.admit(groups)
+    runner.finish()  # on CUDA that was queued on the runner's stream, and the slots are read next
     return runner
 
 
@@ -213,6 +214,25 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def warm_up(run: Callable[[], None]) -> None:
+    for _ in range(3):
+        run()
+
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes at the peak of the warm-up, what was there before included.
+
+    A CUDA graph keeps its memory in a pool of its own, which counts as reserved and not, once it is
+    captured, as allocated. So it is what is reserved beyond what was there.
+    """
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated = torch.cuda.memory_allocated(device)
+    warm_up(run)
+    return allocated + torch.cuda.max_memory_reserved(device) - before
+
+
 def measure(
     variants: dict[str, tuple[Callable[[], None], int]],  # what runs, and its text·steps
     device: torch.device,
@@ -224,14 +244,11 @@ def measure(
     memory: dict[str, int] = {}
     repeats = {}
     for name, (run, _) in variants.items():
-        for _ in range(3):
-            run()
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        took = once(run, device)
-        if device.type == "cuda":
-            memory[name] = torch.cuda.max_memory_allocated(device)
-        repeats[name] = max(1, round(seconds / took))
+            memory[name] = peak_memory(run, device)
+        else:
+            warm_up(run)
+        repeats[name] = max(1, round(seconds / once(run, device)))
     for _ in range(rounds):
         for name, (run, text_steps) in variants.items():
             count = repeats[name]
@@ -241,6 +258,8 @@ def measure(
                     run()
 
             rates[name].append(text_steps * count / once(several, device))
+        # As it is measured, should the rest run out of time.
+        print(json.dumps({name: round(each[-1], 1) for name, each in rates.items()}), flush=True)
     return rates, memory
 
 

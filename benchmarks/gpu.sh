@@ -1,16 +1,67 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under ten minutes: correctness, CUDA graphs,
-# kernels, the fit step, decoding, sanitizer and profiler. The most important comes first.
+# Everything that needs a GPU, in runs of ten minutes. The most telling comes first.
 #
-#   benchmarks/gpu.sh [OUT]            OUT: folder for the results, default results/gpu-<device>
-#   benchmarks/gpu.sh --dry-run [OUT]  on a machine without a GPU: every command at a tiny size
+#   benchmarks/gpu.sh [--out OUT] [STEP…]            steps or sets of steps; without any, the set "first"
+#   benchmarks/gpu.sh --dry-run [--out OUT] [STEP…]  without a GPU: every command at a tiny size
+#   benchmarks/gpu.sh --list                         sets, steps and their limits in seconds
 #
-# Each step has a time limit, a file OUT/<step>.txt with its output, and most a <step>.json. A step
-# that fails does not stop the others; OUT/summary.txt lists them, and the exit code is 1.
+# OUT (default benchmarks/results/gpu-<device>) gets summary.txt, a line for each step, and one archive,
+# <set>.tar.gz, written anew after every step: NAME.txt, what a step printed as it went, and most a
+# NAME.json. A step that fails does not stop the others; then the exit code is 1.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-dry=
-if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+
+# A step has at most its limit, and the limits of a set add up to no more than the budget.
+declare -A limit=(
+    [env]=20 [driver]=10 [gemms]=60 [graphs]=90 [tests]=150 [fit-step-pythia-160m]=70
+    [fit-step-llama-3.2-1b]=80 [ncu]=80
+    [fit-step-pythia-1.4b]=90 [fit-step-llama-3.1-8b]=110 [throughput]=150 [slots]=60 [kernels]=100
+    [profile]=40
+    [memcheck]=180 [racecheck]=180 [table4]=190
+)
+declare -A set_of=(
+    [first]="env driver gemms graphs tests fit-step-pythia-160m fit-step-llama-3.2-1b ncu"
+    [second]="env fit-step-pythia-1.4b fit-step-llama-3.1-8b throughput slots kernels profile"
+    [third]="env memcheck racecheck table4"
+)
+budget=${BUDGET:-570} # seconds for all steps together
+
+dry= out= chosen=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dry-run) dry=1 ;;
+    --list)
+        for name in first second third; do
+            total=0 line=
+            for step in ${set_of[$name]}; do
+                total=$((total + limit[$step]))
+                line+=" $step=${limit[$step]}"
+            done
+            echo "$name ($total of $budget s):$line"
+        done
+        exit 0
+        ;;
+    --out)
+        [ $# -gt 1 ] || { echo "gpu.sh: --out needs a folder" >&2; exit 2; }
+        out=$2
+        shift
+        ;;
+    *)
+        if [ -n "${set_of[$1]:-}" ]; then
+            chosen+=(${set_of[$1]})
+        elif [ -n "${limit[$1]:-}" ]; then
+            chosen+=("$1")
+        else
+            echo "gpu.sh: $1 is no step and no set of steps; see --list" >&2
+            exit 2
+        fi
+        archive=${archive:+steps} archive=${archive:-$1}
+        ;;
+    esac
+    shift
+done
+[ ${#chosen[@]} -gt 0 ] || { chosen=(${set_of[first]}) archive=first; }
+
 python=${PYTHON:-python3}
 # From the source tree, whether or not prototok is installed.
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -22,35 +73,38 @@ else
         { echo "gpu.sh: torch sees no CUDA device; --dry-run tries the commands without one" >&2; exit 2; }
     device=$(tr ' A-Z' '-a-z' <<<"$device")
 fi
-out=${1:-$root/benchmarks/results/gpu-$device}
+out=${out:-$root/benchmarks/results/gpu-$device}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$root"
-budget=${BUDGET:-570} # seconds for all steps together
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 : >"$out/summary.txt"
 failed=0
 
-# step NAME LIMIT COMMAND…: at most LIMIT seconds, or what is left of the budget.
+say() { echo "$*" | tee -a "$out/summary.txt" >&2; }
+keep() { tar -czf "$work.tar.gz" -C "$work" . && mv "$work.tar.gz" "$out/$archive.tar.gz"; }
+# step NAME COMMAND…: at most NAME's limit, or what is left of the budget.
 step() {
-    local name=$1 limit=$2 code started=$SECONDS
-    shift 2
+    local name=$1 most=${limit[$1]} code started=$SECONDS
+    shift
     local left=$((budget - SECONDS))
     if [ "$left" -lt 5 ]; then
         say "$name: not run, no time left"
         failed=1
         return
     fi
-    [ "$limit" -gt "$left" ] && limit=$left
+    [ "$most" -gt "$left" ] && most=$left
     echo "== $name: $*" >&2
-    timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1
+    timeout -k 5 "$most" "$@" >"$work/$name.txt" 2>&1
     code=$?
     case $code in
     0) say "$name: ok, $((SECONDS - started)) s" ;;
-    124 | 137) say "$name: stopped after $limit s" && failed=1 ;;
+    124 | 137) say "$name: stopped after $most s" && failed=1 ;;
     *) say "$name: failed with exit code $code, see $name.txt" && failed=1 ;;
     esac
+    keep
 }
-say() { echo "$*" | tee -a "$out/summary.txt" >&2; }
 # have TOOL STEP: whether the tool is there; a step without its tool is named and is no failure.
 have() {
     command -v "$1" >/dev/null && return
@@ -60,64 +114,78 @@ have() {
 # One value on a GPU, another where only the command is tried.
 either() { if [ $dry ]; then echo "$2"; else echo "$1"; fi; }
 
-# The C++ kernels are built where they are missing: the tests compare with them.
-"$python" -c 'import prototok_kernels._cpu' 2>/dev/null ||
-    step build 60 "$python" setup.py -q build_ext --inplace
-step env 60 "$python" -m prototok env
-[ $dry ] || { have nvidia-smi driver && step driver 10 nvidia-smi; }
-
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) # what takes long is compiling
-step graphs 90 "${pytest[@]}" tests/fitting/engine/test_static_buffers.py tests/fitting/engine/test_buckets.py
-step tests 150 "${pytest[@]}" "${parallel[@]}" $(either "tests/kernels tests/fitting/engine tests/model/families tests/autoregressive" \
-    "tests/fitting/test_recipe.py tests/fitting/engine/test_rows.py")
-
-for preset in pythia-160m llama-3.2-1b; do
-    step "fit-step-$preset" 100 "$python" benchmarks/fit_step.py \
-        --preset "$(either $preset smoke)" \
-        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$out/fit-step-$preset.json"
-done
-step kernels 90 "${pytest[@]}" benchmarks/kernels \
-    $(either "--benchmark-only --benchmark-json=$out/kernels.json" "--benchmark-disable --collect-only")
-
-names=$("$python" benchmarks/launch_kernels.py --names)
 launch=("$python" benchmarks/launch_kernels.py)
 [ $dry ] && launch+=(--device cpu)
-# Only our kernels, where this version of the tool can choose: the libraries' take minutes.
-ours=()
-if command -v compute-sanitizer >/dev/null && compute-sanitizer --help 2>&1 | grep -q -- '--kernel-name '; then
-    for name in $names; do ours+=(--kernel-name "kernel_substring=$name"); done
-fi
-for tool in memcheck racecheck; do
+
+fit_step() { # of a preset
+    step "fit-step-$1" "$python" benchmarks/fit_step.py --preset "$(either "$1" smoke)" \
+        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$work/fit-step-$1.json"
+}
+sanitize() { # by a tool
     if [ $dry ]; then
-        step $tool 60 "${launch[@]}" $([ $tool = memcheck ] || echo --names) # once is enough
-    elif have compute-sanitizer $tool; then
-        # Every allocation by itself, or a write past the end of one stays within torch's pool.
-        step $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
-            "${ours[@]}" --error-exitcode 9 "${launch[@]}"
+        step "$1" "${launch[@]}" $([ "$1" = memcheck ] || echo --names) # once is enough
+        return
     fi
-done
+    have compute-sanitizer "$1" || return
+    # Only our kernels, where this version can choose: the libraries' take minutes.
+    local ours=() name
+    if compute-sanitizer --help 2>&1 | grep -q -- '--kernel-name '; then
+        for name in $("${launch[@]}" --names); do ours+=(--kernel-name "kernel_substring=$name"); done
+    fi
+    # Every allocation by itself, or a write past the end of one stays within torch's pool.
+    step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${ours[@]}" \
+        --error-exitcode 9 "${launch[@]}"
+}
+run() {
+    local names parallel=()
+    case $1 in
+    env) step env "$python" -m prototok env ;;
+    driver) [ $dry ] || { have nvidia-smi driver && step driver nvidia-smi; } ;;
+    # Which rates the products reach decides what can be asked of a step.
+    gemms) step gemms env TRITON_INTERPRET=0 "$python" benchmarks/rehearse.py --gemms \
+        $(either "" "--shape pythia-160m") ;;
+    graphs) step graphs "${pytest[@]}" tests/fitting/engine/test_static_buffers.py \
+        tests/fitting/engine/test_buckets.py $(either tests/cuda "") ;;
+    tests)
+        "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) # what takes long is compiling
+        step tests "${pytest[@]}" "${parallel[@]}" $(either \
+            "tests/kernels tests/fitting/engine tests/model/families tests/autoregressive" \
+            "tests/fitting/test_recipe.py tests/fitting/engine/test_rows.py")
+        ;;
+    fit-step-*) fit_step "${1#fit-step-}" ;;
+    ncu)
+        if [ $dry ]; then
+            step ncu "${launch[@]}" --size real --names
+        elif have ncu ncu; then
+            names=$("${launch[@]}" --names)
+            # All launches of ours: with a count, the first kernel would take them all.
+            step ncu ncu --clock-control none --set detailed \
+                --kernel-name "regex:^($(paste -sd'|' <<<"$names"))" "${launch[@]}" --size real
+        fi
+        ;;
+    throughput) step throughput "$python" benchmarks/throughput.py \
+        --shape $(either "llama-3.2-1b --lengths 128,256 --texts 4" "smoke --lengths 4") \
+        --out "$work/throughput.json" ;;
+    slots) step slots "$python" benchmarks/slots.py --texts $(either 512 4) --slots $(either 64 2) \
+        --length $(either 8 2) --singles $(either 8 1) --max-steps $(either 1500 5) \
+        --out "$work/slots.json" ;;
+    kernels) step kernels "${pytest[@]}" benchmarks/kernels --measured "$work/kernels.jsonl" \
+        $(either --benchmark-only "--benchmark-disable --collect-only") ;;
+    profile) step profile "$python" -m prototok profile fit \
+        $(either "--shape pythia-160m --batch 64" "--batch 2") --length $(either 128 4) --eager \
+        --steps $(either 5:8 1:2) --trace "$work/profile.json" ;;
+    memcheck | racecheck) sanitize "$1" ;;
+    # The built-in models' texts as in the paper's Table 4: seconds a text.
+    table4) step table4 "$python" -m prototok bench \
+        $(either "" "--model tiny-llama --lengths 4 --texts 1") --out "$work/table4.json" ;;
+    esac
+}
 
-step throughput 90 "$python" benchmarks/throughput.py \
-    --shape $(either "llama-3.2-1b --lengths 128,256" "smoke --lengths 4") --out "$out/throughput.json"
-step slots 60 "$python" benchmarks/slots.py --texts $(either 512 4) --slots $(either 64 2) \
-    --length $(either 8 2) --singles $(either 8 1) --max-steps $(either 1500 5) --out "$out/slots.json"
-
-if [ $dry ]; then
-    step ncu 60 "${launch[@]}" --size real --names
-elif have ncu ncu; then
-    step ncu 60 ncu --clock-control none --set detailed --kernel-name "regex:^($(paste -sd'|' <<<"$names"))" \
-        --launch-count 12 "${launch[@]}" --size real
-fi
-step profile 40 "$python" -m prototok profile fit $(either "--shape pythia-160m --batch 64" "--batch 2") \
-    --length $(either 128 4) --eager --steps $(either 5:8 1:2) --trace "$out/profile.json"
-
-for preset in pythia-1.4b llama-3.1-8b; do
-    step "fit-step-$preset" 100 "$python" benchmarks/fit_step.py \
-        --preset "$(either $preset smoke)" \
-        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$out/fit-step-$preset.json"
-done
+# The C++ kernels are built where they are missing: the tests compare with them.
+"$python" -c 'import prototok_kernels._cpu' 2>/dev/null ||
+    "$python" setup.py -q build_ext --inplace >"$work/build.txt" 2>&1
+for name in "${chosen[@]}"; do run "$name"; done
 
 echo
 cat "$out/summary.txt"

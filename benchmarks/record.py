@@ -18,9 +18,11 @@ def provenance() -> dict:
     """Command line, date, commit (with + where the tree was changed), machine and versions."""
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-        )
+        command = ["git", *arguments]
+        try:
+            run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+        except OSError:  # no git here: what was measured must not be lost for that
+            return ""
         return run.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD") or "unknown"

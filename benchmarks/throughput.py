@@ -45,24 +45,26 @@ def main() -> None:
     if shapes and lengths is None:
         lengths = (8,) if shapes == ["smoke"] else (128,)
 
-    def settings(models: tuple[str, ...], shape: str | None) -> BenchSettings:
+    def settings(
+        models: tuple[str, ...], shape: str | None, lengths: tuple[int, ...] | None
+    ) -> BenchSettings:
         return BenchSettings(
             models, shape, lengths, a.texts, a.text, a.recipe, "auto", a.dtype,
             vllm_python=a.vllm_python,
         )  # fmt: skip
 
-    runs = [settings(tuple(models), None)] if models else []
-    runs += [settings((), shape) for shape in shapes]
-    record: dict = {"cases": [], "longest": [], "measured_peaks": {}}
+    runs = [settings(tuple(models), None, lengths)] if models else []
+    # A length at a time, so that what is measured is written before the next.
+    runs += [settings((), shape, (n,)) for shape in shapes for n in lengths or ()]
+    record: dict = provenance() | {"cases": [], "longest": [], "measured_peaks": {}}
     for each in runs:
         found = run_bench(each, say=lambda line: print(line, flush=True))
         record["cases"] += found["cases"]
         record["longest"] += found["longest"]
         record["measured_peaks"] |= found["measured_peaks"]
         record["recipe"] = found["recipe"]
-    record = provenance() | record
+        write(record, a.out)
     print(table(record))
-    write(record, a.out)
     keys = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ceiling")
     print(json.dumps([{key: case[key] for key in keys} for case in record["cases"]]))
 

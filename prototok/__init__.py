@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prototok import autoregressive as autoregressive
     from prototok.decoding.decode import decode as decode
     from prototok.decoding.information import information as information
+    from prototok.exporting.export import export as export
     from prototok.fitting.capacity import capacity as capacity
     from prototok.fitting.fast_fit import fast_fit as fast_fit
     from prototok.fitting.learn_shared import learn_shared as learn_shared
@@ -41,6 +42,7 @@ _HOME = {
     "capacity": "prototok.fitting.capacity",
     "connect": "prototok.geometry.paths",
     "decode": "prototok.decoding.decode",
+    "export": "prototok.exporting.export",
     "fast_fit": "prototok.fitting.fast_fit",
     "information": "prototok.decoding.information",
     "interpolate": "prototok.geometry.paths",

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a GPU, read from its binary without one."""
+"""What a compiled kernel takes of a GPU, read from its binary and its PTX without one."""
 
 from __future__ import annotations
 
@@ -20,3 +20,20 @@ def resource_usage(cubin: bytes, folder: Path) -> dict[str, int] | None:
     ).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {name: int(count) for name, count in found.items()}
+
+
+def narrow_loads_in_loops(ptx: str) -> list[str]:
+    """Loads of one or two bytes from global memory between a label and a branch back to it."""
+    lines = ptx.splitlines()
+    labels: dict[str, int] = {}
+    found: dict[int, str] = {}
+    for end, line in enumerate(lines):
+        label = re.match(r"\s*(\$L\w+):", line)
+        if label:
+            labels[label[1]] = end
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if branch and branch[1] in labels:
+            for at in range(labels[branch[1]], end):
+                if re.search(r"\bld\.global\S*\.[bus](?:8|16)\s", lines[at]):
+                    found[at] = lines[at].strip()
+    return list(found.values())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import pytest
 import prototok
 from prototok import FitResult
 from prototok.cli import main
+from prototok_kernels.backend import this_machine
 from support import small_llama
 
 HELD_OUT = Path(prototok.__file__).parent / "models" / "tiny-llama" / "held_out.txt"
@@ -44,7 +48,8 @@ def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None
     assert exact >= 0.9 * fit.tokens.texts
     if exact == fit.tokens.texts:
         assert read.stdout == book.read_text() + "\n"
-    assert read.stderr.count(": exact\n") == exact
+    # Only what went wrong is named.
+    assert read.stderr.count("chunk ") == fit.tokens.texts - exact
 
 
 def test_a_prefix_is_fitted_behind_and_decoded_behind(book: Path, tmp_path: Path) -> None:
@@ -105,6 +110,18 @@ def test_decoding_with_another_tokenizer_is_refused(book: Path, tmp_path: Path) 
         (["bench", "--shape", "gpt-5"], "prototok: shape: 'gpt-5' is not one of"),
         (["bench", "--texts", "0"], "prototok: texts: 0 is not"),
         (["bench", "--shape", "pythia-160m", "--model", "x"], "prototok: shape: give a model or"),
+        (["fit", "bok.txt", "-o", "t"], "no file bok.txt; did you mean 'book.txt'?"),
+        (["fit", "book.txt", "-o", "t", "--recipe", "fsat"], "did you mean 'fast'?"),
+        (["fit", "book.txt", "-o", "t", "--model", "tiny-lama"], "did you mean 'tiny-llama'?"),
+        (["fit", "book.txt", "-o", "t", "--device", "cuad"], "did you mean 'cuda'?"),
+        (["fit", "book.txt", "-o", "t", "--dtype", "bfloat61"], "did you mean 'bfloat16'?"),
+        (["fit", "book.txt", "-o", "t", "--arrangement", "e m"], "did you mean 'e m*'?"),
+        (["fit", "book.txt", "-o", "t", "--max-steps", "0"], "prototok: max_steps: 0 is not"),
+        (["profile", "fitt"], "did you mean 'fit'?"),
+        (["profile", "--backend", "tritan"], "did you mean 'triton'?"),
+        (["bench", "--shape", "pythia160m"], "did you mean 'pythia-160m'?"),
+        (["sweep", "plan", "tabel1", "-o", "r"], "did you mean 'table1'?"),
+        (["sweep", "plan", "table1", "-o", "r", "--preset", "smal"], "did you mean 'small'?"),
         (["unknown"], "unknown"),
         (["fit"], "prototok fit"),
     ],
@@ -160,18 +177,47 @@ def test_a_fit_that_is_stopped_keeps_what_had_ended(how: signal.Signals, tmp_pat
     assert other.returncode == 2 and "tokens holds a fit of other texts" in other.stderr
 
 
+def test_the_steps_are_those_asked_for(book: Path, tmp_path: Path) -> None:
+    made = prototok_cli(
+        "fit", str(book), "--length", "8", "--limit", "2", "--max-steps", "3", "-o", "t",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    fit = FitResult.load(tmp_path / "t")
+    assert fit.steps.tolist() == [[3], [3]]
+    assert json.loads(fit.tokens.provenance["recipe"])["max_steps"] == 3
+    assert "2 texts of 2 did not come back whole" in made.stderr
+    read = prototok_cli("decode", "t", cwd=tmp_path)
+    assert read.stderr.count("of 8 tokens right") == 2
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    shown = prototok_cli("--version", cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stdout == f"prototok {prototok.__version__}\n"
+
+
+def test_a_shell_can_complete_commands(tmp_path: Path) -> None:
+    asked = {"_PROTOTOK_COMPLETE": "complete_bash", "COMP_WORDS": "prototok de", "COMP_CWORD": "1"}
+    shown = prototok_cli(cwd=tmp_path, env=os.environ | asked)
+    assert shown.stdout.split() == ["decode"]
+
+
 def test_env_and_help_answer_fast(tmp_path: Path) -> None:
     shown = prototok_cli("env", cwd=tmp_path)
     assert shown.returncode == 0 and "\ntransformers: " in shown.stdout
+    assert f"prototok: {prototok.__version__}\n" in shown.stdout
+    (kernels,) = re.findall(r"C\+\+ kernels: (.*)", shown.stdout)
+    built = this_machine()
+    assert kernels.startswith("not built") != built.cpp
+    assert all(name in kernels for name in built.instruction_sets)
     code = "import sys, prototok.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    times = []
-    for _ in range(3):
-        clock = time.perf_counter()
-        helped = prototok_cli("--help", cwd=tmp_path)
-        times.append(time.perf_counter() - clock)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    helped = prototok_cli("--help", cwd=tmp_path)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert helped.returncode == 0 and "bench" in helped.stdout
-    assert min(times) < 1.0  # 0.3 s on an idle machine; CI machines are not
+    # Of the processor, for a machine may be busy: 0.2 s, and 4 with torch and transformers.
+    assert spent.ru_utime - before.ru_utime < 1.0
 
 
 def test_general_family_says_so(book: Path, tmp_path: Path) -> None:

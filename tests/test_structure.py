@@ -16,9 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. An arrow may point to the same level or below.
 LEVELS = (
     ("__main__", "cli"),
+    ("commands",),
     ("bench", "sweep", "report"),
-    ("capacity", "decode", "fast_fit", "learn_shared"),  # doors to functions of the packages below
-    ("fitting", "decoding", "autoregressive", "geometry"),
+    (
+        "capacity",
+        "decode",
+        "export",
+        "fast_fit",
+        "learn_shared",
+    ),  # doors to functions of the packages below
+    ("fitting", "decoding", "autoregressive", "geometry", "exporting"),
     ("model", "results", "texts"),
     ("common",),
     ("prototok_kernels",),

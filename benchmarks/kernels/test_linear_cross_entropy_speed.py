@@ -119,11 +119,11 @@ VARIANTS: dict[str, Head] = {
 
 def inputs(shape: str, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     rows, d, vocabulary = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, d, generator=generator).to(DEVICE, DTYPES[dtype])
-    weight = torch.randn(vocabulary, d, generator=generator) / d**0.5
-    targets = torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE)
-    return hidden, weight.to(DEVICE, DTYPES[dtype]), targets
+    here = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
+    hidden = torch.randn(rows, d, **here).to(DTYPES[dtype])
+    weight = torch.randn(vocabulary, d, **here) / d**0.5
+    targets = torch.randint(vocabulary, (rows,), **here)
+    return hidden, weight.to(DTYPES[dtype]), targets
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

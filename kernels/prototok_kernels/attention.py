@@ -88,7 +88,7 @@ def _rotate(
             cos.stride(0), length, heads,
             DIRECTION=direction, SIZE=size, HALF=half, BLOCK_HEADS=block_heads,
             BLOCK_HALF=block_half, BLOCK_REST=triton.next_power_of_2(max(1, size - 2 * half)),
-            COPY_REST=x.data_ptr() != out.data_ptr() and 2 * half < size,
+            COPY_REST=out is not x and 2 * half < size,
         )  # fmt: skip
 
 

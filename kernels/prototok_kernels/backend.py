@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -123,6 +124,14 @@ def instruction_set(name: str) -> Iterator[None]:
     finally:
         _cpu.prefer_instruction_set(name="")
         _found = _instruction_sets()
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has; 1 for any other."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def unavailable(backend: str, kind: str) -> str | None:

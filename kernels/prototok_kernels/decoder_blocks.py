@@ -168,6 +168,7 @@ def decoder_blocks_ref(
     delta: Tensor | None = None
     for index, layer in enumerate(blocks.layers[start:]):
         if index == 0 and projected is not None:
+            assert is_parallel(layer)
             delta = parallel_block_end(projected, layer, cos, sin, backend)
         else:
             x, delta = decoder_block(x, delta, layer, cos, sin, backend)

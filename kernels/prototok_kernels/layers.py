@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prototok_kernels.activation import ACTIVATIONS, activation, activation_backward
 from prototok_kernels.attention import attention
-from prototok_kernels.residual_norm import residual_norm
+from prototok_kernels.residual_norm import residual_norm, two_residual_norms
 
 Layer = TypeVar("Layer", bound="DecoderLayer")
 
@@ -131,6 +131,13 @@ class NeoXLayer(DecoderLayer):
     post_norm_bias: Tensor  # (d,)
     parallel: bool
 
+    @cached_property
+    def end_bias(self) -> Tensor | None:
+        """Return (d,) what a parallel block adds at every position: the biases of o and down."""
+        if self.o_bias is None or self.down_bias is None:
+            return self.down_bias if self.o_bias is None else self.o_bias
+        return self.o_bias + self.down_bias
+
 
 def is_parallel(layer: DecoderLayer) -> TypeGuard[NeoXLayer]:
     """Return True if attention and MLP both read the block's input."""
@@ -209,11 +216,17 @@ def _attended(
     backend: str,
 ) -> Tensor:  # (B, N, d)
     """Run self-attention behind its input projections."""
-    mixed = attention(
+    return F.linear(_mixed(qkv, layer, cos, sin, backend), layer.o, layer.o_bias)
+
+
+def _mixed(
+    qkv: Tensor, layer: DecoderLayer, cos: Tensor, sin: Tensor, backend: str
+) -> Tensor:  # (B, N, H·c)
+    """Mix the values by attention, heads side by side."""
+    return attention(
         qkv, cos, sin, heads=layer.heads, kv_heads=layer.kv_heads, scaling=layer.scaling,
         window=layer.window, flash=layer.flash, prefix=layer.prefix, backend=backend,
     )  # fmt: skip
-    return F.linear(mixed, layer.o, layer.o_bias)
 
 
 def inner_projection(layer: DecoderLayer) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +248,12 @@ def bias_behind_norm(layer: DecoderLayer) -> Tensor | None:
 
 def mlp(normed: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
     """Run the MLP behind its norm, without the residual; (…, d)."""
-    return _mlp_end(F.linear(normed, inner_projection(layer)[0]), layer, backend)
+    return _mlp_end(inner_product(normed, layer), layer, backend)
+
+
+def inner_product(normed: Tensor, layer: DecoderLayer) -> Tensor:
+    """Return the MLP's first product, (…, I) or gated (…, 2 I), bias not yet added."""
+    return F.linear(normed, inner_projection(layer)[0])
 
 
 def _mlp_end(z: Tensor, layer: DecoderLayer, backend: str) -> Tensor:
@@ -258,25 +276,36 @@ def decoder_block(
     What a block adds to the stream is left for the next norm, which adds and normalises in one
     pass: the result is the pair of a new stream and what is still to be added to it.
     """
+    if is_parallel(layer):
+        before, behind = (
+            (layer.input_norm, layer.input_norm_bias), (layer.post_norm, layer.post_norm_bias),
+        )  # fmt: skip
+        x, normed, again = two_residual_norms(x, delta, before, behind, layer.eps, backend)
+        qkv = stacked_heads(normed, layer)
+        return x, parallel_block_end((qkv, inner_product(again, layer)), layer, cos, sin, backend)
     x, normed = input_norm(x, delta, layer, backend)
     attended = self_attention(normed, layer, cos, sin, backend)
-    if is_parallel(layer):
-        x, normed = post_norm(x, None, layer, backend)
-        return x, mlp(normed, layer, backend) + attended
     x, normed = post_norm(x, attended, layer, backend)
     return x, mlp(normed, layer, backend)
 
 
 def parallel_block_end(
     projected: tuple[Tensor, Tensor],  # (B, N, (H + 2 K)·c) with its bias, (B, N, I) without
-    layer: DecoderLayer,
+    layer: NeoXLayer,
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
     backend: str,
 ) -> Tensor:  # (B, N, d)
     """Return what a parallel block adds to the stream, from its q, k, v and up-projection."""
     qkv, z = projected
-    return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
+    if backend != "triton":
+        return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
+    # The MLP's product adds itself to what was attended, and its bias stands in that one's.
+    inner = inner_activation(z, inner_projection(layer)[1], layer, backend)
+    mixed = _mixed(qkv, layer, cos, sin, backend)
+    added = F.linear(mixed.flatten(0, 1), layer.o, layer.end_bias)
+    added.addmm_(inner.flatten(0, 1), layer.down.T)
+    return added.unflatten(0, mixed.shape[:2])
 
 
 def decoder_layer(

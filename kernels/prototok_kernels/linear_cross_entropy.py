@@ -12,22 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, require
+from prototok_kernels.backend import _cpu, multiprocessors, require
 from prototok_kernels.packed import packed, why_unpacked
 from prototok_kernels.views import views
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
+# What logits may take on CUDA, where products want many rows at a time.
+_CUDA_BYTES = 1 << 30
 # Enough rows for full speed in the two products: smaller chunks, which would stay in the cache,
 # read the weight more often and lose more than that saves (docs/log.md).
 _CPU_CHUNK_BYTES = 64 << 20
-# With 16 warps a thread reads 16 bytes of bf16 at a time, and its registers (55 on sm_90) let two
-# programs share a processor: one reduces while the other reads.
-_TRITON_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -44,114 +37,6 @@ class HeadOutput:
     predicted: Tensor
     margin: Tensor
     grad_hidden: Tensor | None
-
-
-if triton is not None:
-
-    @triton.jit
-    def _head_kernel(  # type: ignore[no-untyped-def]
-        logits,  # (C, V)
-        gradient,  # (C, V), may be logits
-        targets,  # (C,) int64
-        token_weight,  # (C,) fp32
-        loss,  # (C,) fp32
-        predicted,  # (C,) int64
-        margin,  # (C,) fp32
-        inverse_temperature,
-        vocabulary: tl.constexpr,  # V, one per model; the interpreter of triton 3.6 with numpy 2.4
-        # cannot loop up to a number that is given at run time
-        HAS_TOKEN_WEIGHT: tl.constexpr,
-        NEED_GRAD: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        # One program a row. The target is kept apart from the other logits: the best of those is
-        # the margin's other half, and log1p(sum of others) and p - 1 = -(sum of others) / total
-        # lose no digits when the target has almost all of the probability.
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * vocabulary
-        target = tl.load(targets + row)
-        # A wrong target must not read foreign memory; there is no host to raise, so it gives NaN.
-        valid = (target >= 0) & (target < vocabulary)
-        own = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
-
-        # Every lane keeps its own maximum and sum, so that the loop has no reduction across warps,
-        # and needs one exponential an element whether or not the maximum moves. The start is
-        # finite because -inf minus -inf is NaN.
-        lanes = tl.arange(0, BLOCK)
-        best = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        index = tl.full((BLOCK,), 2147483647, tl.int32)
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + lanes
-            wanted = (columns < vocabulary) & (columns != target)
-            x = tl.load(logits + columns, mask=wanted, other=float("-inf")).to(tl.float32)
-            grows = x > best
-            decay = tl.exp(-tl.abs(x - best) * inverse_temperature)
-            total = tl.where(grows, total * decay + 1.0, total + decay)
-            index = tl.where(grows, columns, index)
-            best = tl.where(grows, x, best)
-        rival = tl.max(best, 0)
-        others = tl.sum(total * tl.exp((best - rival) * inverse_temperature), 0)
-        rival_index = tl.min(tl.where(best == rival, index, 2147483647), 0).to(tl.int64)
-        rival = tl.where(rival_index < vocabulary, rival, float("-inf"))  # V = 1: there is none
-
-        leads = own >= rival
-        top = tl.maximum(own, rival)
-        gap = tl.abs(own - rival) * inverse_temperature
-        rest = tl.where(leads, others * tl.exp(-gap), others)
-        whole = rest + tl.where(leads, 1.0, tl.exp(-gap))
-        # log1p by Goldberg's identity: the rounding error of 1 + rest divides out.
-        rounded = whole - 1.0
-        log1p = tl.where(rounded == 0.0, rest, tl.log(whole) * (rest / rounded))
-        tl.store(loss + row, tl.where(leads, log1p, tl.log(whole) + gap))
-        own_wins = (own > rival) | ((own == rival) & (target < rival_index))
-        tl.store(predicted + row, tl.where(own_wins, target, rival_index))
-        tl.store(margin + row, own - rival)
-
-        if NEED_GRAD:
-            gradient += row * vocabulary
-            scale = inverse_temperature
-            if HAS_TOKEN_WEIGHT:
-                scale = tl.load(token_weight + row) * inverse_temperature
-            factor = scale / whole
-            for start in range(0, vocabulary, BLOCK):
-                columns = start + lanes
-                inside = columns < vocabulary
-                x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                slope = tl.exp((x - top) * inverse_temperature) * factor
-                slope = tl.where(columns == target, -rest * factor, slope)
-                tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=inside)
-
-
-def _triton_pass(
-    logits: Tensor,  # (C, V)
-    gradient: Tensor | None,  # (C, V), may be logits; None = not wanted
-    targets: Tensor,  # (C,)
-    token_weight: Tensor | None,  # (C,)
-    temperature: float,
-    out: HeadOutput,  # of these C rows, written
-) -> None:
-    rows, vocabulary = logits.shape
-    if rows == 0:
-        return
-    block = min(_TRITON_BLOCK, triton.next_power_of_2(vocabulary))
-    with torch.cuda.device_of(logits):
-        _head_kernel[(rows,)](
-            logits,
-            logits if gradient is None else gradient,
-            targets,
-            out.loss if token_weight is None else token_weight,
-            out.loss,
-            out.predicted,
-            out.margin,
-            1.0 / temperature,
-            vocabulary=vocabulary,
-            HAS_TOKEN_WEIGHT=token_weight is not None,
-            NEED_GRAD=gradient is not None,
-            BLOCK=block,
-            num_warps=max(1, block // 256),
-            enable_fp_fusion=True,  # triton's default differs from version to version
-        )
 
 
 def _cpu_pass(
@@ -230,7 +115,9 @@ def _linear_cross_entropy_fused(
     backend: str,
 ) -> HeadOutput:
     """Run GEMM, one pass over the chunk in place, GEMM; the logits stay in hidden's dtype."""
-    row_pass = _cpu_pass if backend == "cpu" else _triton_pass
+    row_pass = _cpu_pass
+    if backend == "triton":
+        from prototok_kernels.head_triton import triton_pass as row_pass
     hidden, targets = hidden.contiguous(), targets.contiguous()
     if token_weight is not None:
         token_weight = token_weight.to(torch.float32).contiguous()
@@ -238,12 +125,15 @@ def _linear_cross_entropy_fused(
     if weight is None:  # no workspace: the pass reads hidden and writes the gradient
         row_pass(hidden, out.grad_hidden, targets, token_weight, temperature, out)
         return out
-    rows, vocabulary = targets.shape[0], weight.shape[0]
-    if backend == "cpu":
-        workspace_bytes = min(workspace_bytes, _CPU_CHUNK_BYTES)
+    rows, (vocabulary, size) = targets.shape[0], weight.shape
     largest = max(1, workspace_bytes // (vocabulary * hidden.element_size()))
-    # Equal chunks: a short last one would read the whole weight twice for a few rows.
-    chunk = math.ceil(rows / max(1, math.ceil(rows / largest)))
+    if backend == "triton":
+        from prototok_kernels.head_triton import whole_waves
+
+        chunk = whole_waves(rows, size, largest, multiprocessors(hidden.device))
+    else:
+        # Equal chunks: a short last one would read the whole weight twice for a few rows.
+        chunk = math.ceil(rows / max(1, math.ceil(rows / largest)))
     workspace = hidden.new_empty(chunk, vocabulary)
     for start in range(0, rows, max(1, chunk)):
         part = slice(start, min(start + chunk, rows))
@@ -322,15 +212,17 @@ def linear_cross_entropy(
     *,
     temperature: float = 1.0,
     need_grad: bool = True,
-    workspace_bytes: int = 256 << 20,
+    workspace_bytes: int | None = None,
     backend: str,
 ) -> HeadOutput:
     """Compute the cross-entropy of `softmax(hidden @ weight.T / temperature)` and what fits need.
 
     At most `workspace_bytes` of logits are alive at once (of fp32 logits for "torch", which also
-    makes temporaries): rows are taken in chunks, each chunk's logits become its gradient in place,
-    and one more product turns that into the gradient of the hidden state. There is no gradient of
-    the weight, no synchronisation with the host on a GPU, and every row is summed in a fixed order.
+    makes temporaries; None is 1 GiB for "triton", of which it takes what fills the GPU's
+    processors, 64 MiB for "cpu", and 256 MiB else): rows are taken in chunks, each chunk's logits
+    become its gradient in place, and one more product turns that into the gradient of the hidden
+    state. There is no gradient of the weight, no synchronisation with the host on a GPU, and every
+    row is summed in a fixed order.
 
     `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "packed". In
     the last three the logits have hidden's dtype, and all arithmetic on them is fp32. "packed" is
@@ -343,6 +235,8 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets, token_weight, temperature)
     require("cpu" if backend == "packed" else backend, hidden)
+    if workspace_bytes is None:
+        workspace_bytes = {"triton": _CUDA_BYTES, "cpu": _CPU_CHUNK_BYTES}.get(backend, 256 << 20)
     if backend == "torch":
         return _linear_cross_entropy_torch(
             hidden, weight, targets, token_weight, temperature, need_grad, workspace_bytes

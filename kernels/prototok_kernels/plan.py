@@ -10,6 +10,7 @@ spanning vectors per row, of which H (P − 1) are constants of the model.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,6 +29,9 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/log.md).
 CONSTANT_COST = 4
+# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
+FEW_ON_CUDA = 1 << 22
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
 FEW_POSITIONS = 64
 # The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
@@ -93,6 +97,9 @@ class Plan:
         """Return one line that names what was taken, for records."""
         taken = ", ".join(f"{name} {choice.taken}" for name, choice in self.choices().items())
         return f"{self.rows} x {self.length} {self.dtype} on {self.device}: {taken}"
+
+    def __repr__(self) -> str:
+        return f"Plan({self.summary()})"
 
     def __str__(self) -> str:
         head = (
@@ -211,7 +218,10 @@ def _plan_of(
     cost_of_span += CONSTANT_COST * shape.constants * length
     spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
-    no_pair = _against_closed_form(shape, length, pair)
+    few_on_cuda = kind == "cuda" and rows * length * shape.hidden_size < FEW_ON_CUDA
+    no_pair = _against_closed_form(shape, length, pair) or (
+        "its small operations cost more than N positions" if few_on_cuda else None
+    )
 
     blocks = _choose(
         (
@@ -306,7 +316,9 @@ def _against_closed_form(shape: Shape, length: int, pair: bool) -> str | None:
 def _passes(backend: str, kind: str, dtype: torch.dtype, machine: Machine) -> Choice:
     """Choose between torch, Triton and the C++; raise ValueError for what cannot be had."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        near = difflib.get_close_matches(str(backend)[:200].lower(), BACKENDS, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}{meant}")
 
     def against(name: str) -> str | None:
         missing = machine.lacks(name, kind)

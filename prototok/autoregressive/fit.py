@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prototok.autoregressive.generate import require_room
 from prototok.autoregressive.verify import Generated, cache_of, verify
-from prototok.common.arguments import batch_size_of, is_count, seed_list
+from prototok.common.arguments import batch_size_of, hint, is_count, seed_list
 from prototok.common.world import own_world
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import TeacherForced
@@ -77,7 +77,9 @@ def fit(
     if not is_count(k):
         raise ValueError(f"k: {k!r} is not a positive integer")
     if first not in ("predicted", "given"):
-        raise ValueError(f"first: {first!r} is not 'predicted' or 'given'")
+        raise ValueError(
+            f"first: {first!r} is not 'predicted' or 'given'" + hint(first, ("predicted", "given"))
+        )
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from prototok.autoregressive.static_kv import StaticDecoder
-from prototok.common.arguments import is_count
+from prototok.common.arguments import hint, is_count
 from prototok.common.per_thread import PerThread
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
@@ -53,7 +53,9 @@ def generate(
     """
     require_frozen(lm)
     if cache not in CACHES:
-        raise ValueError(f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}")
+        raise ValueError(
+            f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}" + hint(cache, CACHES)
+        )
     if not isinstance(mem, Tensor) or mem.ndim < 2 or mem.shape[-1] != lm.hidden_size:
         seen = tuple(mem.shape) if isinstance(mem, Tensor) else type(mem).__name__
         raise ValueError(f"mem: {seen} is not (rows, K, {lm.hidden_size})")
@@ -109,6 +111,9 @@ def greedy(model: PreTrainedModel, length: int, cache: str, **prompt: Tensor) ->
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=length, pad_token_id=0,
         cache_implementation="static" if cache == "static" else None,
+        # On CUDA transformers would compile a static cache's step for minutes, for every batch
+        # and every length anew.
+        disable_compile=True,
     )  # fmt: skip
     mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
     level = logging.get_verbosity()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.autoregressive.generate import generate
+from prototok.common.shown import shapes
 from prototok.fitting.engine.setup import Setup
 from prototok.model.frozen_lm import FrozenLM
 
@@ -34,6 +35,8 @@ class Generated:
     teacher_forced: float
     ids: Tensor
     spread: float = 0.0
+
+    __repr__ = shapes
 
     @property
     def exact(self) -> bool:

@@ -18,6 +18,8 @@ _SUMMARY = ("model", "length", "exact", "ratio_batch_1", "ratio_best_batch", "ce
 _PROFILE = "Profile steps a … b−1 of the first fit, as a:b; docs/profiling.md says how to read it."
 _FIGURE = b"One forward against autoregressive decoding"  # what an earlier figure of ours says
 _OUT = "The record; the figure goes beside it."
+_WIDE = "Every column; 80 characters have room for eight."
+_JSON = "One line of JSON in place of the table."
 
 
 def bench(
@@ -30,6 +32,8 @@ def bench(
     profile: Annotated[str | None, typer.Option(help=_PROFILE)] = None,
     vllm_python: Annotated[Path | None, typer.Option(help=_VLLM)] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help=_OUT)] = Path("bench.json"),
+    wide: Annotated[bool, typer.Option("--wide", help=_WIDE)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:  # fmt: skip
@@ -54,9 +58,11 @@ def bench(
     )  # fmt: skip
     record = run_bench(settings, say=say)
     write(record, out)
-    print(table(record))
-    print(f"\n{record['seconds']:.0f} s; written to {out} and {out.with_suffix('.svg')}")
-    print(json.dumps([{key: case[key] for key in _SUMMARY} for case in record["cases"]]))
+    if as_json:
+        print(json.dumps([{key: case[key] for key in _SUMMARY} for case in record["cases"]]))
+    else:
+        print(table(record, wide))
+    say(f"{record['seconds']:.0f} s; written to {out} and {out.with_suffix('.svg')}")
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:

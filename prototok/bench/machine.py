@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from prototok.common.clock import timed
-from prototok_kernels.backend import this_machine
+from prototok.common.version import VERSION
+from prototok_kernels.backend import Machine, this_machine
 from prototok_kernels.plan import Plan, Shape, plan_of
 
 _PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "flash-attn")
@@ -20,16 +21,23 @@ def describe() -> dict[str, str]:
     """Describe machine and versions, for records; no value names a user or a host."""
     found = this_machine()
     facts = {
-        "prototok": _version("prototok"),
+        "prototok": VERSION,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "C++ kernels": ", ".join(found.instruction_sets) if found.cpp else "not built",
+        "C++ kernels": _kernels(found),
         "AMX": found.lacks_instructions("amx") or "used" if found.cpp else "not built",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     return facts | {name: _version(name) for name in _PACKAGES}
+
+
+def _kernels(found: Machine) -> str:
+    """Name the instructions of this processor that the C++ has, the ones that it uses first."""
+    if not found.cpp:
+        return "not built, and slower so; reinstall with a C++17 compiler"
+    return ", ".join(found.instruction_sets)
 
 
 def usual_plan(dtype: torch.dtype) -> Plan:

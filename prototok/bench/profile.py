@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from prototok.common.arguments import hint
 from prototok.common.files import whole
 from prototok.decoding.decode import decode_vectors, require_length
 from prototok.fitting.engine.inputs import OneForward
@@ -41,7 +42,7 @@ def step_range(text: str) -> tuple[int, int]:
 def require_work(what: str) -> None:
     """Raise ValueError unless that is something to profile."""
     if what not in ("fit", "decode"):
-        raise ValueError(f"what: {what!r} is not 'fit' or 'decode'")
+        raise ValueError(f"what: {what!r} is not 'fit' or 'decode'" + hint(what, ("fit", "decode")))
 
 
 class Capture:

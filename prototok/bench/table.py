@@ -23,24 +23,51 @@ def figure(record: dict) -> str:
     return log_bars("One forward against autoregressive decoding", "tokens/s at batch 1", bars)
 
 
-def table(record: dict) -> str:
-    """Lay out the record for printing: equal length, each mode's longest, and every way."""
-    blocks = ["At equal length, batch 1:", *_aligned(_equal_length(record))]
+def table(record: dict, wide: bool = False) -> str:
+    """Lay out the record for printing: equal length, each mode's longest, and every way.
+
+    80 columns; `wide` shows every column.
+    """
+    blocks = ["At equal length, batch 1:", *_columns(_equal_length(record), wide)]
     if record["longest"]:
         blocks += ["", "Each mode at its own longest length (one forward against K = 1):"]
-        blocks += _aligned(_own_longest(record))
+        blocks += _columns(_own_longest(record), wide)
     blocks += ["", "Every autoregressive way at batch 1 in tokens/s, strongest first:"]
-    blocks += [_every_way(case) for case in record["cases"]]
-    return "\n".join([*blocks, "", *_notes(record)])
+    for case in record["cases"]:
+        blocks += _every_way(case)
+    return "\n".join([*blocks, "", *notes(record, wide)])
 
 
-def _equal_length(record: dict) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (
-            "model", "N", "exact", "fit s/text", "one fwd", "tok/s", "of roof", "best AR tok/s",
-            "(how)", "ratio", "vs dynamic", "best batch", "ceiling", "break-even",
-        )
-    ]  # fmt: skip
+def summary(record: dict) -> str:
+    """Return the table at equal length alone, with the machine and what its columns mean."""
+    lines = _columns(_equal_length(record), wide=False)
+    return "\n".join([*lines, "", *notes(record | {"longest": []}, wide=False)])
+
+
+Column = tuple[str, bool]  # its name, and whether 80 columns have room for it
+_EQUAL: tuple[Column, ...] = (
+    ("model", True), ("N", True), ("exact", True), ("fit s", True), ("one fwd", False),
+    ("tok/s", True), ("of roof", False), ("best AR", True), ("(how)", False),
+    ("ratio", True), ("vs dynamic", True), ("best batch", False), ("ceiling", True),
+    ("break-even", False),
+)  # fmt: skip
+_LONGEST: tuple[Column, ...] = (
+    ("model", True), ("source", False), ("one fwd N (max)", True), ("time", False),
+    ("tok/s", True), ("AR N (max)", True), ("time", False), ("tok/s", True), ("ratio", True),
+    ("best batch", False),
+)  # fmt: skip
+
+
+def _columns(rows: tuple[tuple[Column, ...], list[tuple[str, ...]]], wide: bool) -> list[str]:
+    """Return the lines of a table, with the columns that fit, or with all of them."""
+    header, body = rows
+    kept = [i for i, (_, narrow) in enumerate(header) if wide or narrow]
+    names = tuple(name for name, _ in header)
+    return _aligned([tuple(row[i] for i in kept) for row in (names, *body)])
+
+
+def _equal_length(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = []
     for c in record["cases"]:
         ways = _at_batch_1(c)
         one, best = ways[:2]
@@ -63,22 +90,16 @@ def _equal_length(record: dict) -> list[tuple[str, ...]]:
                 "–" if c["break_even_decodes"] is None else f"{c['break_even_decodes']:,.0f}",
             )
         )
-    return rows
+    return _EQUAL, rows
 
 
-def _own_longest(record: dict) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (
-            "model", "source", "one fwd N (max)", "time", "tok/s", "AR N (max)", "time", "tok/s",
-            "ratio", "best batch",
-        )
-    ]  # fmt: skip
-
+def _own_longest(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
     def mode(timing: dict | None) -> tuple[str, str]:
         if timing is None:
             return "–", "–"
         return f"{1e3 * timing['seconds']:.2f} ms", f"{timing['tokens_per_second']:,.0f}"
 
+    rows: list[tuple[str, ...]] = []
     for r in record["longest"]:
         reached = []
         for found, grid in zip((r["one_forward"], r["autoregressive"]), r["grids"], strict=True):
@@ -97,7 +118,7 @@ def _own_longest(record: dict) -> list[tuple[str, ...]]:
                 "–" if best is None else f"{best:.1f}×",
             )
         )
-    return rows
+    return _LONGEST, rows
 
 
 def _at_batch_1(case: dict) -> list[dict]:
@@ -110,12 +131,15 @@ def _at_batch_1(case: dict) -> list[dict]:
     return found
 
 
-def _every_way(case: dict) -> str:
-    def one(t: dict) -> str:
-        of = f", {_percent(t['share'])} of bandwidth" if t["share"] is not None else ""
-        return f"{_way(t)} {t['tokens_per_second']:,.0f}{of}"
+def _every_way(case: dict) -> list[str]:
+    ways = _at_batch_1(case)[1:]
+    width = max(len(_way(t)) for t in ways)
 
-    return f"{case['model']} N = {case['length']}: " + "; ".join(map(one, _at_batch_1(case)[1:]))
+    def one(t: dict) -> str:
+        of = f"  {_percent(t['share'], ' of bandwidth')}" if t["share"] is not None else ""
+        return f"  {_way(t):<{width}}  {t['tokens_per_second']:>9,.0f}{of}"
+
+    return [f"{case['model']}, N = {case['length']}", *map(one, ways)]
 
 
 def _way(timing: dict) -> str:
@@ -124,8 +148,11 @@ def _way(timing: dict) -> str:
     return f"{how} {short.get(timing['dtype'], timing['dtype'])}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+def _percent(share: float | None, of: str = "") -> str:
+    """Return a share of what memory or products allow, with the reason where it is above 1."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.0f} %{of}" + (" (weights stay in a cache)" if share > 1 else "")
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -139,22 +166,29 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def _notes(record: dict) -> list[str]:
+def notes(record: dict, wide: bool) -> list[str]:
+    """Return the machine, and what the columns mean that are shown."""
     m = record["machine"]
     device = m["cuda device"] if m["cuda device"] != "none" else m["processor"]
     dtypes = ", ".join(sorted({c["dtype"] for c in record["cases"]}))
-    return [
-        f"{device}, {m['threads']} threads, torch {m['torch']}, "
-        f"transformers {m['transformers']}, {dtypes}",
-        "exact: texts that come back whole when decoded alone, in the model's dtype and float32.",
-        "of roof: share of the speed that this machine's matrix and copy rates allow.",
-        "ratio: against the fastest autoregressive way. engine static-KV: prototok's own decoder.",
-        "vs dynamic: against generate with its default cache, which is the paper's comparison.",
-        f"best batch: each way at its best batch size of {', '.join(map(str, BATCHES))}.",
-        "ceiling: the largest ratio that two efficient implementations could show here at batch 1.",
-        "break-even: decodings after which the fit has paid off.",
-        "N (max): longest N, median over texts (best text).",
-    ]  # fmt: skip
+    lines = [
+        f"{device}, {m['threads']} threads, {dtypes}",
+        f"torch {m['torch']}, transformers {m['transformers']}",
+        "exact: texts that come back whole when decoded alone, in two dtypes.",
+        "fit s: seconds a text. tok/s: of one forward. best AR: of the fastest loop.",
+        "ratio: of these two. vs dynamic: against generate as it comes, as in the paper.",
+        "ceiling: the largest ratio two efficient implementations could show here.",
+    ]
+    if record["longest"]:
+        lines.append("N (max): longest N, median over texts (best text).")
+    if wide:
+        lines += [
+            "of roof: share of the speed that this machine's matrix and copy rates allow.",
+            "engine static-KV: prototok's own decoder.",
+            f"best batch: each way at its best batch size of {', '.join(map(str, BATCHES))}.",
+            "break-even: decodings after which the fit has paid off.",
+        ]
+    return lines
 
 
 def write(record: dict, out: Path) -> None:

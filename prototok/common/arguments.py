@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 
@@ -15,6 +16,19 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_count(value: object) -> TypeGuard[int]:
     """Return True if `value` is a positive integer."""
     return is_integer(value) and value >= 1
+
+
+def nearest(value: object, known: Iterable[str]) -> str | None:
+    """Return the known name that was probably meant, in any case; None where none is near."""
+    names = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(str(value)[:200].lower(), list(names), n=1, cutoff=0.6)
+    return names[found[0]] if found else None
+
+
+def hint(value: object, known: Iterable[str]) -> str:
+    """Return "; did you mean 'fast'?" for the end of a message; nothing where none is near."""
+    found = nearest(value, known) if isinstance(value, str) else None
+    return f"; did you mean {found!r}?" if found else ""
 
 
 def seed_list(seeds: int | Sequence[int]) -> list[int]:

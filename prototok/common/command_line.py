@@ -13,8 +13,10 @@ from typing import Annotated
 
 import typer
 
+Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
+RESUME = "Go on where the same command with this book and these settings was stopped."
 PREFIX = "Text in front of e in every row, not fitted; none, or auto to leave it to the recipe."
 SHAPE = (
     "A published shape with random weights, for speed alone: pythia-160m, pythia-410m, "

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
+from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 
@@ -34,6 +36,8 @@ class Decoded:
     ids: Tensor
     margin: Tensor
     loss: Tensor
+
+    __repr__ = shapes
 
 
 @torch.no_grad()
@@ -93,14 +97,14 @@ def _passed(lm: FrozenLM, inputs_embeds: Tensor, backend: str) -> Decoder | None
 
 @overload
 def decode(
-    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    lm: FrozenLM, tokens: ProtoTokens | FitResult, length: int | None = None, *,
     batch_size: int = 1, text: Literal[False] = False, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def decode(
-    lm: FrozenLM, tokens: ProtoTokens, length: int | None = None, *,
+    lm: FrozenLM, tokens: ProtoTokens | FitResult, length: int | None = None, *,
     batch_size: int = 1, text: Literal[True], backend: str = "auto",
 ) -> list[str]: ...  # fmt: skip
 
@@ -108,7 +112,7 @@ def decode(
 @own_world
 def decode(
     lm: FrozenLM,
-    tokens: ProtoTokens,
+    tokens: ProtoTokens | FitResult,
     length: int | None = None,
     *,
     batch_size: int = 1,
@@ -119,7 +123,8 @@ def decode(
 
     Args:
         lm: the model the vectors were fitted on.
-        tokens: what to decode, behind its own prefix where it has one.
+        tokens: what to decode, or a fit whose tokens to decode, behind its own prefix where it has
+            one.
         length: read this many tokens of every row instead of its own number.
         batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
             size can round differently and flip a token whose margin is near zero.
@@ -132,6 +137,9 @@ def decode(
         ValueError: vectors of another model or tokenizer, or a length that cannot be.
     """
     require_frozen(lm)
+    tokens = tokens.tokens if isinstance(tokens, FitResult) else tokens
+    if not isinstance(tokens, ProtoTokens):
+        raise ValueError(f"tokens: {type(tokens).__name__} is not ProtoTokens or a FitResult")
     tokens.require_model(lm)
     lm = lm.behind(tokens.prefix)
     arrangement = Arrangement.parse(tokens.arrangement)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.texts.targets import Texts, targets_of
@@ -42,6 +43,8 @@ class Information:
     nats: Tensor
     scored: Tensor
     bos: str
+
+    __repr__ = shapes
 
     @property
     def bits(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prototok.common.arguments import batch_size_of, is_count, listed_items
 from prototok.common.progress import Progress
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.driver import EndedRow, fit_groups
@@ -52,6 +53,8 @@ class Capacity:
     ended: Tensor
     steps: Tensor
     seconds: Tensor
+
+    __repr__ = shapes
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from prototok.common.progress import Progress
+from prototok.common.urgent import urgent
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import Finished, FitEvent, Refused, run
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.outlook import Outlook
 from prototok.fitting.recipe import Recipe
+from prototok.fitting.under_way import UnderWay
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.mem_fit import MemFit
 
@@ -78,7 +80,8 @@ def fit_groups(
 
     def confirm(finished: Finished) -> Refused | None:
         rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
-        checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
+        with urgent(setup.lm.device):  # the next steps are queued already
+            checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
         verified[finished.group.index] = checks
         return _refused(checks, setup.recipe)
 
@@ -93,9 +96,8 @@ def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
     exact = all(check.accuracy >= recipe.accuracy for check in checks)
     asked = [recipe.spreads * check.spread for check in checks]
     clear = all(check.margin >= least for check, least in zip(checks, asked, strict=True))
-    counts = (
-        recipe.spreads > 0 and recipe.accuracy == 1.0
-    )  # where less is asked for, no margin does
+    # Where less than all tokens are asked for no margin counts.
+    counts = recipe.spreads > 0 and recipe.accuracy == 1.0
     if exact and (clear or not counts):
         return None
     return Refused(max(asked), exact)
@@ -127,13 +129,15 @@ def _vectors_by_row(finished: Finished) -> list[Tensor]:
 class Watching:
     """Watchers of a fit: the bar's name, if it is shown (see `Progress`), the user's callbacks.
 
-    `on_text` gets the place of a text and what is collected of it as soon as its rows have ended.
+    `on_text` gets the place of a text and what is collected of it as soon as its rows have ended;
+    what `afterwards` makes of the whole is printed where progress is shown.
     """
 
     what: str
     progress: bool | None
     callback: Callable[[FitEvent], None] | None
     on_text: Callable[[int, Any], None] | None = None
+    afterwards: Callable[[Any], str | None] | None = None
 
 
 def fit_all(
@@ -149,17 +153,21 @@ def fit_all(
         FitInterrupted: Ctrl-C; carries what was collected of the texts whose rows had all ended.
     """
     asked = Counter(row.text for group in groups for row in group.rows)
-    bar = Progress(asked.total(), watching.what, watching.progress)
     ended: dict[int, list[EndedRow[C]]] = {text: [] for text in asked}  # by text
+    under_way = UnderWay(groups, setup)
+    bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
     lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
     outlook = Outlook(setup.recipe.cycle if setup.inputs.is_pair else None, lengths)
 
+    def note() -> str:
+        lost = f"{failed} failed, not finite; " if failed else ""
+        return f"{lost}{outlook.note()}{exact} exact, {under_way.note()}"
+
     def observe(event: FitEvent) -> None:
         outlook.see(event)
-        steps = f"{len(event.rows)} in flight, the oldest at step {int(event.steps.max())}"
-        lost = f"{failed} failed, not finite; " if failed else ""
-        bar.update(rows_ended, f"{lost}{outlook.note()}{exact} exact, {steps}")
+        under_way.see(event)
+        bar.update(rows_ended, note)
         if watching.callback is not None:
             watching.callback(event)
 
@@ -180,10 +188,15 @@ def fit_all(
                 rows_ended += len(rows)
                 exact += sum(one.check.exact for one in rows)
                 failed += sum(one.failed for one in rows)
+                under_way.end(rows)
+                bar.update(rows_ended, note)
     except KeyboardInterrupt:
         texts = sorted(text for text, rows in ended.items() if len(rows) == asked[text])
         raise FitInterrupted(collected(texts) if texts else None, texts) from None
-    return collected(ended)
+    whole = collected(ended)
+    if watching.afterwards is not None and (line := watching.afterwards(whole)) is not None:
+        bar.say(line)
+    return whole
 
 
 def require_room_for(targets: list[Tensor], require: Callable[[int], None]) -> None:

@@ -6,6 +6,7 @@ Letters: T texts, S seeds, N targets of a text, K leading vectors, d hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from prototok.common.arguments import batch_size_of, is_count, seed_list
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
+from prototok.fitting.advice import advice
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
@@ -27,6 +29,7 @@ from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
+from prototok.results.history import Recorder
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of
@@ -52,6 +55,7 @@ def fast_fit(
     progress: bool | None = None,
     callback: Callable[[FitEvent], None] | None = None,
     on_text: Callable[[int, FitResult], None] | None = None,
+    history: bool = False,
 ) -> FitResult:
     """Fit proto-tokens: vectors that make the frozen model emit each text in one forward pass.
 
@@ -80,6 +84,7 @@ def fast_fit(
         callback: called with a `FitEvent` after every look at the device (every step on the CPU).
         on_text: called with the place of a text and its result as soon as all of its seeds have
             ended, to keep it; not for texts that share a vector, which end together.
+        history: keep what a callback sees as `FitResult.history`, for `FitResult.plot`.
 
     Rows do not influence each other: a text's result is that of fitting it alone, up to the
     rounding of the kernels at another batch size.
@@ -115,7 +120,17 @@ def fast_fit(
     setup = one_forward(lm, layout, settings, init, backend, rows_at_once)
     groups = make_groups(targets, chosen, share, group_size)
     what = "fit" if lm.prefix is None else f"fit behind {in_front}"
-    return fit_all(setup, groups, verify, collect, Watching(what, progress, callback, on_text))
+    recorder = Recorder([len(ids) for ids in targets], len(chosen)) if history else None
+
+    def look(event: FitEvent) -> None:
+        if recorder is not None:
+            recorder.note(event.rows, event.steps, event.loss, event.correct, event.margin)
+        if callback is not None:
+            callback(event)
+
+    watching = Watching(what, progress, look, on_text, lambda fit: advice(fit, setup))
+    result = fit_all(setup, groups, verify, collect, watching)
+    return result if recorder is None else replace(result, history=recorder.history())
 
 
 def require_share(share: str | None, arrangement: Arrangement) -> None:

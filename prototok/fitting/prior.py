@@ -14,6 +14,7 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.prefix import Prefix
+from prototok.results.hub import card_of, fetch, push
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
@@ -44,6 +45,11 @@ class Prior:
     provenance: dict[str, str] = field(default_factory=dict)
     prefix: Prefix | None = None
 
+    def __repr__(self) -> str:
+        basis = "in the model's own coordinates" if self.basis is None else "in an eigenbasis"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return f"Prior({self.model.name!r}, d = {self.mean.shape[1]}, {basis}{front})"
+
     def require_model(self, lm: FrozenLM) -> None:
         """Raise ValueError unless this was learned on the model that `lm` holds."""
         require_model("init", self.model, lm)
@@ -53,6 +59,54 @@ class Prior:
         tensors = {"mean": self.mean, "std": self.std, "basis": self.basis}
         origin = Origin(self.model, self.provenance, self.prefix)
         write_tensors(path, _FORM, tensors, origin)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload these to a model repository of the Hugging Face hub; return the commit's URL.
+
+        Args:
+            repo_id: such as "me/my-vectors"; made where it is missing. A card is added where the
+                repository has none.
+            private: of a new repository; None leaves it to the hub.
+            token: None takes the one that `hf auth login` keeps.
+            endpoint: of another hub than huggingface.co.
+
+        Raises ValueError where the hub refuses or cannot be reached.
+        """
+        code = f'''import prototok
+
+lm = prototok.load("{self.model.name}")
+prior = prototok.Prior.from_pretrained("{repo_id}")
+fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)
+'''
+        card = card_of(self.model, "Prior", f"`{FILE}` holds {self!r}.", code, self._on_hub)
+        return push(self.save, FILE, card, repo_id, private, token, endpoint)
+
+    @property
+    def _on_hub(self) -> bool:
+        """Return True if the model was loaded from the hub."""
+        return self.model.revision is not None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> Prior:
+        """Read what `push_to_hub` uploaded, or the same file from a folder here.
+
+        Raises ValueError where there is none, it is none of ours, or the hub cannot be reached.
+        """
+        return cls.load(fetch(repo_id, FILE, revision, token, endpoint))
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:

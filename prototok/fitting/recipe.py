@@ -11,7 +11,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_integer
+from prototok.common.arguments import hint, is_integer
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -195,12 +195,16 @@ FAST = Recipe(
 )
 
 
-def recipe_of(recipe: str | Recipe) -> Recipe:
-    """Return the recipe itself, or the one of that name."""
+def recipe_of(recipe: str | Recipe, max_steps: int | None = None) -> Recipe:
+    """Return the recipe itself, or the one of that name; `max_steps` replaces its own."""
+    if max_steps is not None:
+        return replace(recipe_of(recipe), max_steps=max_steps)
     if isinstance(recipe, Recipe):
         return recipe
     if recipe == "paper":
         return PAPER
     if recipe == "fast":
         return FAST
-    raise ValueError(f"recipe: {recipe!r} is not 'fast', 'paper' or a Recipe")
+    raise ValueError(
+        f"recipe: {recipe!r} is not 'fast', 'paper' or a Recipe" + hint(recipe, ("fast", "paper"))
+    )

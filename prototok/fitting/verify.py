@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prototok.common.shown import shapes
 from prototok.decoding.decode import Decoded, decode_vectors
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
@@ -35,6 +36,8 @@ class Verified:
     loss: float
     ids: Tensor
     margins: Tensor
+
+    __repr__ = shapes
 
     @property
     def exact(self) -> bool:

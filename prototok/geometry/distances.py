@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import hint
+from prototok.common.shown import shapes
+
 CLASSES = ("same text", "same context", "different context")
 
 
@@ -45,10 +48,14 @@ class Pairs:
     kind: Tensor
     distance: Tensor
 
+    __repr__ = shapes
+
     def of(self, name: str) -> Tensor:
         """Return the distances of one class, by its name in `CLASSES`."""
         if name not in CLASSES:
-            raise ValueError(f"name: {name!r} is not one of {', '.join(CLASSES)}")
+            raise ValueError(
+                f"name: {name!r} is not one of {', '.join(CLASSES)}" + hint(name, CLASSES)
+            )
         return self.distance[self.kind == CLASSES.index(name)]
 
 
@@ -97,6 +104,8 @@ class Curve:
     y: Tensor
     std: Tensor
     count: Tensor
+
+    __repr__ = shapes
 
 
 def binned_mean(x: Tensor, y: Tensor, bins: int = 10) -> Curve:

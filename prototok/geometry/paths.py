@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count, is_integer
+from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
 from prototok.model.frozen_lm import FrozenLM, require_frozen
@@ -44,6 +45,8 @@ class Paths:
     straight: Tensor
     control: Tensor | None
     steps: Tensor
+
+    __repr__ = shapes
 
     @property
     def length_ratio(self) -> Tensor:
@@ -208,7 +211,7 @@ class _Ends:
         rows = [self.targets[i] for i in path.tolist()]
         lengths = [len(ids) for ids in rows]
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.lm.device)
-        layout = self.inputs.lay_out(targets, lengths, self.lm.dtype)
+        layout = self.inputs.lay_out(targets, lengths, self.lm.dtype).to(self.lm.device)
         embeds = self.inputs.embeds(vectors, layout)
         plan = self.lm.plan(len(embeds), embeds.shape[1], self.backend)
         hidden = self.lm.body.hidden(embeds, plan)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import hint
+from prototok.common.shown import shapes
 from prototok.decoding.decode import decode
 from prototok.model.families.general import GeneralBody
 from prototok.model.frozen_lm import FrozenLM
@@ -37,6 +39,8 @@ class Withstood:
     setting: str
     accuracy: Tensor
     exact: Tensor
+
+    __repr__ = shapes
 
 
 def score(
@@ -77,7 +81,9 @@ def noisy(tokens: ProtoTokens, level: float, seed: int = 0, vectors: str = "e") 
 def rounded(tokens: ProtoTokens, format: str, vectors: str = "e") -> ProtoTokens:
     """Round every vector to a format of `FORMATS` and back to fp32."""
     if format not in FORMATS:
-        raise ValueError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"format: {format!r} is not one of {', '.join(FORMATS)}" + hint(format, FORMATS)
+        )
     return _changed(tokens, lambda x: _round(x, format), vectors)
 
 

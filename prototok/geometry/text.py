@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
+from prototok.common.shown import shapes
+
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _WORD = re.compile(r"\w+")
 _COLUMNS = 4096  # words whose weights are laid out at once
@@ -64,6 +66,8 @@ class Semantic:
 
     vectors: Tensor
     truncated: Tensor
+
+    __repr__ = shapes
 
 
 @torch.no_grad()

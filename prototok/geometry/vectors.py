@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count
+from prototok.common.shown import shapes
 from prototok.geometry.distances import cosine_distances
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 
@@ -25,6 +26,8 @@ class Norms:
 
     vectors: Tensor
     vocabulary: Tensor
+
+    __repr__ = shapes
 
 
 def norms(lm: FrozenLM, vectors: Tensor) -> Norms:
@@ -46,6 +49,8 @@ class Nearest:
     ids: Tensor
     distance: Tensor
     random: Tensor
+
+    __repr__ = shapes
 
 
 def nearest_tokens(lm: FrozenLM, vectors: Tensor, k: int = 5, seed: int = 0) -> Nearest:
@@ -76,6 +81,8 @@ class PCA:
     components: Tensor
     mean: Tensor
     explained: Tensor
+
+    __repr__ = shapes
 
 
 def pca(vectors: Tensor, components: int = 2) -> PCA:

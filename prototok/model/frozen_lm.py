@@ -63,6 +63,15 @@ class FrozenLM:
     _sampled: str = field(repr=False, default="")
     _twins: dict[torch.dtype, FrozenLM] = field(repr=False, default_factory=dict)
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        context = "no limit" if self.context is None else f"context {self.context}"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return (
+            f"FrozenLM({self.identity.name!r}, {self.body.family}, d = {self.hidden_size}, "
+            f"V = {self.vocab_size}, {context}, {dtype} on {self.device}{front})"
+        )
+
     @cached_property
     def embedding(self) -> Tensor:
         """(V, d) what the model feeds its first block for each token id."""

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
+from prototok.common.arguments import hint
 from prototok.common.world import own_world
 from prototok.model import gguf
 from prototok.model.examine import require_forward, require_plain_weights
@@ -36,6 +37,8 @@ from prototok.model.names import require_known
 
 BUILT_IN = ("tiny-llama", "tiny-neox")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = ("auto", "bfloat16", "float32", "float16", "float64", *_SHORT)
+_DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 _MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -148,7 +151,10 @@ def _twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError where it is no such name, or what it names cannot be had."""
     if attention not in ("auto", "sdpa", "flash"):
-        raise ValueError(f"attention: {attention!r} is not 'auto', 'sdpa' or 'flash'")
+        raise ValueError(
+            f"attention: {attention!r} is not 'auto', 'sdpa' or 'flash'"
+            + hint(attention, ("auto", "sdpa", "flash"))
+        )
     if attention != "flash":
         return
     if device.type != "cuda":
@@ -182,7 +188,9 @@ def device_of(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device: {device!r} is not a torch device") from None
+        raise ValueError(
+            f"device: {device!r} is not a torch device" + hint(device, _DEVICES)
+        ) from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")
     return found
@@ -195,7 +203,9 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     found = getattr(torch, _SHORT.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype: {dtype!r} is not 'auto' or a floating-point torch dtype")
+        raise ValueError(
+            f"dtype: {dtype!r} is not 'auto' or a floating-point torch dtype" + hint(dtype, _DTYPES)
+        )
     return found
 
 

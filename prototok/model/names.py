@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+from prototok.common.arguments import nearest
 
 _PATIENCE = 5.0  # seconds that the hub has for saying whether it knows a name
 
@@ -18,7 +19,7 @@ def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> N
     The hub's own client tries for half a minute where there is no network. So what is not in its
     cache is asked for once, with a short wait. Something like a built-in name is not asked for.
     """
-    meant = _nearest(name, built_in)
+    meant = nearest(name, built_in)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
@@ -36,14 +37,8 @@ def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> N
         why = "it is no name of a model either"
     except Exception as error:  # a dozen kinds, of the client and of its transport
         why = str(error).strip().split("\n")[0]
-    meant = meant or _nearest(name, (path.parent.name for path in Path().glob("*/config.json")))
+    meant = meant or nearest(name, (path.parent.name for path in Path().glob("*/config.json")))
     raise ValueError(_missing(name, f"did you mean {meant!r}?" if meant else why))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    names = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)
-    return names[found[0]] if found else None
 
 
 def _missing(name: str, hint: str) -> str:

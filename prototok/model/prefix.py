@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from prototok.common.shown import count
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -26,6 +28,11 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __repr__(self) -> str:
+        if self.ids is None:
+            return f"Prefix({count(len(self), 'vector')})"
+        return f"Prefix(ids={list(self.ids)})"
 
     @property
     def key(self) -> bytes:

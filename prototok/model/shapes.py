@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from prototok.common.arguments import hint
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import device_of, dtype_of, load
 
@@ -74,7 +75,9 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
         ValueError: an unknown shape.
     """
     if shape not in SHAPES:
-        raise ValueError(f"shape: {shape!r} is not one of {', '.join(SHAPES)}")
+        raise ValueError(
+            f"shape: {shape!r} is not one of {', '.join(SHAPES)}" + hint(shape, SHAPES)
+        )
     config = SHAPES[shape]()
     made: Any = GPTNeoXForCausalLM if isinstance(config, GPTNeoXConfig) else LlamaForCausalLM
     previous = torch.get_default_dtype()

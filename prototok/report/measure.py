@@ -129,6 +129,7 @@ def fit_of(results: Results, fits: list[Fit], lm: FrozenLM) -> FitResult:
         correct=column("correct", torch.int64),
         steps=column("steps", torch.int64),
         seed=column("seed", torch.int64),
+        history=None,
         **{name: column(name, torch.float32) for name in reals},
     )
 

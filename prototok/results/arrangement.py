@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import hint
+
 _LEADING = re.compile(r"e(?P<k>[1-9]\d?)? m\*(?:\+(?P<offset>\d{1,2}))?")
 NAMES = ("e m*", "e m*+1", "e*", "e* m*", "(e m)*", "e4 m*", "e4 m*+3")
 
@@ -47,6 +49,7 @@ class Arrangement:
                 f"arrangement: {name!r} is not known; names look like "
                 + ", ".join(repr(n) for n in NAMES)
                 + " (an offset is at most the number of leading vectors)"
+                + hint(name, NAMES)
             )
         return cls(name, leading, offset)
 

@@ -20,13 +20,17 @@ from torch import Tensor
 
 from prototok.common.files import flush, is_temporary, remove_orphans, whole
 from prototok.common.json import parse_json
+from prototok.common.shown import html_table
+from prototok.results.history import History
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import seeds_of
+from prototok.results.summary import summary_of
 from prototok.results.tensor_file import is_tensor_file
 from prototok.results.unfinished import is_left_over
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
     from prototok.results.mem_fit import MemFit
 
@@ -56,6 +60,8 @@ class FitResult:
     accuracy_in_batch  accuracy as seen during the fit, in its batch and dtype
     seed      int64, the seed that the row started from; −1 where a file from before seeds were kept
               holds the best of several
+    history   what was seen of each row as it was fitted, where `fast_fit` was asked for it; no file
+              keeps it
     """
 
     tokens: ProtoTokens
@@ -69,6 +75,40 @@ class FitResult:
     seconds: Tensor
     accuracy_in_batch: Tensor
     seed: Tensor
+    history: History | None = None
+
+    def __repr__(self) -> str:
+        return f"FitResult({summary_of(self)})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks, the best seed of each text."""
+        best = self.best()
+        return html_table(
+            repr(self),
+            ("text", "tokens", "right", "exact seeds", "margin", "steps", "seconds"),
+            (
+                (
+                    t,
+                    int(best.tokens.lengths[t]),
+                    int(best.correct[t, 0]),
+                    f"{int(self.exact[t].sum())} of {self.tokens.seeds}",
+                    f"{float(best.margin[t, 0]):.2f}",
+                    int(best.steps[t, 0]),
+                    f"{float(self.seconds[t].sum()):.1f}",
+                )
+                for t in range(self.tokens.texts)
+            ),
+            self.tokens.texts,
+        )
+
+    def plot(self) -> Figure:
+        """Draw loss and accuracy of every row over its steps; needs matplotlib.
+
+        Raises ValueError where nothing was recorded: fit with `history=True`.
+        """
+        if self.history is None:
+            raise ValueError("history: nothing was recorded; fit with history=True")
+        return self.history.plot()
 
     @property
     def failed(self) -> Tensor:
@@ -86,6 +126,7 @@ class FitResult:
         return replace(
             self,
             tokens=self.tokens.select(at.tolist(), chosen.tolist()),
+            history=self.history and self.history.select(chosen.tolist()),
             **{name: getattr(self, name)[at, chosen][:, None] for name in _MEASURED},
         )
 
@@ -170,7 +211,7 @@ class FitResult:
                 raise ValueError(f"folder: {folder} has targets that are not those of its vectors")
         if _SEEDS not in (table.schema.metadata or {}):
             measured["seed"] = seeds_of(tokens.provenance, tokens.seeds).expand(shape).clone()
-        return cls(tokens=tokens, targets=targets, **measured)
+        return cls(tokens=tokens, targets=targets, history=None, **measured)
 
     def _table(self, sha256: str | None = None) -> pa.Table:
         texts, seeds = self.accuracy.shape
@@ -217,6 +258,7 @@ def join(parts: Sequence[FitResult]) -> FitResult:
     return FitResult(
         tokens=tokens,
         targets=[ids for part in parts for ids in part.targets],
+        history=None,
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in _MEASURED},
     )
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prototok.common.shown import html_table
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
 from prototok.results.provenance import seeds_of
+from prototok.results.summary import summary_of
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
@@ -68,6 +70,32 @@ class MemFit:
     seed: Tensor
     provenance: dict[str, str]
     prefix: Prefix | None = None
+
+    def __repr__(self) -> str:
+        return f"MemFit({summary_of(self)}, K = {self.mem.shape[2]})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks, one row a fit."""
+        texts, seeds = self.exact.shape
+        return html_table(
+            repr(self),
+            ("text", "seed", "tokens", "accuracy", "exact", "margin", "steps", "seconds"),
+            (
+                (
+                    t,
+                    int(self.seed[t, s]),
+                    len(self.targets[t]),
+                    f"{float(self.accuracy[t, s]):.3f}",
+                    bool(self.exact[t, s]),
+                    f"{float(self.margin[t, s]):.2f}",
+                    int(self.steps[t, s]),
+                    f"{float(self.seconds[t, s]):.1f}",
+                )
+                for t in range(texts)
+                for s in range(seeds)
+            ),
+            texts * seeds,
+        )
 
     @property
     def failed(self) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import is_count
+from prototok.common.shown import count
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
+from prototok.results.hub import card_of, fetch, push
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
@@ -25,6 +27,7 @@ from prototok.results.tensor_file import (
     write_tensors,
 )
 
+FILE = "proto_tokens.safetensors"
 _FORM = ("prototok.proto_tokens", 1)
 _MOST_TOKENS = 1 << 24  # of one text; no model has room for as many
 
@@ -50,6 +53,24 @@ class ProtoTokens:
     groups: Tensor | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     prefix: Prefix | None = None
+
+    def __repr__(self) -> str:
+        shared = "" if self.share is None else f", {self.share} shared"
+        front = "" if self.prefix is None else f", behind {self.prefix}"
+        return (
+            f"ProtoTokens({self.size}, {self.arrangement!r}{shared}{front}, "
+            f"for {self.model.name!r})"
+        )
+
+    @property
+    def size(self) -> str:
+        """Texts, seeds and lengths in words, such as "2 texts × 2 seeds of 7–14 tokens"."""
+        rows = f"{count(self.texts, 'text')} × {count(self.seeds, 'seed')}"
+        if not self.texts:
+            return rows
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        span = f"{shortest}–{longest} tokens" if shortest < longest else count(longest, "token")
+        return f"{rows} of {span}"
 
     @property
     def texts(self) -> int:
@@ -113,6 +134,54 @@ class ProtoTokens:
             path, _FORM, tensors, Origin(self.model, self.provenance, self.prefix),
             arrangement=self.arrangement, share=self.share, seeds=self.seeds,
         )  # fmt: skip
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload these to a model repository of the Hugging Face hub; return the commit's URL.
+
+        Args:
+            repo_id: such as "me/my-vectors"; made where it is missing. A card is added where the
+                repository has none.
+            private: of a new repository; None leaves it to the hub.
+            token: None takes the one that `hf auth login` keeps.
+            endpoint: of another hub than huggingface.co.
+
+        Raises ValueError where the hub refuses or cannot be reached.
+        """
+        code = f'''import prototok
+
+lm = prototok.load("{self.model.name}")
+tokens = prototok.ProtoTokens.from_pretrained("{repo_id}")
+print(prototok.decode(lm, tokens, text=True))
+'''
+        card = card_of(self.model, "ProtoTokens", f"`{FILE}` holds {self!r}.", code, self._on_hub)
+        return push(self.save, FILE, card, repo_id, private, token, endpoint)
+
+    @property
+    def _on_hub(self) -> bool:
+        """Return True if the model was loaded from the hub."""
+        return self.model.revision is not None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> ProtoTokens:
+        """Read what `push_to_hub` uploaded, or the same file from a folder here.
+
+        Raises ValueError where there is none, it is none of ours, or the hub cannot be reached.
+        """
+        return cls.load(fetch(repo_id, FILE, revision, token, endpoint))
 
     @classmethod
     def load(cls, path: str | Path) -> ProtoTokens:

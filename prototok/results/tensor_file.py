@@ -197,8 +197,22 @@ def _header(path: Path, what: str, form: tuple[str, int], metadata: dict[str, st
 
 def is_tensor_file(path: Path) -> bool:
     """Return True if `write_tensors` wrote the file."""
+    return _metadata_of(path) is not None
+
+
+def form_of(path: Path) -> str | None:
+    """Return the name of the format of a file that `write_tensors` wrote; None for any other."""
+    try:
+        header = parse_json(_metadata_of(path) or "")
+    except ValueError:
+        return None
+    return header.get("format") if isinstance(header, dict) else None
+
+
+def _metadata_of(path: Path) -> str | None:
+    """Return our JSON header as it stands in a file; None where there is none."""
     try:
         with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
+            return (file.metadata() or {}).get(KEY)
     except (SafetensorError, OSError):
-        return False
+        return None

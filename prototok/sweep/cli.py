@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prototok.common.arguments import hint
 from prototok.common.command_line import PREFIX, Device, say
 from prototok.common.files import try_folder
 
@@ -83,7 +84,10 @@ def run(
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not a positive integer")
     if launcher not in ("local", "ray", "slurm"):
-        raise ValueError(f"launcher: {launcher!r} is not local, ray or slurm")
+        raise ValueError(
+            f"launcher: {launcher!r} is not local, ray or slurm"
+            + hint(launcher, ("local", "ray", "slurm"))
+        )
     if slurm and launcher != "slurm":
         raise ValueError(f"slurm: given beside the launcher {launcher!r}")
     opened = RunFolder.open(folder)

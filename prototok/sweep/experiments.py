@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from prototok.common.arguments import hint
 from prototok.fitting.capacity import GRID
 from prototok.model.load import BUILT_IN
 from prototok.sweep import schema
@@ -136,9 +137,13 @@ def settings_of(
         ValueError: an unknown experiment, preset or key, or a value that cannot be.
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"experiment: {name!r} is not one of {', '.join(EXPERIMENTS)}")
+        raise ValueError(
+            f"experiment: {name!r} is not one of {', '.join(EXPERIMENTS)}" + hint(name, EXPERIMENTS)
+        )
     if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset: {preset!r} is not one of {', '.join(PRESETS)}" + hint(preset, PRESETS)
+        )
     experiment = EXPERIMENTS[name]
     found = dict(getattr(experiment, preset))
     if config is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from prototok.common.arguments import is_count, is_integer
+from prototok.common.arguments import hint, is_count, is_integer, nearest
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.load import dtype_of
 from prototok.results.arrangement import Arrangement
@@ -93,7 +92,10 @@ class Settings:
         if isinstance(self.prefix, tuple) and not all(type(token) is int for token in self.prefix):
             raise ValueError(f"prefix: {shown(self.prefix)} is not text, token ids, none or auto")
         if self.recipe not in ("fast", "paper"):
-            raise ValueError(f"recipe: {shown(self.recipe)} is not fast or paper")
+            raise ValueError(
+                f"recipe: {shown(self.recipe)} is not fast or paper"
+                + hint(self.recipe, ("fast", "paper"))
+            )
         dtype_of(self.dtype, torch.device("cpu"))
         if not is_integer(self.text_seed):
             raise ValueError(f"text_seed: {shown(self.text_seed)} is not an integer")
@@ -190,9 +192,9 @@ def require_known(found: Iterable[str], known: Iterable[str], where: str) -> Non
     known = list(known)
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {shown(key)}; {hint}")
+            near = nearest(key, known)
+            meant = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {shown(key)}; {meant}")
 
 
 def shown(value: object) -> str:

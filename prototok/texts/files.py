@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prototok.common.arguments import nearest
+
 if TYPE_CHECKING:
     from prototok.model.frozen_lm import FrozenLM
 
@@ -20,7 +22,10 @@ def read_text(path: str | Path) -> str:
     if path.is_dir():
         raise ValueError(f"text: {path} is a folder, not a file")
     if not path.is_file():
-        raise ValueError(f"text: there is no file {path}")
+        around = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, around)
+        meant = f"; did you mean {str(path.with_name(near))!r}?" if near else ""
+        raise ValueError(f"text: there is no file {path}{meant}")
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import hint, is_count
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, path_of
@@ -64,7 +64,10 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"source: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"source: kind {self.kind!r} is not one of {', '.join(KINDS)}"
+                + hint(self.kind, KINDS)
+            )
         if self.kind in ("folder", "dataset") and not self.path:
             raise ValueError(f"source: {self.kind} needs a path, as in {self.kind}:PATH")
         if self.kind == "generated" and (self.of is None or self.of.kind == "generated"):

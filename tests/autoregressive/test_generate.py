@@ -15,6 +15,7 @@ from prototok.autoregressive import generate
 from prototok.autoregressive.generate import bytes_read
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.model.families.body import DecoderBody
+from prototok.model.frozen_lm import twin_of
 from prototok_kernels.plan import FEW_POSITIONS
 from support import shared, small_llama
 from zoo import OWN, made
@@ -164,3 +165,17 @@ def test_real_models(name: str) -> None:
     ids = generate(lm, mem, 60)
     assert torch.equal(generate(lm, mem, 60, "static"), ids)
     assert torch.equal(generate(lm, mem[1:], 60), ids[1:])
+
+
+def test_transformers_compiles_nothing(small_lm, monkeypatch):
+    """On CUDA it would, for minutes and for every batch and length, with a static cache."""
+    twin, seen = twin_of(small_lm, torch.float32), []
+    real = type(twin).generate
+
+    def noting(model, *args, generation_config, **kwargs):
+        seen.append(generation_config.disable_compile)
+        return real(model, *args, generation_config=generation_config, **kwargs)
+
+    monkeypatch.setattr(type(twin), "generate", noting)
+    generate(small_lm, torch.randn(1, 1, small_lm.hidden_size), 3, "static")
+    assert seen == [True]

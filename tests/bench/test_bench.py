@@ -15,8 +15,11 @@ from prototok import Recipe
 from prototok.bench import measure, table, timing
 from prototok.bench.baselines import Engine, Generate
 from prototok.bench.vllm import vllm_seconds
+from prototok.cli import main
 from prototok.model.frozen_lm import FrozenLM
 from prototok.report.svg import Bar, log_bars
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,36 @@ def test_record_and_table(record: dict, tmp_path: Path) -> None:
     assert lines[1].split()[:3] == ["model", "N", "exact"]
     assert lines[2].split()[:3] == ["tiny-llama", "3", "2/2"]
     assert f"{max(others):,.0f}" in lines[2]
+    wide = table.table(record, wide=True).splitlines()
+    assert "break-even" in wide[1] and "break-even" not in lines[1]
+    assert table.summary(record).splitlines()[:2] == lines[1:3]
     assert 1 < case["ceiling"] <= 3
+
+
+def test_tables_fit_80_columns_and_explain_shares_above_one(record: dict) -> None:
+    committed = json.loads((RESULTS / "bench.json").read_text())
+    for one in (record, committed):
+        assert max(map(len, table.table(one).splitlines())) <= 80
+    above = [line for line in table.table(committed).splitlines() if "of bandwidth" in line]
+    shares = [int(re.findall(r"(\d+) % of", line)[0]) for line in above]
+    assert max(shares) > 100
+    for share, line in zip(shares, above, strict=True):
+        assert (share > 100) == line.endswith("(weights stay in a cache)")
+
+
+def test_json_takes_the_place_of_the_table(
+    record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "run_bench", lambda settings, say: record)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["bench", "--json"])
+    (case,) = json.loads(capsys.readouterr().out)
+    assert case["model"] == "tiny-llama" and case["exact"] == 2
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("At equal length") and "{" not in shown
 
 
 def test_each_mode_at_its_own_longest(record: dict) -> None:
@@ -63,15 +95,16 @@ def test_each_mode_at_its_own_longest(record: dict) -> None:
     assert longest["autoregressive_fit_seconds_per_text"] > 0
     reached = longest["autoregressive_length"]
     assert (longest["ratio_batch_1"] is None) == (reached == 0)
-    line = next(s for s in table.table(record).splitlines() if "held-out novels" in s)
+    line = next(s for s in table.table(record, wide=True).splitlines() if "held-out novels" in s)
     assert line.split()[:5] == ["tiny-llama", "held-out", "novels", "3", "(≥"]
     assert measure._by_text({2: [True, False, True], 4: [True, True, False]}, 3) == (4, 0, 2)
 
 
 def test_every_way_is_listed_strongest_first(record: dict) -> None:
     (case,) = record["cases"]
-    line = table._every_way(case)
-    rates = [float(r.replace(",", "")) for r in re.findall(r"(?:bf16|fp32) ([\d,]+)", line)]
+    lines = table._every_way(case)[1:]
+    found = (re.findall(r"(?:bf16|fp32) +([\d,]+)", line) for line in lines)
+    rates = [float(rate.replace(",", "")) for (rate,) in found]
     ways = {t["method"] for t in case["timings"] if t["batch"] == 1}
     assert len(ways) == 4 and rates == sorted(rates, reverse=True) and len(rates) in (3, 6)
 

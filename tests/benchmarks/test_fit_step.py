@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import prototok
+from support import small_llama
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -61,3 +64,46 @@ def test_says_what_a_prefix_costs(fit_step, monkeypatch, capsys, tmp_path):
     assert record["prefix"] == 2 and "first_layer" in record["plan"]
     low, middle, high = record["prefix_cost"]
     assert -1 < low <= middle <= high
+
+
+def test_the_slots_are_read_when_the_runner_is_through(fit_step, monkeypatch):
+    """On CUDA they are written on the runner's stream and read on another."""
+    waited = []
+    real = fit_step.StepRunner.finish
+    monkeypatch.setattr(
+        fit_step.StepRunner, "finish", lambda runner: (waited.append(runner), real(runner))
+    )
+    lm = prototok.load(small_llama(), device="cpu", dtype="float32")
+    runner = fit_step.engine(lm, torch.zeros(2, 5, dtype=torch.int64))
+    assert waited == [runner]
+
+
+def test_the_peak_of_memory_sees_a_graphs_own_pool(fit_step, monkeypatch):
+    """Stand-in allocator: a captured graph keeps 70 bytes reserved that nobody has allocated."""
+    state = {"allocated": 100, "reserved": 130, "peak": 500, "runs": 0}
+
+    def run():
+        state["runs"] += 1
+        if state["runs"] == 3:  # captured
+            state["reserved"] += 70
+        state["peak"] = max(state["peak"], state["reserved"])
+
+    for name, value in {
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: state["reserved"],
+        "memory_allocated": lambda device: state["allocated"],
+        "reset_peak_memory_stats": lambda device: state.update(peak=state["reserved"]),
+        "max_memory_reserved": lambda device: state["peak"],
+        "max_memory_allocated": lambda device: state["allocated"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert fit_step.peak_memory(run, torch.device("cuda")) == 170
+
+
+def test_a_record_is_made_without_git(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import record
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "fit_step.py")])
+    assert record.provenance()["commit"] == "unknown"

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -25,26 +26,61 @@ exit 0
 """
 
 
-def run(tmp_path: Path, fails: str = "nothing", hangs: str = "never", **environment: str):  # type: ignore[no-untyped-def]
+def run(  # type: ignore[no-untyped-def]
+    tmp_path: Path, *steps: str, fails: str = "nothing", hangs: str = "never", **environment: str
+):
     log = tmp_path / "log"
     python = tmp_path / "python"
     python.write_text(PYTHON.format(log=log, fails=fails, hangs=hangs))
     python.chmod(0o755)
     out = tmp_path / "out"
     finished = subprocess.run(
-        ["bash", str(SCRIPT), "--dry-run", str(out)], capture_output=True, text=True, check=False,
+        ["bash", str(SCRIPT), "--dry-run", "--out", str(out), *steps],
+        capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHON": str(python)} | environment, timeout=50,
     )  # fmt: skip
     return finished, out, log.read_text().splitlines()
 
 
-def test_every_step_runs_and_has_a_file(tmp_path: Path) -> None:
-    finished, out, calls = run(tmp_path)
+def kept(archive: Path) -> dict[str, str]:
+    """The files in an archive, by name."""
+    with tarfile.open(archive) as tar:
+        files = [member for member in tar.getmembers() if member.isfile()]
+        return {Path(m.name).name: tar.extractfile(m).read().decode() for m in files}  # type: ignore[union-attr]
+
+
+def listed() -> dict[str, tuple[int, dict[str, int]]]:
+    """Of each set the sum that is printed, and its steps' limits."""
+    lines = subprocess.run(
+        ["bash", str(SCRIPT), "--list"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = {}
+    for line in lines:
+        name, total, steps = re.fullmatch(r"(\w+) \((\d+) of 570 s\): (.*)", line).groups()  # type: ignore[union-attr]
+        pairs = (step.split("=") for step in steps.split())
+        found[name] = int(total), {step: int(seconds) for step, seconds in pairs}
+    return found
+
+
+def test_the_limits_of_a_set_add_up_to_its_budget() -> None:
+    sets = listed()
+    assert set(sets) == {"first", "second", "third"}
+    for total, steps in sets.values():
+        assert total == sum(steps.values()) <= 570
+    # Every step that there is has its place in a set, and the products come first.
+    known = set(re.findall(r"\[([\w.-]+)\]=\d+", SCRIPT.read_text()))
+    assert {step for _, steps in sets.values() for step in steps} == known
+    assert next(step for step in sets["first"][1] if step not in ("env", "driver")) == "gemms"
+
+
+def test_every_step_runs_and_one_archive_keeps_it(tmp_path: Path) -> None:
+    finished, out, calls = run(tmp_path, "first", "second", "third")
     assert finished.returncode == 0, finished.stderr
     summary = (out / "summary.txt").read_text().splitlines()
-    assert len(summary) >= 12 and all(": ok, " in line for line in summary)
-    for line in summary:
-        assert (out / f"{line.split(':')[0]}.txt").exists()
+    assert len(summary) >= 16 and all(": ok, " in line for line in summary)
+    assert {path.name for path in out.iterdir()} == {"summary.txt", "steps.tar.gz"}
+    files = kept(out / "steps.tar.gz")
+    assert {f"{line.split(':')[0]}.txt" for line in summary} <= set(files)
     scripts = {word for call in calls for word in call.split() if word.startswith("benchmarks/")}
     missing = {script for script in scripts if not (ROOT / script).exists()}
     assert not missing
@@ -53,13 +89,26 @@ def test_every_step_runs_and_has_a_file(tmp_path: Path) -> None:
     assert names.index("graphs") < names.index("tests") < names.index("kernels")
 
 
+def test_steps_can_be_chosen(tmp_path: Path) -> None:
+    finished, out, calls = run(tmp_path, "ncu", "slots")
+    assert finished.returncode == 0, finished.stderr
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["ncu", "slots"]
+    assert not any("pytest" in call for call in calls)
+    refused = subprocess.run(
+        ["bash", str(SCRIPT), "--dry-run", "everything"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == "gpu.sh: everything is no step and no set of steps; see --list\n"
+
+
 def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
     finished, out, _ = run(tmp_path, fails="test_static_buffers")
     assert finished.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert "graphs: failed with exit code 3, see graphs.txt" in summary
-    assert (out / "graphs.txt").read_text() == "what went wrong\n"
-    assert summary.count(": ok, ") >= 11
+    assert kept(out / "first.tar.gz")["graphs.txt"] == "what went wrong\n"
+    assert summary.count(": ok, ") >= 6
     assert finished.stdout.strip().endswith(summary.strip().splitlines()[-1])
 
 
@@ -73,7 +122,7 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     finished = subprocess.run(
-        ["bash", str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False,
+        ["bash", str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHON": "/bin/false"}, timeout=20,
     )  # fmt: skip
     assert finished.returncode == 2

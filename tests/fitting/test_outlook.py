@@ -40,7 +40,7 @@ def test_a_fit_says_so_and_is_what_it_was(
     small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(driver.Progress, "update", lambda self, done, note: notes.append(note))
+    monkeypatch.setattr(driver.Progress, "update", lambda self, done, note: notes.append(note()))
     texts = torch.randint(small_lm.vocab_size, (2, 30), generator=torch.manual_seed(0))
     recipe = Recipe(lr=0.05, schedule="cosine", cycle=10, max_steps=25)
     found = prototok.fast_fit(small_lm, texts, recipe=recipe)

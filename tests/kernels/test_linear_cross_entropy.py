@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 import types
 
@@ -356,6 +357,16 @@ def test_a_target_outside_the_vocabulary(backend, device, target):
     if backend == "triton":
         loss = linear_cross_entropy(hidden, weight, targets, backend=backend).loss
         assert loss.isnan().tolist() == [False, True, False]
+    elif device == "cuda":
+        # A device-side assert ends all use of CUDA in its process, so it has one of its own.
+        program = (
+            "import torch; from prototok_kernels.linear_cross_entropy import linear_cross_entropy\n"
+            "h, w = (torch.randn(n, 8, device='cuda') for n in (3, 30))\n"
+            f"t = torch.tensor([0, {target}, 1], device='cuda')\n"
+            "print(linear_cross_entropy(h, w, t, backend='torch').loss)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode != 0 and "device-side assert" in done.stderr
     else:
         with pytest.raises((ValueError, RuntimeError)):
             linear_cross_entropy(hidden, weight, targets, backend=backend)
@@ -405,3 +416,24 @@ def test_the_definition_has_the_gradient_of_its_loss():
         down = linear_cross_entropy_ref(moved, weight, targets, token_weight, 0.6).loss
         slope = ((up - down) * token_weight).sum() / (2 * step)
         torch.testing.assert_close(grad[row, column], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "vocabulary", "chunk"),
+    [
+        (32768, 768, 50304, 5504),  # Pythia-160M, 256 × 128: 129 tiles, one wave of 132
+        (16384, 2048, 128256, 2048),  # Llama-3.2-1B, 64 × 256: 128 tiles
+        (4096, 4096, 128256, 1024),  # Llama-3.1-8B, 16 × 256: 128 tiles
+        (100, 768, 50304, 100),
+        (1, 768, 50304, 1),
+    ],
+)
+def test_chunks_on_a_gpu_fill_its_processors(rows, size, vocabulary, chunk):
+    pytest.importorskip("triton")
+    from prototok_kernels.head_triton import whole_waves
+
+    largest = (1 << 30) // (2 * vocabulary)
+    assert whole_waves(rows, size, largest, 132) == chunk
+    # At most the room there is, and never nothing.
+    assert whole_waves(rows, size, 7, 132) <= 7
+    assert whole_waves(rows, size, 1, 132) == 1

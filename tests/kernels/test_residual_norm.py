@@ -10,7 +10,11 @@ import torch
 
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from prototok_kernels import residual_norm as module
-from prototok_kernels.residual_norm import residual_norm, residual_norm_ref
+from prototok_kernels.residual_norm import (
+    residual_norm,
+    residual_norm_ref,
+    two_residual_norms,
+)
 
 SHAPES = [(0, 8), (1, 5), (3, 7), (2, 16), (5, 33), (4, 192), (3, 1027)]  # (R, d)
 EPS = 1e-5
@@ -94,6 +98,50 @@ def test_gradcheck_of_the_reference():
         assert torch.autograd.gradcheck(
             lambda x, d, b=b: residual_norm_ref(x, d, weight, b, EPS), (x, delta)
         )
+
+
+def two_ref(x, delta, first, second, eps):
+    total, one = residual_norm_ref(x, delta, *first, eps)
+    return total, one, residual_norm_ref(total, None, *second, eps)[1]
+
+
+def norms_of(shape, dtype, device, centred):
+    """Two norms that are not alike."""
+    _, _, weight, bias = make(shape, dtype, device, True)
+    pairs = (weight, bias), (bias + 1, weight)
+    return [(w, b if centred else None) for w, b in pairs]
+
+
+@pytest.mark.parametrize("with_delta", [True, False], ids=["delta", "alone"])
+@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_norms_of_one_sum(backend, device, shape, dtype, centred, with_delta):
+    x, delta, *_ = make(shape, dtype, device, True)
+    norms = norms_of(shape, dtype, device, centred)
+
+    def run(function, dtype, stream, added=None):
+        frozen = [tuple(None if t is None else t.to(dtype) for t in norm) for norm in norms]
+        return function(stream, added, *frozen, EPS)
+
+    def way(function, dtype):
+        inputs = (x, delta) if with_delta else (x,)
+        return with_gradients(functools.partial(run, function, dtype), inputs, dtype)
+
+    ours = functools.partial(two_residual_norms, backend=backend)
+    assert_as_close_as_torch(way(ours, dtype), way(two_ref, dtype), way(two_ref, torch.float64))
+
+
+def test_of_two_norms_one_may_be_unused(backend, device):
+    x, delta, *_ = make((4, 33), torch.float32, device, True)
+    norms = norms_of((4, 33), torch.float32, device, True)
+    x, delta = x.requires_grad_(), delta.requires_grad_()
+    for index in (0, 1, 2):
+        found, wanted = (
+            torch.autograd.grad(f(x, delta, *norms, EPS)[index].square().sum(), (x, delta))
+            for f in (functools.partial(two_residual_norms, backend=backend), two_ref)
+        )
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", ["delta", "weight", "bias"])

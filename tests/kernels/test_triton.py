@@ -17,7 +17,7 @@ from prototok_kernels import (  # noqa: E402
     activation,
     adamw_rows,
     attention,
-    linear_cross_entropy,
+    head_triton,
     residual_norm,
 )
 from prototok_kernels.backend import TRITON_INTERPRETED  # noqa: E402
@@ -80,16 +80,16 @@ STATISTICS = {"statistics": "*fp32"}
 CASES |= {
     "residual-norm": (
         "residual_norm",
-        dict.fromkeys(("x", "delta", "total", "normed", "weight", "bias"), "*bf16")
-        | STATISTICS | {"eps": "fp32"},
-        {"D": 2048, "HAS_DELTA": True, "CENTRED": True, "BLOCK": 2048},
+        dict.fromkeys(("x", "delta", "total", "normed", "weight", "bias", "second_normed",
+                       "second_weight", "second_bias"), "*bf16") | STATISTICS | {"eps": "fp32"},
+        {"D": 2048, "HAS_DELTA": True, "CENTRED": True, "SECOND": True, "BLOCK": 2048},
         8,
     ),
     "residual-norm-backward": (
         "residual_norm_backward",
-        dict.fromkeys(("grad_total", "grad_normed", "total", "weight", "grad"), "*bf16")
-        | STATISTICS,
-        {"D": 2048, "HAS_GRAD_TOTAL": True, "CENTRED": True, "BLOCK": 2048},
+        dict.fromkeys(("grad_total", "grad_normed", "grad_second", "total", "weight",
+                       "second_weight", "grad"), "*bf16") | STATISTICS,
+        {"D": 2048, "HAS_GRAD_TOTAL": True, "CENTRED": True, "SECOND": True, "BLOCK": 2048},
         8,
     ),
     "rotary": (
@@ -114,7 +114,7 @@ CASES |= {
     for kind, backward in (("silu", False), ("silu", True), ("gelu", True))
 }  # fmt: skip
 MODULES = {
-    "head": linear_cross_entropy,
+    "head": head_triton,
     "adamw": adamw_rows,
     "residual_norm": residual_norm,
     "residual_norm_backward": residual_norm,

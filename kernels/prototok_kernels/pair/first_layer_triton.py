@@ -340,6 +340,8 @@ class _AffineScan(torch.autograd.Function):
         (rows, heads, length), size = a.shape, span.shape[-1]
         front = w.shape[1] - 1
         tiles = _tiles(length, front, span)
+        # Two products at a time: half the columns, or triton 3.6 runs out of registers on sm_100.
+        tiles["BD"] = min(64, tiles["BD"])
         blocks, own = triton.cdiv(length, tiles["BN"]), 2 + heads * min(1 + front, 2)
         partial = span.new_empty(rows, blocks, own, size, dtype=torch.float32)
         grad_w, grad_a, grad_b = torch.empty_like(w), torch.empty_like(a), torch.empty_like(a)

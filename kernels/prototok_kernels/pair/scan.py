@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prototok_kernels.groups import of_group
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -34,7 +36,7 @@ class Logits:
 
 def per_row(x: Tensor, group: Tensor | None) -> Tensor:
     """Give each row its group's entry: (G, …) → (B, …)."""
-    return x if group is None else x.index_select(0, group)
+    return x if group is None else of_group(x, group)
 
 
 def _turned_logits(

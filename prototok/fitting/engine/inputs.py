@@ -55,7 +55,10 @@ class Inputs(Protocol):
         ...
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """Lay out what `embeds` needs of each row, (R, …), from targets (R, N) padded with 0."""
+        """Lay out what `embeds` needs of each row, (R, …), from targets (R, N) padded with 0.
+
+        It may lie on the host, where it is made of lengths alone.
+        """
         ...
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class OneForward:
         return self.arrangement.input_length(length)
 
     def lay_out(self, targets: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-        """Return (R, L, slots), one-hot: the vector at each position."""
+        """Return (R, L, slots), one-hot, on the host: the vector at each position."""
         slots, total = self.arrangement.slots, self.input_length(targets.shape[1])
         layout = torch.zeros(len(lengths), total, slots, dtype=dtype, device="cpu")
         layouts = {n: self.arrangement.layout(n) for n in set(lengths)}
@@ -102,7 +105,7 @@ class OneForward:
             # Causality: what stands behind a row's own end changes nothing before it.
             index = torch.cat([layouts[n], layouts[n][-1:].expand(total - len(layouts[n]))])
             layout[r] = F.one_hot(index, slots)
-        return layout.to(targets.device)
+        return layout
 
     def embeds(self, vectors: Tensor, layout: Tensor) -> Tensor:
         # A product with one-hot rows places the vectors exactly, and its backward is a plain

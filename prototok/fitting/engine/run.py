@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.allocator import keep_freed_memory
+from prototok.common.shown import shapes
 from prototok.fitting.engine.basis import with_basis
 from prototok.fitting.engine.buckets import Bucket, make_buckets
 from prototok.fitting.engine.rows import Group
@@ -57,6 +58,8 @@ class FitEvent:
     loss: Tensor
     correct: Tensor
     margin: Tensor
+
+    __repr__ = shapes
 
 
 def run(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -205,7 +206,34 @@ class CapturedStep(StepRunner):
             self.graphs[key].replay()
         else:
             self.ran[key] += 1
+            if self.capturing and self.ran[key] == _WARM_UP and self.lm.body.family == "general":
+                self._step_without_waiting()
+            else:
+                super()._step()
+
+    def _step_without_waiting(self) -> None:
+        """Make a step in which nothing may wait for the device, or give up to capture it.
+
+        The own forwards do not wait. In a capture a wait is an error after which torch 2.11 takes
+        the allocator to be capturing still, so that what runs on without a graph fails as well.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             super()._step()
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._give_up(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        super()._step()  # nothing that it reads was written
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self.capturing = False
+        why = str(error).strip().split("\n")[0]
+        warnings.warn(f"the step runs without a CUDA graph, slower ({why})", stacklevel=3)
 
     def _capture(self, key: tuple[Window, int]) -> None:
         """Record the step that comes next, of which nothing runs yet.
@@ -214,25 +242,24 @@ class CapturedStep(StepRunner):
         cannot be captured at all goes on without, which is slower and nothing else.
         """
         torch.cuda.empty_cache()  # what the steps without a graph used is the graph's now
-        graph, failure = torch.cuda.CUDAGraph(), None
+        graph, failure = torch.cuda.CUDAGraph(), cast("RuntimeError | None", None)
         try:
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 step(self.lm, self.slots, self.rows_per_forward)
         except RuntimeError as error:
-            failure = str(error).strip().split("\n")[0]
-            no_room = _is_out_of_memory(error)
+            failure = error
         if failure is None:
             self.graphs[key] = graph
             return
         del graph
+        failure = failure.with_traceback(None)  # it holds what the step had allocated
         torch.cuda.synchronize(self.lm.device)
-        if no_room and self._can_halve():
+        if _is_out_of_memory(failure) and self._can_halve():
             self._halve()
         else:
-            self.capturing = False
-            warnings.warn(f"the step runs without a CUDA graph, slower ({failure})", stacklevel=2)
+            self._give_up(failure)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

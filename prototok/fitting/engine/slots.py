@@ -160,7 +160,8 @@ class Slots:
         self.targets[here] = self._sent(targets)
         self.scored[here] = self._sent(scored)
         self.wanted[here] = self._sent(wanted)
-        self.layout[here] = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
+        layout = self.inputs.lay_out(self.targets[here], lengths, self.layout.dtype)
+        self.layout[here] = self._sent(layout)
         self.row_correct[here] = 0
 
     def _initial(self, group: Group) -> tuple[Tensor, Tensor]:
@@ -245,7 +246,7 @@ class Slots:
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Send a tensor from host to device, without waiting for what the device is doing."""
-        if self.device.type != "cuda" or not len(tensor):
+        if self.device.type != "cuda" or tensor.is_cuda or not len(tensor):
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 

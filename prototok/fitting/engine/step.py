@@ -17,6 +17,7 @@ from prototok.fitting.engine.slots import Slots, Window
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
 from prototok_kernels.adamw_rows import AdamWState, adamw_rows_
+from prototok_kernels.groups import of_group
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from prototok_kernels.plan import Plan
 
@@ -80,12 +81,12 @@ def _hidden(lm: FrozenLM, slots: Slots, leaves: list[Tensor], part: slice, plan:
         assert isinstance(body, DecoderBody)
         (e, m), (e_bank, m_bank) = leaves, slots.banks
         e, m = e[:, 0], m[:, 0]
-        e = e.index_select(0, owner) if e_bank.shared else e[part]
+        e = of_group(e, owner) if e_bank.shared else e[part]
         if m_bank.shared:  # what depends on m alone is made once a group
             return body.hidden_of_pair(e, m, owner, plan.length, plan)
         return body.hidden_of_pair(e, m[part], None, plan.length, plan)
     vectors = [
-        leaf.index_select(0, owner) if bank.shared else leaf[part]
+        of_group(leaf, owner) if bank.shared else leaf[part]
         for leaf, bank in zip(leaves, slots.banks, strict=True)
     ]
     layout = slots.layout_of(part, length)

@@ -46,6 +46,9 @@ class DecoderBody:
 
     reason = "its own forward"
 
+    def __repr__(self) -> str:
+        return f"DecoderBody({self.family}, {len(self.layers)} blocks)"
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding matrix, (…, d)."""
         return self.embedding[ids]

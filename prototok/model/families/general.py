@@ -53,10 +53,19 @@ class GeneralBody:
         """(B, N, d) embeddings to logits (B, N, V), by transformers whatever the plan."""
         if self.prefix is None:
             # Some models scale what they are given in place.
-            return self.model(inputs_embeds=inputs_embeds.clone(), use_cache=False).logits
+            return self._logits(inputs_embeds.clone())
         front = self.prefix.expand(len(inputs_embeds), -1, -1)
         whole = torch.cat([front, inputs_embeds], dim=1)
-        return self.model(inputs_embeds=whole, use_cache=False).logits[:, len(self.prefix) :]
+        return self._logits(whole)[:, len(self.prefix) :]
+
+    def _logits(self, inputs_embeds: Tensor) -> Tensor:
+        if inputs_embeds.device.type == "cpu" or not self._takes_mask:
+            return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+        return masked_logits(self.model, inputs_embeds)
+
+    @cached_property
+    def _takes_mask(self) -> bool:
+        return takes_mask(self.model)
 
     def hidden_of_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) to logits (B, N, V), by the model's own embedding."""
@@ -81,6 +90,41 @@ class GeneralBody:
     @cached_property
     def _scale(self) -> float:
         return outside_scale(self)
+
+
+def masked_logits(model: PreTrainedModel, inputs_embeds: Tensor) -> Tensor:
+    """Return the logits (B, N, V) of embeddings (B, N, d) under a causal mask that is made here.
+
+    Without one transformers reads position ids back to the host to see whether texts are packed:
+    every forward waits, and while a CUDA graph is captured it takes another way than before.
+    """
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+    return model(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def takes_mask(model: PreTrainedModel) -> bool:
+    """Return True if a ready causal mask gives what the model gives without one.
+
+    Not so where a layer masks more than what is ahead, or reads a mask as that of padding; two
+    short rows tell.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    narrow = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if config._attn_implementation != "sdpa" or kinds - {"full_attention"} or any(narrow):
+        return False
+    embedding: Any = model.get_input_embeddings()
+    device = next(model.parameters()).device
+    few = embedding(torch.arange(8, device=device).view(2, 4) % embedding.weight.shape[0])
+    plain = model(inputs_embeds=few.clone(), use_cache=False).logits
+    try:
+        masked = masked_logits(model, few.clone())
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):
+        return False
+    near = 16 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    return plain.shape == masked.shape and float((plain - masked).abs().max()) <= near
 
 
 def twin_of_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import prototok
+from prototok.model.families.general import masked_logits, takes_mask
 
 SIZES = {
     "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -213,3 +214,29 @@ def test_rwkv_does_not_scale_the_users_weights() -> None:
     lm = prototok.load(model, device="cpu", dtype="float32")
     lm.logits(torch.randn(1, 4, 32))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+MASKED = {
+    "opt": ("opt", "OPT", "OPTConfig", {"vocab_size": 101, "hidden_size": 32, "ffn_dim": 48,
+                                        "num_hidden_layers": 2, "num_attention_heads": 4,
+                                        "word_embed_proj_dim": 32}),
+    "bloom, which has no positions but slopes": (
+        "bloom", "Bloom", "BloomConfig", {"vocab_size": 101, "hidden_size": 32, "n_layer": 2,
+                                          "n_head": 4}),
+    "mamba, which has no attention": (
+        "mamba", "Mamba", "MambaConfig", {"vocab_size": 101, "hidden_size": 32,
+                                          "num_hidden_layers": 2, "state_size": 4}),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EMBED | MASKED)
+def test_a_ready_mask_is_given_only_where_it_changes_nothing(name: str) -> None:
+    model = build(*(EMBED | MASKED)[name])
+    taken = takes_mask(model)
+    assert taken or name not in ("gemma", "biogpt", "qwen2_moe")
+    assert not taken or name not in ("gemma2", "gemma3", "mamba, which has no attention")
+    if taken:
+        embedded = model.get_input_embeddings()(torch.randint(101, (3, 30)))
+        plain = model(inputs_embeds=embedded.clone(), use_cache=False).logits
+        assert relative_error(masked_logits(model, embedded.clone()), plain) < 1e-5

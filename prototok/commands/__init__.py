@@ -1,0 +1,1 @@
+"""Commands of `prototok` that are more than a call."""

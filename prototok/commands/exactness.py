@@ -1,0 +1,22 @@
+"""Tell exact tokens from exact text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prototok.results.proto_tokens import ProtoTokens
+
+TEXT = "text differs"  # provenance: where the book differs from its tokens; empty: nowhere
+
+
+def exactness(exact: int, texts: int, tokens: ProtoTokens) -> str:
+    """Tell exact tokens from exact text: a tokenizer may not give back what it read."""
+    differs = tokens.provenance.get(TEXT)
+    if differs is None:
+        text = "not known"  # fitted from Python, or by an earlier version
+    elif differs:
+        text = f"no, {differs}"
+    else:
+        text = "yes" if exact == texts else "no, tokens are wrong"
+    return f"tokens exact: {exact} of {texts} chunks; text exact: {text}"

@@ -1,0 +1,1 @@
+"""Fitted vectors in the formats of other tools."""

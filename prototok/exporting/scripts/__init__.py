@@ -1,0 +1,1 @@
+"""Programs that are written beside exported vectors; they need no prototok."""

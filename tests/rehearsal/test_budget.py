@@ -1,0 +1,28 @@
+"""Launches and bytes of three real steps: a change that costs more of either shows here."""
+
+from __future__ import annotations
+
+import pytest
+from rehearse import GPUS, SHAPES, rehearsed
+
+
+@pytest.mark.parametrize(
+    ("shape", "launches", "gigabytes", "milliseconds"),
+    [
+        ("pythia-160m", 558, 68.0, 34.0),
+        ("llama-3.2-1b", 643, 145.0, 138.5),
+        ("llama-3.1-8b", 983, 145.5, 198.0),
+    ],
+)
+def test_a_step_stays_within_its_budget(shape, launches, gigabytes, milliseconds):
+    one = rehearsed(shape, *SHAPES[shape])
+    found = (len(one.launches), one.bytes / 1e9, 1e3 * one.seconds(GPUS[0]))
+    budget = (launches, gigabytes, milliseconds)
+    assert all(a <= b for a, b in zip(found, budget, strict=True)), found
+    # The products are those of the model, forward and backward, less what the first block spares.
+    flops = sum(launch.flops for launch in one.launches if launch.kind == "product")
+    whole = 4 * one.weights * one.rows * one.length
+    assert 0.8 * whole < flops < whole
+    # Large ones leave few processors idle.
+    for launch, _ in one.products():
+        assert launch.flops < 2e11 or GPUS[0].fill(launch) > 0.9, launch
