@@ -5,12 +5,13 @@ Letters: T texts, N targets, d hidden size.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import batch_size_of, is_count, is_integer
+from prototok.common.arguments import batch_size_of, is_count
 from prototok.common.version import VERSION
 from prototok.common.world import own_world
 from prototok.fitting.engine.basis import eigenbasis
@@ -75,10 +76,10 @@ def learn_shared(
         name="joint", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
         init_std=0.3, temperature=0.5, max_steps=steps, against_sink=True,
     )  # fmt: skip
-    if isinstance(prefix, bool) or (is_integer(prefix) and prefix < 1):
-        raise ValueError(f"prefix: {prefix!r} is not a positive number of vectors")
     rows_at_once = batch_size_of(batch_size)
-    if is_count(prefix):
+    if isinstance(prefix, bool | numbers.Integral):
+        if not is_count(prefix):
+            raise ValueError(f"prefix: {prefix!r} is not a positive number of vectors")
         lm.plan(1, 1, backend)  # refuses a backend that cannot be had
         recipe = replace(recipe, lr_width=81, betas=(0.9, 0.95)).at_width(lm.hidden_size, False)
     else:
