@@ -5,7 +5,6 @@ Letters: T texts, N targets, d hidden size.
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import replace
 
 import torch
@@ -77,7 +76,7 @@ def learn_shared(
         init_std=0.3, temperature=0.5, max_steps=steps, against_sink=True,
     )  # fmt: skip
     rows_at_once = batch_size_of(batch_size)
-    if isinstance(prefix, bool | numbers.Integral):
+    if isinstance(prefix, int):
         if not is_count(prefix):
             raise ValueError(f"prefix: {prefix!r} is not a positive number of vectors")
         lm.plan(1, 1, backend)  # refuses a backend that cannot be had
