@@ -354,8 +354,31 @@ def capacity() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
+def amortised() -> str:
+    cells = sorted(
+        result("amortised.json")["cells"].values(), key=lambda c: (c["model"], c["length"])
+    )
+    lines = [
+        "| model | N | recipe | solved | 95 % | steps | 95 % of texts within | against fast |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    fast = {(c["model"], c["length"]): c for c in cells if c["recipe"] == "fast"}
+    for c in cells:
+        low, high = c["solved_interval"]
+        mine, theirs = (x["steps_quartiles"][1] for x in (c, fast[c["model"], c["length"]]))
+        lines.append(
+            f"| {c['model']} | {c['length']} | {c['recipe']} | {c['solved']}/{c['texts']} "
+            f"| {low:.2f}–{high:.2f} | {steps_of(c['steps_quartiles'])} "
+            f"| {'–' if c['steps_95'] is None else c['steps_95']} "
+            f"| {theirs / mine:.1f}× |"
+        )
+    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
+    return "\n".join([*lines, "", "\n\n".join(sources)])
+
+
 DOCUMENTS = {
     "docs/sink.md": (sinks, fronts),
+    "docs/amortised.md": (amortised,),
     "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
     "docs/results.md": (bench, reconstruction, table1, fit_step, models),

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from prototok.exporting.export import export as export
     from prototok.fitting.capacity import capacity as capacity
     from prototok.fitting.fast_fit import fast_fit as fast_fit
+    from prototok.fitting.learn_optimizer import learn_optimizer as learn_optimizer
     from prototok.fitting.learn_shared import learn_shared as learn_shared
+    from prototok.fitting.learned.optimizer import LearnedOptimizer as LearnedOptimizer
     from prototok.fitting.prior import Prior as Prior
     from prototok.fitting.recipe import Recipe as Recipe
     from prototok.geometry.paths import connect as connect
@@ -36,6 +38,7 @@ _HOME = {
     "FitInterrupted": "prototok.results.fit_result",
     "FitResult": "prototok.results.fit_result",
     "FrozenLM": "prototok.model.frozen_lm",
+    "LearnedOptimizer": "prototok.fitting.learned.optimizer",
     "Prior": "prototok.fitting.prior",
     "ProtoTokens": "prototok.results.proto_tokens",
     "Recipe": "prototok.fitting.recipe",
@@ -46,6 +49,7 @@ _HOME = {
     "fast_fit": "prototok.fitting.fast_fit",
     "information": "prototok.decoding.information",
     "interpolate": "prototok.geometry.paths",
+    "learn_optimizer": "prototok.fitting.learn_optimizer",
     "learn_shared": "prototok.fitting.learn_shared",
     "load": "prototok.model.load",
 }

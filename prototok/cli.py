@@ -17,6 +17,7 @@ from prototok.commands.decode import decode
 from prototok.commands.env import env
 from prototok.commands.export import export
 from prototok.commands.fit import fit
+from prototok.commands.learn import app as learn_app
 from prototok.common.command_line import (
     PREFIX,
     RESUME,
@@ -35,6 +36,7 @@ from prototok.sweep.cli import app as sweep_app
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (fit, decode, export, bench, env):
     app.command()(command)
+app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")
 
 _CAPACITY_COLUMNS = "text,exact,at_099,ended,steps,seconds"

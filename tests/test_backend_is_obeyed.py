@@ -59,6 +59,9 @@ CALLS = {
     "capacity": lambda lm: prototok.capacity(
         lm, TEXTS, lengths=(1, 2), recipe=FEW_STEPS, backend="torch"
     ).exact,
+    "learn_optimizer": lambda lm: prototok.learn_optimizer(
+        lm, [[3, 4, 5], [6, 7, 8]], lengths=(2,), steps=2, backend="torch"
+    ).weights["last.weight"],
     "learn_shared": lambda lm: prototok.learn_shared(
         lm, TEXTS, length=2, steps=3, backend="torch"
     ).mean,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ def connected(lm: FrozenLM) -> Tensor:
     return curve.control
 
 
+def learned(lm: FrozenLM, backend: str = "auto") -> Tensor:
+    """The vectors that a learned optimiser leads to."""
+    d = lm.hidden_size
+    basis = torch.eye(d, dtype=torch.float32, device="cpu").expand(2, d, d).clone()
+    mean = torch.zeros(2, d, dtype=torch.float32, device="cpu")
+    prior = prototok.Prior(mean, 0.1 + mean, basis, lm.identity)
+    optimizer = prototok.learn_optimizer(
+        lm, TEXTS, lengths=(2,), steps=2, prior=prior, backend=backend
+    )
+    recipe = replace(RECIPE, learned=2, max_steps=3)
+    return prototok.fast_fit(lm, TEXTS, recipe=recipe, init=optimizer, backend=backend).tokens.e
+
+
 CALLS: dict[str, Callable[[FrozenLM], Tensor]] = {
     "fast_fit": lambda lm: fitted(lm).tokens.e,
     "fast_fit, losses": lambda lm: fitted(lm).loss,
@@ -65,6 +79,7 @@ CALLS: dict[str, Callable[[FrozenLM], Tensor]] = {
     "generate, dynamic": lambda lm: autoregressive.generate(
         lm, torch.ones(1, 1, lm.hidden_size), 3, "dynamic"
     ),
+    "learn_optimizer": learned,
     "learn_shared": lambda lm: prototok.learn_shared(lm, TEXTS, length=2, steps=3).mean,
 }
 

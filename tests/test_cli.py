@@ -52,6 +52,34 @@ def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None
     assert read.stderr.count("chunk ") == fit.tokens.texts - exact
 
 
+def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -> None:
+    learn = ["learn", "optimizer", "--book", str(book), "--lengths", "2", "--steps", "1"]
+    made = prototok_cli(*learn, "-o", "opt.safetensors", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    fit = ["fit", str(book), "--length", "2", "--limit", "2", "--recipe", "learned", "-o", "tokens"]
+    done = prototok_cli(*fit, "--init", "opt.safetensors", cwd=tmp_path)
+    assert done.returncode == 0 and "2 exact" in done.stderr, done.stderr
+    recipe = FitResult.load(tmp_path / "tokens").tokens.provenance["recipe"]
+    assert json.loads(recipe)["name"].startswith("learned from ")
+    again = prototok_cli(*fit, "--init", "opt.safetensors", "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    for wrong, said in (
+        ([*fit, "--overwrite"], "recipe: 'learned' needs init"),
+        ([*fit, "--init", str(book), "--overwrite"], "path: "),
+        (["learn", "optimizer", "-o", str(book)], "out: "),
+        (["learn", "optimizer", "--lengths", "a,b", "-o", "x"], "lengths: "),
+    ):
+        refused = prototok_cli(*wrong, cwd=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+
+
+def test_learn_prior_writes_a_prior(book: Path, tmp_path: Path) -> None:
+    learn = ["learn", "prior", "--book", str(book), "--length", "4", "-o", "prior.safetensors"]
+    made = prototok_cli(*learn, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert prototok.Prior.load(tmp_path / "prior.safetensors").provenance["length"] == "4"
+
+
 def test_a_prefix_is_fitted_behind_and_decoded_behind(book: Path, tmp_path: Path) -> None:
     fit = ["fit", str(book), "--length", "2", "--limit", "2", "-o", "tokens"]
     made = prototok_cli(*fit, "--prefix", " the", cwd=tmp_path)

@@ -23,6 +23,7 @@ LEVELS = (
         "decode",
         "export",
         "fast_fit",
+        "learn_optimizer",
         "learn_shared",
     ),  # doors to functions of the packages below
     ("fitting", "decoding", "autoregressive", "geometry", "exporting"),

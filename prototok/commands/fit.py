@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prototok.commands.exactness import TEXT, exactness
+from prototok.commands.learn import start_from
 from prototok.common.command_line import PREFIX, RESUME, Device, Dtype, Model, require_positive, say
 
 if TYPE_CHECKING:
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
     from prototok.model.frozen_lm import FrozenLM
     from prototok.results.arrangement import Arrangement
     from prototok.results.fit_folder import FitFolder
     from prototok.results.fit_result import FitResult
 
+_INIT = "A file of `prototok learn`: an optimizer with --recipe learned, else a prior."
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 
 
@@ -29,7 +33,8 @@ def fit(
     model: Model = "tiny-llama",
     length: Annotated[int, typer.Option(help="Tokens a chunk.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Fit only this many chunks.")] = None,
-    recipe: Annotated[str, typer.Option(help="fast or paper.")] = "fast",
+    recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
+    init: Annotated[Path | None, typer.Option(help=_INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
@@ -58,9 +63,10 @@ def fit(
 
     layout, settings = Arrangement.parse(arrangement), recipe_of(recipe, max_steps)
     require_share(share, layout)
+    start, settings = start_from(init, settings)
     rows = batch_size or "auto"
     front = None if prefix == "none" else prefix
-    request = _Fit(length, limit, settings, layout, share, seed_list(seeds), front, rows)
+    request = _Fit(length, limit, settings, start, layout, share, seed_list(seeds), front, rows)
     folder = FitFolder(out, resume, overwrite)
     with folder.claimed():
         from prototok.model.load import load
@@ -76,6 +82,7 @@ class _Fit:
     length: int
     limit: int | None
     recipe: Recipe
+    init: Prior | LearnedOptimizer | None
     arrangement: Arrangement
     share: str | None
     seeds: list[int]
@@ -85,7 +92,7 @@ class _Fit:
 
 def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> None:
     """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
-    from prototok.fitting.fast_fit import fast_fit
+    from prototok.fitting.fast_fit import fast_fit, start_of
     from prototok.fitting.front import front_of
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
@@ -96,7 +103,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
     say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
-    behind, in_front = front_of(lm, asked.prefix, asked.recipe)
+    start = None if asked.init is None else start_of(asked.init)
+    behind, in_front = front_of(lm, asked.prefix, asked.recipe, start)
     say(f"in front: {in_front}")
     plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
     floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
@@ -118,8 +126,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
         if left:
             result = fast_fit(
                 lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
-                arrangement=asked.arrangement.name, recipe=asked.recipe, prefix=asked.prefix,
-                batch_size=asked.batch_size, progress=True,
+                arrangement=asked.arrangement.name, recipe=asked.recipe, init=asked.init,
+                prefix=asked.prefix, batch_size=asked.batch_size, progress=True,
                 on_text=lambda i, result: folder.commit(left[i], labelled(result)),
             )  # fmt: skip
             whole = None if asked.share is None else labelled(result)

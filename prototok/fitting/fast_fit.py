@@ -21,6 +21,7 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
+from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
@@ -49,7 +50,7 @@ def fast_fit(
     arrangement: str = "e m*",
     prefix: PrefixLike | Prefix = "auto",
     recipe: str | Recipe = "fast",
-    init: Prior | None = None,
+    init: Prior | LearnedOptimizer | None = None,
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -74,9 +75,11 @@ def fast_fit(
         prefix: what stands in front of e in every row and is not fitted: text, token ids, vectors
             (P, d), or None for nothing. "auto" leaves it to the recipe: "fast" puts one token in
             front of a model that has an attention sink, "paper" nothing. The result keeps it.
-        recipe: "fast", "paper", or a `Recipe`.
-        init: where vectors start, from `prototok.learn_shared`; None leaves it to the recipe, and
-            "fast" then starts built-in models from the prior they come with.
+        recipe: "fast", "paper", "learned", or a `Recipe`. With "learned" a network makes the
+            first updates, and `fast` takes over where its progress stops.
+        init: where vectors start, from `prototok.learn_shared`; with "learned" the network, from
+            `prototok.learn_optimizer`. None leaves it to the recipe: "fast" starts built-in models
+            from the prior they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -100,14 +103,17 @@ def fast_fit(
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     if init is not None:
-        if not isinstance(init, Prior):
-            raise ValueError(f"init: {type(init).__name__} is not a Prior; see learn_shared")
-        init.require_model(lm)
+        if not isinstance(init, Prior | LearnedOptimizer):
+            raise ValueError(
+                f"init: {type(init).__name__} is neither a Prior nor a LearnedOptimizer; see "
+                "learn_shared and learn_optimizer"
+            )
+        start_of(init).require_model(lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
-    lm, in_front = front_of(lm, prefix, settings, init)
+    lm, in_front = front_of(lm, prefix, settings, None if init is None else start_of(init))
     require_room_for(targets, lambda n: require_length(n, lm, layout))
 
     def collect(rows: list[EndedRow[Verified]]) -> FitResult:
@@ -141,19 +147,45 @@ def require_share(share: str | None, arrangement: Arrangement) -> None:
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement.name!r} has none")
 
 
+def start_of(init: Prior | LearnedOptimizer) -> Prior:
+    """Return where vectors start."""
+    return init.start if isinstance(init, LearnedOptimizer) else init
+
+
 def one_forward(
     lm: FrozenLM,
     arrangement: Arrangement,
     recipe: Recipe,
-    init: Prior | None,
+    init: Prior | LearnedOptimizer | None,
     backend: str,
     batch_size: int | None,
 ) -> Setup:
-    """Set up fits of e and m: from `init`, or from the prior that comes with a built-in model."""
+    """Set up fits of e and m: from `init`, or from what comes with a built-in model.
+
+    Raises:
+        ValueError: a recipe with a network and no network, a network and a recipe without, or an
+            arrangement that none is for.
+    """
     if init is None and recipe.shipped_prior and arrangement.is_pair:
         init = shipped_prior(lm)
+    network = None
+    if isinstance(init, LearnedOptimizer):
+        if not recipe.learned:
+            raise ValueError(
+                f"init: a LearnedOptimizer is for recipe 'learned', not for {recipe.name!r}"
+            )
+        network, init = init.network(lm), init.start
+        if network.reach and lm.body.head is None:
+            raise ValueError(
+                "init: this LearnedOptimizer reads errors at hidden states, which family "
+                f"{lm.body.family!r} does not give"
+            )
+    if recipe.learned and not arrangement.is_pair:
+        raise ValueError(
+            f"arrangement: recipe {recipe.name!r} is for 'e m*', not for {arrangement.name!r}"
+        )
     recipe = recipe.at_width(lm.hidden_size, init is not None)
-    return Setup(lm, OneForward(arrangement, prior=init), recipe, backend, batch_size)
+    return Setup(lm, OneForward(arrangement, prior=init), recipe, backend, batch_size, network)
 
 
 def tokens_of(

@@ -28,7 +28,7 @@ from prototok.texts.targets import Texts, targets_of
 
 # Where one m cannot carry the texts it says little about what carries one of them.
 _LENGTHS, _ENOUGH = (16, 8, 4), 0.9
-_SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
+SPREAD = 0.3  # of the spread of the learned e: wide enough for seeds to differ, near to the mean
 
 
 @own_world
@@ -99,7 +99,7 @@ def learn_shared(
     e, m = joint.e, joint.m
     return Prior(
         mean=torch.stack([e.mean(0), m]),
-        std=torch.stack([_SPREAD * e.std(0), torch.zeros_like(m)]),
+        std=torch.stack([SPREAD * e.std(0), torch.zeros_like(m)]),
         # With a learned prefix nobody has measured what the eigenbasis is worth.
         basis=None if is_count(prefix) else eigenbasis(lm, backend).cpu(),
         model=lm.identity,

@@ -48,6 +48,9 @@ class Recipe:
         margin: smallest (target logit − best other logit) asked for as well before the fit ends.
         spreads: the margin asked for is also at least this many times the rounding of the model's
             dtype, measured on the row itself (`fitting.verify.Verified.spread`); 0: it is not.
+        learned: a learned optimiser makes the first updates; after so many without progress, or
+            twenty times as many in all, AdamW takes over and has `max_steps` of its own. 0: AdamW
+            makes all.
     """
 
     name: str = "custom"
@@ -72,6 +75,7 @@ class Recipe:
     accuracy: float = 1.0
     margin: float = 0.0
     spreads: float = 0.0
+    learned: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -100,9 +104,10 @@ class Recipe:
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
-        for name, least in (
-            ("max_steps", 1), ("warmup", 0), ("patience", 1), ("cycle", 1), ("lr_width", 1),
-        ):  # fmt: skip
+        limits = {
+            "max_steps": 1, "warmup": 0, "patience": 1, "cycle": 1, "lr_width": 1, "learned": 0,
+        }  # fmt: skip
+        for name, least in limits.items():
             value = getattr(self, name)
             if name in ("patience", "cycle", "lr_width") and value is None:
                 continue
@@ -194,6 +199,9 @@ FAST = Recipe(
     spreads=2.0,
 )
 
+# A learned optimiser begins, and `fast` goes on from its best vectors.
+LEARNED = replace(FAST, name="learned", learned=10)
+
 
 def recipe_of(recipe: str | Recipe, max_steps: int | None = None) -> Recipe:
     """Return the recipe itself, or the one of that name; `max_steps` replaces its own."""
@@ -205,6 +213,9 @@ def recipe_of(recipe: str | Recipe, max_steps: int | None = None) -> Recipe:
         return PAPER
     if recipe == "fast":
         return FAST
+    if recipe == "learned":
+        return LEARNED
+    known = ("fast", "paper", "learned")
     raise ValueError(
-        f"recipe: {recipe!r} is not 'fast', 'paper' or a Recipe" + hint(recipe, ("fast", "paper"))
+        f"recipe: {recipe!r} is not 'fast', 'paper', 'learned' or a Recipe" + hint(recipe, known)
     )

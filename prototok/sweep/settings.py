@@ -101,7 +101,8 @@ class Settings:
             raise ValueError(f"text_seed: {shown(self.text_seed)} is not an integer")
         fields = [f.name for f in dataclasses.fields(Recipe)]
         require_known(self.changes, fields, "recipe")
-        recipe_of_unit(self.recipe, self.changes)
+        if recipe_of_unit(self.recipe, self.changes).learned:
+            raise ValueError(f"recipe: {self.recipe!r} needs an optimiser, and a sweep takes none")
 
     def to_json(self) -> dict[str, Any]:
         """Return what run.json keeps."""

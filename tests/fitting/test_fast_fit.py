@@ -258,7 +258,9 @@ def test_callback_sees_every_step(small_lm: FrozenLM) -> None:
     assert [e.steps.tolist() for e in events] == [[i, i] for i in range(4)]
 
 
-@pytest.mark.parametrize("name", ["capacity", "decode", "fast_fit", "learn_shared"])
+@pytest.mark.parametrize(
+    "name", ["capacity", "decode", "fast_fit", "learn_optimizer", "learn_shared"]
+)
 def test_every_way_to_import_gives_the_function(name: str) -> None:
     code = (
         "import sys, pickle, types, prototok; assert 'torch' not in sys.modules\n"

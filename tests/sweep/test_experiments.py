@@ -129,6 +129,7 @@ def test_a_config_file_overrides_the_preset_and_options_override_it(tmp_path: Pa
         ("texts: 1.5", "texts: 1.5 is not int"),
         ("texts: true", "texts: True is not int"),
         ("share: [x]", "share: 'x' is not none, m or e"),
+        ("changes: {learned: 5}", "recipe: 'fast' needs an optimiser, and a sweep takes none"),
         ("recipe: quick", "recipe: 'quick' is not fast or paper"),
         ("models: []", "model: none was given"),
         ("models: [3]", "models: [3] is not a list of names"),

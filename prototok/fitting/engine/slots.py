@@ -51,6 +51,14 @@ class Bank:
     adam: AdamWState  # over (n, k · d), in the coordinates of the basis
     basis: Tensor | None  # (d, d), orthonormal columns
 
+    def turned(self, vectors: Tensor) -> Tensor:
+        """Return vectors (n, d) in the coordinates of the basis."""
+        return vectors if self.basis is None else vectors @ self.basis
+
+    def turned_back(self, vectors: Tensor) -> Tensor:
+        """Return vectors (n, d) in the model's own coordinates."""
+        return vectors if self.basis is None else vectors @ self.basis.T
+
     def buffers(self) -> list[Tensor]:
         """Return everything that stays with a vector as it moves."""
         return [self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step]
@@ -68,6 +76,7 @@ class Slots:
             inputs, setup.recipe, setup.backend, room,
         )  # fmt: skip
         self.device, self.width = lm.device, lm.hidden_size
+        self.network = setup.network
         self.groups: list[Group] = []
         rows, groups, length = room.rows, room.groups, room.length
 
@@ -93,6 +102,14 @@ class Slots:
         self.done = full(groups, value=True, dtype=torch.bool)  # free places are
         # A loss or a gradient was not finite: the group ends, and is nothing but failed.
         self.failed = full(groups, dtype=torch.bool)
+        # by group, where a network makes the first updates
+        self.by_network = full(groups, dtype=torch.bool)
+        self.progressed_at = full(groups)  # step of the best vectors
+        self.adam_from = full(groups)  # updates made when AdamW took over
+        # by row and position, what a network sees of them
+        reach = 0 if setup.network is None else min(setup.network.reach, length)
+        self.errors = full(rows, reach, self.width, dtype=lm.dtype)  # gradient at the hidden state
+        self.margins = full(rows, reach, dtype=torch.float32)
         # by row
         self.group_of_row = full(rows)
         self.targets = full(rows, length)  # padded with 0
@@ -111,6 +128,13 @@ class Slots:
     def rows(self) -> int:
         """Count the rows in flight."""
         return sum(len(group.rows) for group in self.groups)
+
+    @property
+    def clock(self) -> Tensor:
+        """Return the updates by AdamW, (room.groups,): those that the recipe's limit is for."""
+        if self.network is None:
+            return self.step
+        return torch.where(self.by_network, 0, self.step - self.adam_from)
 
     @property
     def window(self) -> Window:
@@ -184,7 +208,7 @@ class Slots:
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
         by_group = [
             self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
-            self.done, self.failed,
+            self.done, self.failed, self.by_network, self.progressed_at, self.adam_from,
         ]  # fmt: skip
         for bank in self.banks:
             (by_group if bank.shared else by_row).extend(bank.buffers())
@@ -222,7 +246,7 @@ class Slots:
 
     def spent(self) -> Tensor:
         """Flag groups that have made all updates their recipe grants: (room.groups,) bool."""
-        over = self.step >= self.recipe.max_steps
+        over = self.clock >= self.recipe.max_steps
         if self.recipe.patience is not None:
             over |= self.step - self.improved_at >= self.recipe.patience
         return over
@@ -243,6 +267,9 @@ class Slots:
         self.margin_bound[groups] = self.recipe.margin
         self.done[groups] = done
         self.failed[groups] = False
+        self.by_network[groups] = self.network is not None and not done
+        self.progressed_at[groups] = 0
+        self.adam_from[groups] = 0
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Send a tensor from host to device, without waiting for what the device is doing."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.ranges import named_range
+from prototok.fitting.engine import learned
 from prototok.fitting.engine.slots import Slots, Window
 from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
@@ -44,7 +45,10 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
             total += grad
     with named_range("update", lm.device):
         active = _keep_best(slots, window, grads)
-        _update(slots, window, counts, active, backend)
+        if slots.network is None:
+            _update(slots, window, counts, active, backend)
+        else:
+            learned.update(lm, slots, window, active, backend)
 
 
 def forward_backward(
@@ -70,6 +74,11 @@ def forward_backward(
     slots.loss[part] = loss.sum(1)
     slots.correct[part] = right.sum(1)
     slots.margin[part] = margin.amin(1)
+    if reach := min(slots.errors.shape[1], length):
+        assert head.grad_hidden is not None
+        errors = head.grad_hidden.view(*targets.shape, -1)  # zero where nothing is scored
+        slots.errors[part, :reach] = errors[:, :reach]
+        slots.margins[part, :reach] = head.margin.view(targets.shape)[:, :reach]
     return grads
 
 
@@ -108,8 +117,9 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     reached.scatter_reduce_(0, owner, (correct_of_row >= slots.wanted[rows]).long(), "amin")
 
     failed = slots.failed[groups]
-    failed |= ~done & ~_finite(slots, owner, grads)
-    moving = ~done & ~failed & (step <= slots.recipe.max_steps)
+    bad = ~done & ~_finite(slots, owner, grads)
+    failed |= bad & ~slots.by_network[groups]
+    moving = ~done & ~failed & ~bad & (slots.clock[groups] <= slots.recipe.max_steps)
     more = correct > best_correct
     improved = (more | ((correct == best_correct) & (margin > best_margin))) & moving
     _put(slots.improved_at[groups], improved & more, step)
@@ -124,7 +134,10 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     if slots.recipe.accuracy == 1.0:
         goal &= margin >= slots.margin_bound[groups]
     done |= goal
-    return ~done & ~failed & ~slots.spent()[groups]
+    active = ~done & ~failed & ~slots.spent()[groups]
+    if slots.network is not None:
+        active &= ~learned.hand_over(slots, window, improved, bad)
+    return active
 
 
 def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:

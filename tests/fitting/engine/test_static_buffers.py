@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from prototok.fitting.engine.runner import CapturedStep, StepRunner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Bank, Room, Slots, Window
 from prototok.fitting.engine.step import step
+from prototok.fitting.learned.network import UpdateNetwork
 from prototok.results.arrangement import Arrangement
 from support import small_llama
 
@@ -38,15 +40,28 @@ def buffers(slots: Slots) -> Iterator[tuple[str, Tensor]]:
                 yield f"banks[{b}].{name}", value
 
 
+def untrained(lm: FrozenLM) -> UpdateNetwork:
+    """A network that sees the first four positions and makes small updates."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = UpdateNetwork(lm.hidden_size, 16, 1, 4)
+    network.rate.fill_(0.1)
+    return network.requires_grad_(False)
+
+
 def filled(
-    lm: FrozenLM, share: str | None, inputs: Inputs, recipe: Recipe = RECIPE
+    lm: FrozenLM,
+    share: str | None,
+    inputs: Inputs,
+    recipe: Recipe = RECIPE,
+    network: UpdateNetwork | None = None,
 ) -> tuple[Slots, list]:
     """Room for eight rows, six of them taken, and the groups that still wait."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (12, 8), generator=generator)
     texts = [row[: 8 - i % 4] for i, row in enumerate(ids)]
     groups = make_groups(texts, [0], share, 2 if share else None)
-    slots = Slots(Setup(lm, inputs, recipe, "auto", 8), Room(8, 8, 8), share)
+    slots = Slots(Setup(lm, inputs, recipe, "auto", 8, network), Room(8, 8, 8), share)
     first = 6 // len(groups[0].rows)
     slots.admit(groups[:first])
     return slots, groups[first:]
@@ -83,6 +98,16 @@ def test_a_step_waits_for_nothing(small_lm: FrozenLM, arrangement: str, share: s
             waiting()
 
 
+@pytest.mark.parametrize("share", [None, "m", "e"])
+def test_a_learned_step_waits_for_nothing(small_lm: FrozenLM, share: str | None) -> None:
+    inputs, recipe = OneForward(Arrangement.parse("e m*")), replace(RECIPE, learned=1)
+    slots, _ = filled(small_lm, share, inputs, recipe, untrained(small_lm))
+    slots.device = torch.device("cuda")  # on the CPU it asks whether any group is the network's
+    with NoWaiting() as mode:
+        step(small_lm, slots, 4)
+    assert "gelu" in mode.seen
+
+
 @pytest.mark.parametrize("share", [None, "m"])
 def test_buffers_stay_where_they_are(small_lm: FrozenLM, share: str | None) -> None:
     """Over steps, refills and the shrinking end of a queue."""
@@ -98,15 +123,17 @@ def test_buffers_stay_where_they_are(small_lm: FrozenLM, share: str | None) -> N
     assert {name: tensor.data_ptr() for name, tensor in buffers(slots)} == places
 
 
+@pytest.mark.parametrize("learned", [0, 4])
 @pytest.mark.parametrize("share", [None, "m", "e"])
 def test_free_places_inside_the_window_change_nothing(
-    small_lm: FrozenLM, share: str | None, monkeypatch: pytest.MonkeyPatch
+    small_lm: FrozenLM, share: str | None, learned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA a step computes more places than are taken; they must not be seen."""
-    inputs = OneForward(Arrangement.parse("e m*"))
+    inputs, recipe = OneForward(Arrangement.parse("e m*")), replace(RECIPE, learned=learned)
+    network = untrained(small_lm) if learned else None
     results = []
     for whole in (False, True):
-        slots, waiting = filled(small_lm, share, inputs)
+        slots, waiting = filled(small_lm, share, inputs, recipe, network)
         if whole:
             monkeypatch.setattr(Slots, "window", Window(8, 8, 8))
         runner = StepRunner(small_lm, slots, 8)

@@ -1,0 +1,161 @@
+"""In how many updates a learned optimiser fits texts that it never saw, against `fast`.
+
+    python benchmarks/amortised.py tiny-neox --lengths 8 --seeds 0 1 2 --folder FOLDER
+    python benchmarks/amortised.py MODEL --text valid.txt --lengths 8 16 --folder FOLDER
+    python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER    # the gradient alone
+
+Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
+comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser
+learns from samples of the model; windows of the text that occur in them are left out. Samples,
+prior and optimisers are kept in FOLDER, one folder a model, and made only where they are not there.
+Times are CPU seconds of everything, the network and the verification included; they are kept only
+with --idle, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from readme_tables import RESULTS
+from recipes import quantile, wilson
+from record import provenance
+
+import prototok
+from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior
+from prototok.fitting.learn_shared import own_texts
+from prototok.fitting.prior import shipped_prior
+from prototok.model.load import BUILT_IN, path_of
+from prototok.texts.files import read_text
+
+
+def prior_of(lm: FrozenLM, folder: Path) -> Prior:
+    """Return the prior in the package or in the folder; learned where there is none."""
+    path = folder / "prior.safetensors"
+    if not path.exists():
+        (shipped_prior(lm) or prototok.learn_shared(lm, progress=True)).save(path)
+    return Prior.load(path)
+
+
+def samples_of(lm: FrozenLM, folder: Path) -> torch.Tensor:
+    """Return (512, 128) ids that the model made up, to train on."""
+    path = folder / "samples.npy"
+    if not path.exists():
+        np.save(path, own_texts(lm, 512, 128, seed=1).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def optimizer_of(
+    lm: FrozenLM, prior: Prior, samples: torch.Tensor, seed: int, asked: argparse.Namespace
+) -> LearnedOptimizer:
+    """Return what was trained with this seed, from the folder where it is there."""
+    lengths = "-".join(map(str, asked.train_lengths))
+    name = f"optimizer-{lengths}-{asked.reach}-{asked.steps}-{seed}"
+    path = asked.folder / f"{name}.safetensors"
+    if not path.exists():
+        start = time.process_time()
+        prototok.learn_optimizer(
+            lm, samples, lengths=asked.train_lengths, reach=asked.reach, steps=asked.steps,
+            prior=prior, seed=seed, progress=True,
+        ).save(path)  # fmt: skip
+        print(f"{name}: {time.process_time() - start:.0f} CPU s of training")
+    return LearnedOptimizer.load(path)
+
+
+def unseen(lm: FrozenLM, text: str, samples: torch.Tensor, length: int, count: int) -> torch.Tensor:
+    """Return windows (count, length) of the text that no sample has, spread evenly over it."""
+    ids = lm.encode(text)
+    known = set(map(tuple, samples.unfold(1, length, 1).flatten(0, 1).tolist()))
+    windows = (ids[i : i + length] for i in range(0, len(ids) - length + 1, length))
+    found = [window for window in windows if tuple(window) not in known]
+    if len(found) < count:
+        raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")
+    return torch.tensor([found[i * len(found) // count] for i in range(count)])
+
+
+def cell_of(fit: FitResult, seconds: float) -> dict:
+    """What is kept of the fits of one recipe; steps of an unsolved text are None."""
+    pairs = zip(fit.steps.flatten().tolist(), fit.exact.flatten().tolist(), strict=True)
+    steps = [s if exact else None for s, exact in pairs]
+    censored = [math.inf if s is None else s for s in steps]
+    quartiles = [quantile(censored, q) for q in (0.25, 0.5, 0.75, 0.95)]
+    solved = sum(s is not None for s in steps)
+    return {
+        "texts": len(steps),
+        "solved": solved,
+        "solved_interval": [round(x, 3) for x in wilson(solved, len(steps))],
+        "steps_quartiles": [None if math.isinf(q) else q for q in quartiles[:3]],
+        "steps_95": None if math.isinf(quartiles[3]) else quartiles[3],
+        "steps": steps,
+        "cpu_ms": 1000 * seconds / len(steps),
+    }
+
+
+def save(record: dict, path: Path) -> None:
+    """Write the record, a cell a line."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]
+    path.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="default: a built-in model's held-out text")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8])
+    parser.add_argument("--train-lengths", type=int, nargs="+", help="default: --lengths")
+    parser.add_argument("--reach", type=int)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--idle", action="store_true", help="keep times")
+    asked = parser.parse_args()
+    asked.train_lengths = asked.train_lengths or asked.lengths
+    asked.folder.mkdir(parents=True, exist_ok=True)
+
+    lm = prototok.load(asked.model)
+    if asked.text is None and lm.identity.name not in BUILT_IN:
+        raise SystemExit("text: name a file with text that the model was not trained on")
+    text = read_text(asked.text or Path(path_of(lm.identity.name)) / "held_out.txt")
+    prior = prior_of(lm, asked.folder)
+    samples = samples_of(lm, asked.folder)
+    model = Path(asked.model).name
+    path = RESULTS / "amortised.json"
+    record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    for length in asked.lengths:
+        targets = unseen(lm, text, samples, length, asked.count)
+        runs = {"fast": {"init": prior}} | {
+            f"learned, seed {seed}": {
+                "recipe": "learned", "init": optimizer_of(lm, prior, samples, seed, asked),
+            }
+            for seed in asked.seeds
+        }  # fmt: skip
+        for name, options in runs.items():
+            prototok.fast_fit(lm, targets[:8], progress=False, **options)  # warm
+            start = time.process_time()
+            fit = prototok.fast_fit(lm, targets, progress=False, **options)
+            cell = cell_of(fit, time.process_time() - start)
+            print(f"{model}, N = {length}, {name}: {cell['solved']}/{cell['texts']} solved, steps "
+                  f"{cell['steps_quartiles']}, 95 % {cell['steps_95']}, "
+                  f"{cell['cpu_ms']:.2f} CPU ms a text")  # fmt: skip
+            if not asked.idle:
+                del cell["cpu_ms"]
+            if name != "fast":
+                cell |= {"trained": asked.train_lengths, "reach": asked.reach,
+                         "training_steps": asked.steps}  # fmt: skip
+                name += f", trained on {asked.train_lengths}" + (
+                    "" if asked.reach is None else f", reach {asked.reach}"
+                )
+            cell |= {"model": model, "length": length, "recipe": name} | provenance()
+            record["cells"][f"{model} {length} {name}"] = cell
+            save(record, path)
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""`prototok learn prior | optimizer`: what a frozen model's fits start from, learned once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_positive, say
+from prototok.common.files import try_file
+
+if TYPE_CHECKING:
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
+    from prototok.fitting.recipe import Recipe
+
+app = typer.Typer(
+    help="Learn once a model what its fits start from.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")]
+Book = Annotated[Path | None, typer.Option(help="Learn from this text. Default: samples.")]
+
+_CHECKPOINT = "Keep the training in this file every minute, and go on from it where it is there."
+_CHUNKS = 128  # most tokens of a text of the book
+
+
+@app.command()
+def prior(
+    out: Out,
+    model: Model = "tiny-llama",
+    book: Book = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a text; default: what fits.")] = None,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Learn where e and m start: for `prototok fit --init`."""
+    require_positive(length=length)
+    text = _text_of(book, out)
+    from prototok.fitting.learn_shared import learn_shared
+    from prototok.model.load import load
+    from prototok.texts.files import chunks
+
+    lm = load(model, device, dtype)
+    found = learn_shared(
+        lm, None if text is None else chunks(lm, text, length or 16, 32), length=length,
+        prefix=None if prefix == "none" else prefix, progress=True,
+    )  # fmt: skip
+    found.save(out)
+    say(f"a prior of {lm.identity.name} at {found.provenance['length']} tokens; written to {out}")
+
+
+@app.command()
+def optimizer(
+    out: Out,
+    model: Model = "tiny-llama",
+    book: Book = None,
+    lengths: Annotated[str, typer.Option(help="Tokens a text, rising.")] = "8,16",
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
+    init: Annotated[Path | None, typer.Option(help="A prior of the model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help=_CHECKPOINT)] = None,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Train a network that fits in few updates: for `prototok fit --recipe learned --init`."""
+    require_positive(steps=steps)
+    try:
+        grid = tuple(int(n) for n in lengths.split(","))
+    except ValueError:
+        raise ValueError(f"lengths: {lengths!r} is not numbers with commas between them") from None
+    require_positive(lengths=min(grid))
+    text = _text_of(book, out)
+    from prototok.fitting.learn_optimizer import learn_optimizer
+    from prototok.fitting.prior import Prior
+    from prototok.model.load import load
+    from prototok.texts.files import chunks
+
+    start = None if init is None else Prior.load(init)
+    lm = load(model, device, dtype)
+    whole = None
+    if text is not None:
+        longest = max(grid[-1], min(_CHUNKS, lm.context or _CHUNKS))
+        whole = [ids for ids in chunks(lm, text, longest, None) if len(ids) >= grid[-1]]
+    found = learn_optimizer(
+        lm, whole, lengths=grid, steps=steps, prior=start, seed=seed, checkpoint=checkpoint,
+        prefix=None if prefix == "none" else prefix, progress=True,
+    )  # fmt: skip
+    found.save(out)
+    say(f"an optimiser of {lm.identity.name} at {lengths} tokens; written to {out}")
+
+
+def start_from(path: Path | None, recipe: Recipe) -> tuple[Prior | LearnedOptimizer | None, Recipe]:
+    """Read what fits start from; the recipe's name then tells which file, for --resume."""
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
+
+    if path is None:
+        return None, recipe
+    found = LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return found, dataclasses.replace(recipe, name=f"{recipe.name} from {digest}")
+
+
+def _text_of(book: Path | None, out: Path) -> str | None:
+    """Return the text of the book; a file that will not do is refused before a model loads."""
+    from prototok.results.tensor_file import is_tensor_file
+    from prototok.texts.files import read_text
+
+    try_file(out, "out", lambda head: is_tensor_file(out))
+    return None if book is None else read_text(book)

@@ -1,0 +1,1 @@
+"""Learned once a frozen model: an optimiser that fits texts in a handful of updates."""
