@@ -219,6 +219,73 @@ def steps_to_exact() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
+def width() -> str:
+    """The paper's recipe and `fast` before from one record, `fast` as it is from another."""
+    before, record = result("recipes.json"), result("recipes_width.json")
+    lines = [
+        "| model | N | recipe | exact | steps | first right | against paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def cells_of(summary: list[dict], when: str) -> dict[tuple[str, str], dict]:
+        cells = [s for s in summary if s["part"] == "test" and s["texts"] >= 16]
+        return {(s["model"], s["recipe"] + when): s for s in cells}
+
+    # From a prior both are run anew, from the same one: another draw of it moves the median.
+    cells = cells_of(before["summary"], ", before")
+    cells = {key: s for key, s in cells.items() if "+" not in key[1]}
+    cells |= cells_of(record["summary"], "")
+    for model in dict.fromkeys(s["model"] for s in record["summary"]):
+        paper = cells[model, "paper, before"]["steps_quartiles"][1]
+        names = ("fast, before", "fast", "fast, before + prior", "fast + prior")
+        for name in (*names, "fast, margin 0 + prior"):
+            if (model, name) not in cells:
+                continue
+            s = cells[model, name]
+            middle, first = s["steps_quartiles"][1], s["first_right_quartiles"][1]
+            ratio = f"{paper / middle:.1f}×" if paper else f"> {5000 / middle:.1f}×"
+            lines.append(
+                f"| {model} | {s['length']} | {name} | {s['exact']}/{s['texts']} "
+                f"| {steps_of(s['steps_quartiles'])} | {first:.0f} | {ratio} |"
+            )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
+def sinks() -> str:
+    """Each small model with nothing in front, behind one token, and behind learned vectors."""
+    lines = [
+        "| model | N | share on position 0 | in front | exact | median steps of the exact |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in ("tiny-llama", "tiny-neox", "stories3m", "neox4m"):
+        record = result(f"sink_{model}.json")
+        share = record["share of attention on position 0"]
+        lines += [
+            f"| {model} | {record['length']} | {share:.3f} | {c['prefix']} "
+            f"| {c['exact']} of {record['texts']} | {c['median']:.0f} |"
+            for c in record["cells"]
+        ]
+    return "\n".join([*lines, "", f"Last: `{record['command']}`: {source(record)}"])
+
+
+def fronts() -> str:
+    """What stands in front of SmolLM2-135M."""
+    record = result("sink_fronts.json")
+    lines = [
+        "| in front | exact | confirmed, bf16 / fp32 | steps of the exact | accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for c in record["cells"]:
+        steps = ", ".join(map(str, c["steps of the exact"]))
+        confirmed, front = c["confirmed"], c["prefix"].replace("|", "\\|")
+        lines.append(
+            f"| {front} | {c['exact']} of {record['texts']} "
+            f"| {confirmed['bfloat16']} / {confirmed['float32']} | {steps or '–'} "
+            f"| {statistics.fmean(c['accuracy']):.2f} |"
+        )
+    return "\n".join([*lines, "", f"Last: `{record['command']}`: {source(record)}"])
+
+
 def longest() -> str:
     """From the four texts a length of the study: the longest of them that comes back, a text."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -310,8 +377,9 @@ def amortised() -> str:
 
 
 DOCUMENTS = {
+    "docs/sink.md": (sinks, fronts),
     "docs/amortised.md": (amortised,),
-    "docs/recipes.md": (steps_to_exact, longest, transfer, capacity),
+    "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
     "docs/results.md": (bench, reconstruction, table1, fit_step, models),
     "docs/claim.md": (ceilings, figure2),

@@ -93,8 +93,9 @@ def candidates() -> Iterator[Recipe]:
 
 # `fast` as it was before it went slower from a prior.
 BEFORE = dataclasses.replace(
-    FAST, name="fast, lr 0.1", betas=(0.9, 0.99), warmup=20, prior_rate=None, max_steps=900
-)
+    FAST, name="fast, lr 0.1", lr_width=None, betas=(0.9, 0.99), cycle=300, warmup=20,
+    prior_rate=None, max_steps=900, spreads=0.0,
+)  # fmt: skip
 
 
 def dev_cells() -> Iterator[Cell]:
@@ -108,17 +109,25 @@ def dev_cells() -> Iterator[Cell]:
             yield Cell("dev", model, middle, recipe, 16, prior=True)
 
 
+# `fast` as it was before its rate followed the width.
+NARROW = dataclasses.replace(
+    FAST, name="fast, before", lr_width=None, prior_rate=0.3, betas=(0.8, 0.99), cooling=1.0,
+    spreads=0.0,
+)  # fmt: skip
+
+
 def test_cells() -> Iterator[Cell]:
     """The recipes in turn at each length, so that they share the machine's ups and downs."""
     plain = dataclasses.replace(FAST, shipped_prior=False)
     # `fast` goes on to a margin; this one ends where the paper's does.
-    bare = dataclasses.replace(FAST, name="fast, margin 0", margin=0.0)
+    bare = dataclasses.replace(FAST, name="fast, margin 0", margin=0.0, spreads=0.0)
     for texts, middle in ((16, True), (4, False)):
         for model, (_, mid, around) in MODELS.items():
             for length in (mid,) if middle else around:
                 yield Cell("test", model, length, PAPER, texts)
                 yield Cell("test", model, length, FAST, texts, prior=True)
                 if middle:
+                    yield Cell("test", model, length, NARROW, texts, prior=True)
                     yield Cell("test", model, length, plain, texts)
                     yield Cell("test", model, length, bare, texts, prior=True)
     yield Cell("test", UNSEEN, 8, PAPER, 16)

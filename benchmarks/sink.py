@@ -6,7 +6,12 @@
 fits the same texts by the recipes `paper` and `fast`, without and behind a prefix. It prints for
 each how many are exact, the steps that those took, and the mean token accuracy. A fit that does not
 end is counted as not exact; the median of the steps is over the exact ones alone, so read both.
-`--prefix` may be given more than once, to compare prefixes.
+*confirmed* counts the exact ones that plain transformers decodes, in bfloat16 and in float32.
+
+`--prefix TEXT`, `--ids 7,8` and `--learned P` may each be given more than once, to compare what
+stands in front; `none` is nothing. P vectors are learned from the model's own samples, never from
+the texts that are fitted behind them; `--learned` also starts fits from what was learned with them.
+What stands in the result file for the same texts and steps is kept.
 """
 
 from __future__ import annotations
@@ -17,13 +22,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from get_smollm2 import FOLDER
 from record import RESULTS, provenance, write
+from transformers import AutoModelForCausalLM
 
 import prototok
+from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.recipe import recipe_of
+from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sink import sink_of
 from prototok.texts.files import chunks, read_text
 
@@ -31,11 +40,16 @@ from prototok.texts.files import chunks, read_text
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(FOLDER), help="folder or hub id")
-    parser.add_argument("--text", type=Path, required=True, help="a book in UTF-8")
-    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--text", type=Path, action="append", required=True, help="in UTF-8")
+    parser.add_argument("--texts", type=int, default=8, help="from the beginning of each file")
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--recipes", default="paper,fast")
-    parser.add_argument("--prefix", action="append", help="text; default: what auto would take")
+    parser.add_argument("--prefix", action="append", default=[], help="text, or none")
+    parser.add_argument("--ids", action="append", default=[], help="token ids, with commas")
+    parser.add_argument("--learned", action="append", default=[], type=int, metavar="P")
+    parser.add_argument("--learn-texts", type=int, default=16)
+    parser.add_argument("--learn-steps", type=int, default=200)
+    parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--seconds", type=float, help="start no more fits after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "sink.json")
@@ -45,37 +59,93 @@ def main() -> None:
     lm = prototok.load(a.model)
     sink = sink_of(lm)
     print(f"{lm.identity.name}: {sink}")
-    pieces = chunks(lm, read_text(a.text), a.length, a.texts)
-    fronts: list = [None, *(a.prefix or ([sink.prefix] if sink.prefix else []))]
-    started, cells = time.monotonic(), []
-    print(f"{len(pieces)} texts, N = {a.length}, at most {a.max_steps} steps")
-    for front in fronts:
-        for name in a.recipes.split(","):
-            if a.seconds is not None and time.monotonic() - started > a.seconds:
-                continue
-            recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
-            fit = prototok.fast_fit(lm, pieces, recipe=recipe, prefix=front, progress=True)
-            cells.append(_cell(name, fit))
-            print(_line(cells[-1]), flush=True)
-    record = provenance() | {
+    pieces = [p for path in a.text for p in chunks(lm, read_text(path), a.length, a.texts)]
+    settings = {
         "model": lm.identity.name.rsplit("/", 1)[-1],
         "dtype": str(lm.dtype).removeprefix("torch."),
         "share of attention on position 0": sink.share,
+        "sources": [path.name for path in a.text],
         "texts": len(pieces),
         "length": a.length,
         "max_steps": a.max_steps,
-        "cells": cells,
     }
-    write(record, a.out)
+    cells = _kept(a.out, settings)
+    started = time.monotonic()
+    print(f"{len(pieces)} texts, N = {a.length}, at most {a.max_steps} steps")
+
+    def fits(name: str, **options: Any) -> None:
+        if a.seconds is not None and time.monotonic() - started > a.seconds:
+            return
+        recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
+        fit = prototok.fast_fit(lm, pieces, recipe=recipe, progress=True, **options)
+        cells.append(_cell(name, fit, _confirmed(fit, lm)))
+        print(_line(cells[-1]), flush=True)
+        write(provenance() | settings | {"cells": cells}, a.out)
+
+    fronts: list = [None if text == "none" else text for text in a.prefix]
+    fronts += [[int(token) for token in ids.split(",")] for ids in a.ids]
+    if not fronts and not a.learned:
+        fronts = [None, *([sink.prefix] if sink.prefix else [])]
+    for front in fronts:
+        for name in a.recipes.split(","):
+            fits(name, prefix=front)
+    for count in a.learned:
+        path = a.priors / f"{settings['model']}-prefix{count}.safetensors"
+        if not path.exists():
+            own = own_texts(lm, a.learn_texts, a.length)
+            prior = prototok.learn_shared(
+                lm, own, length=a.length, prefix=count, steps=a.learn_steps, progress=True
+            )
+            prior.save(path)
+        prior = prototok.Prior.load(path)
+        print(prior.provenance["prefix"], "accuracy", prior.provenance["accuracy"], flush=True)
+        for name in a.recipes.split(","):
+            fits(name, init=prior)
+            fits(name, prefix=prior.prefix)
     print(json.dumps([{k: c[k] for k in ("recipe", "prefix", "exact")} for c in cells]))
 
 
-def _cell(recipe: str, fit: prototok.FitResult) -> dict:
+def _kept(path: Path, settings: dict) -> list[dict]:
+    """Return the cells of a result file, where it is of the same texts and steps."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if any(record.get(name) != value for name, value in settings.items()):
+        sys.exit(f"{path} is of other texts or steps; name another with --out")
+    return record["cells"]
+
+
+@torch.no_grad()
+def _confirmed(fit: prototok.FitResult, lm: prototok.FrozenLM) -> dict[str, int]:
+    """Count the exact texts that plain transformers decodes from the vectors alone, by dtype."""
+    counts = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = lm.identity.name
+        folder = path_of(name) if name in BUILT_IN else name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        front = torch.empty(0, lm.hidden_size)
+        if fit.tokens.prefix is not None:
+            front = fit.tokens.prefix.vectors
+        same = 0
+        for row in fit.exact[:, 0].nonzero()[:, 0].tolist():
+            e, m = fit.tokens.vectors(row)
+            inputs = torch.cat([front, e[None], m.expand(fit.tokens.lengths[row] - 1, -1)])
+            ids = model(inputs_embeds=inputs.to(dtype)[None]).logits[0, len(front) :].argmax(-1)
+            same += torch.equal(ids, fit.targets[row])
+        counts[str(dtype).removeprefix("torch.")] = same
+    return counts
+
+
+def _cell(recipe: str, fit: prototok.FitResult, confirmed: dict[str, int]) -> dict:
     solved = fit.steps[fit.exact]
     return {
         "recipe": recipe,
         "prefix": fit.tokens.provenance["prefix"],
+        "settings": json.loads(fit.tokens.provenance["recipe"]),
+        "commit": provenance()["commit"],
         "exact": int(fit.exact.sum()),
+        "confirmed": confirmed,
+        "margin": [round(m, 2) for m in fit.margin[:, 0].tolist()],
         "steps of the exact": sorted(solved.tolist()),
         "median": float(torch.median(solved.double())) if len(solved) else None,
         "accuracy": fit.accuracy[:, 0].tolist(),
@@ -88,7 +158,7 @@ def _line(cell: dict) -> str:
     median = "–" if cell["median"] is None else f"{cell['median']:.0f}"
     return (
         f"{cell['recipe']}, {cell['prefix']}: {cell['exact']} of {len(cell['steps'])} exact, "
-        f"median steps {median}, mean accuracy {accuracy:.2f}"
+        f"confirmed {cell['confirmed']}, median steps {median}, mean accuracy {accuracy:.2f}"
     )
 
 

@@ -112,7 +112,10 @@ API: Table = {
         "decode": {"length": NO_COUNTS, "batch_size": NO_COUNTS},
         "information": {"length": NO_COUNTS},
         "capacity": {"batch_size": NO_COUNTS, "restarts": (-1, 1.5, "3", True, NAN)},
-        "learn_shared": {"length": NO_COUNTS, "steps": NO_COUNTS, "batch_size": NO_COUNTS},
+        "learn_shared": {
+            "length": NO_COUNTS, "steps": NO_COUNTS, "batch_size": NO_COUNTS,
+            "prefix": (0, -1, True),
+        },
         "autoregressive.fit": {
             "k": NO_COUNTS, "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6],
         },
@@ -155,6 +158,7 @@ API: Table = {
             "cycle": (0, 1.5, "3"), "warmup": (-1, 1.5, "3"), "init_std": (0, NAN, None),
             "prior_rate": (0, NAN, "1"), "m_rate": (-1, NAN), "temperature": (0, INF, "1"),
             "max_steps": NO_COUNTS, "patience": NO_COUNTS, "accuracy": (0, 1.1, NAN, "1", None),
+            "lr_width": NO_COUNTS, "spreads": (-1, NAN, "1"), "cooling": (0, -1, NAN),
             "margin": (-1, NAN, "1"), "eigenbasis": ("yes", 1), "shipped_prior": ("no", 0),
             "name": (None, 3),
         },

@@ -25,6 +25,8 @@ class Generated:
                     0 where there is one
     teacher_forced  share of right tokens with the text before each given
     ids             (N,) int64, as generated where fewer tokens are right
+    spread          rms of the difference between the margins in the two dtypes, with the text
+                    before each token given; 0 where there is one dtype
     """
 
     accuracy: float
@@ -32,6 +34,7 @@ class Generated:
     margin: float
     teacher_forced: float
     ids: Tensor
+    spread: float = 0.0
 
     __repr__ = shapes
 
@@ -47,23 +50,27 @@ class Generated:
 
 def verify(setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
     """Generate from a row's vectors (K, d) and compare with its targets (N,)."""
-    both = [_in_one_dtype(lm, setup, targets, mem) for lm in setup.lm.in_both_dtypes()]
+    models = setup.lm.in_both_dtypes()
+    margins = [_margins(lm, targets, mem, setup.backend)[setup.inputs.given :] for lm in models]
+    both = [
+        _in_one_dtype(lm, setup, targets, mem, own) for lm, own in zip(models, margins, strict=True)
+    ]
     worse = min(both, key=lambda found: found.correct)
-    return Generated(
-        accuracy=worse.accuracy,
-        correct=worse.correct,
+    return replace(
+        worse,
         margin=min(found.margin for found in both),
         teacher_forced=min(found.teacher_forced for found in both),
-        ids=worse.ids,
+        spread=float((margins[0] - margins[-1]).square().mean().sqrt()),
     )
 
 
-def _in_one_dtype(lm: FrozenLM, setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
+def _in_one_dtype(
+    lm: FrozenLM, setup: Setup, targets: Tensor, mem: Tensor, margins: Tensor
+) -> Generated:
     given = setup.inputs.given
     first = targets[:1] if given else None
     ids = generate(lm, mem[None], len(targets), cache_of(lm), first, setup.backend)[0]
     right = (ids == targets)[given:]
-    margins = _margins(lm, targets, mem, setup.backend)[given:]
     # Up to its first wrong token the generation has read the text itself.
     sound = int(right.long().cumprod(0).sum())
     margin = float(margins[: sound + 1].min())

@@ -7,7 +7,7 @@ and in what is collected. Letters: N targets of a row, d hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -17,8 +17,10 @@ from torch import Tensor
 from prototok.common.progress import Progress
 from prototok.common.urgent import urgent
 from prototok.fitting.engine.rows import Group, Row
-from prototok.fitting.engine.run import Finished, FitEvent, run
+from prototok.fitting.engine.run import Finished, FitEvent, Refused, run
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.outlook import Outlook
+from prototok.fitting.recipe import Recipe
 from prototok.fitting.under_way import UnderWay
 from prototok.results.fit_result import FitInterrupted, FitResult
 from prototok.results.mem_fit import MemFit
@@ -32,6 +34,12 @@ class Check(Protocol):
 
     @property
     def exact(self) -> bool: ...
+
+    @property
+    def margin(self) -> float: ...
+
+    @property
+    def spread(self) -> float: ...
 
     def as_failed(self) -> Self: ...
 
@@ -70,17 +78,29 @@ def fit_groups(
     """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
-    def confirm(finished: Finished) -> bool:
+    def confirm(finished: Finished) -> Refused | None:
         rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
         with urgent(setup.lm.device):  # the next steps are queued already
             checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
         verified[finished.group.index] = checks
-        return all(check.accuracy >= setup.recipe.accuracy for check in checks)
+        return _refused(checks, setup.recipe)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):
         checks = verified.pop(finished.group.index)
         yield finished.group, list(_ended(finished, checks))
+
+
+def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
+    """Return None if rows alone are as right as `recipe` asks, by more than rounding moves them."""
+    exact = all(check.accuracy >= recipe.accuracy for check in checks)
+    asked = [recipe.spreads * check.spread for check in checks]
+    clear = all(check.margin >= least for check, least in zip(checks, asked, strict=True))
+    # Where less than all tokens are asked for no margin counts.
+    counts = recipe.spreads > 0 and recipe.accuracy == 1.0
+    if exact and (clear or not counts):
+        return None
+    return Refused(max(asked), exact)
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
@@ -137,12 +157,15 @@ def fit_all(
     under_way = UnderWay(groups, setup)
     bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
+    lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
+    outlook = Outlook(setup.recipe.cycle if setup.inputs.is_pair else None, lengths)
 
     def note() -> str:
         lost = f"{failed} failed, not finite; " if failed else ""
-        return f"{lost}{exact} exact, {under_way.note()}"
+        return f"{lost}{outlook.note()}{exact} exact, {under_way.note()}"
 
     def observe(event: FitEvent) -> None:
+        outlook.see(event)
         under_way.see(event)
         bar.update(rows_ended, note)
         if watching.callback is not None:
@@ -157,6 +180,7 @@ def fit_all(
             for group, rows in fit_groups(setup, groups, verify, observe):
                 for one in rows:
                     ended[one.row.text].append(one)
+                    outlook.behind.discard(one.row.index)
                 if watching.on_text is not None and group.share is None:
                     text = rows[0].row.text
                     if len(ended[text]) == asked[text]:

@@ -184,8 +184,7 @@ def one_forward(
         raise ValueError(
             f"arrangement: recipe {recipe.name!r} is for 'e m*', not for {arrangement.name!r}"
         )
-    if init is not None:
-        recipe = recipe.from_prior(lm.hidden_size)
+    recipe = recipe.at_width(lm.hidden_size, init is not None)
     return Setup(lm, OneForward(arrangement, prior=init), recipe, backend, batch_size, network)
 
 

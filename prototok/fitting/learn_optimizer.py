@@ -108,7 +108,7 @@ def learn_optimizer(
     )  # fmt: skip
     basis = eigenbasis(lm, backend).cpu() if start.basis is None else start.basis
     start = replace(start, basis=basis, std=_NEAR * start.std)
-    recipe = LEARNED.from_prior(lm.hidden_size)  # that of the fits, temperature included
+    recipe = LEARNED.at_width(lm.hidden_size, True)  # that of the fits, temperature included
     reach = 0 if lm.body.head is None else grid[-1] if reach is None else reach
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -5,15 +5,18 @@ Letters: T texts, N targets, d hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import batch_size_of, is_count
 from prototok.common.version import VERSION
 from prototok.common.world import own_world
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
-from prototok.fitting.front import front_of
+from prototok.fitting.front import describe, front_of
+from prototok.fitting.learned_prefix import Joint, learn_prefix
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
 from prototok.model.frozen_lm import FrozenLM, require_frozen
@@ -35,7 +38,7 @@ def learn_shared(
     *,
     length: int | None = None,
     steps: int = 300,
-    prefix: PrefixLike | Prefix = "auto",
+    prefix: PrefixLike | Prefix | int = "auto",
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -51,7 +54,9 @@ def learn_shared(
         length: cut every text to this many tokens; None: to 16, or to 8 or 4 where the joint fit of
             longer ones gets fewer than 0.9 of their tokens right.
         steps: most updates of the joint fit.
-        prefix: what stands in front of e, as in `fast_fit`, and of the fits that start from here.
+        prefix: what stands in front of e, as in `fast_fit`, and of the fits that start from here. A
+            number P: that many vectors, the same for all texts and learned with e and m. Such a
+            prior has no eigenbasis.
         backend, batch_size, progress: as in `fast_fit`.
 
     Raises:
@@ -70,33 +75,58 @@ def learn_shared(
         name="joint", lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, schedule="cosine", warmup=20,
         init_std=0.3, temperature=0.5, max_steps=steps, against_sink=True,
     )  # fmt: skip
-    lm, in_front = front_of(lm, prefix, recipe)
+    rows_at_once = batch_size_of(batch_size)
+    if isinstance(prefix, int):
+        if not is_count(prefix):
+            raise ValueError(f"prefix: {prefix!r} is not a positive number of vectors")
+        lm.plan(1, 1, backend)  # refuses a backend that cannot be had
+        recipe = replace(recipe, lr_width=81, betas=(0.9, 0.95)).at_width(lm.hidden_size, False)
+    else:
+        lm, in_front = front_of(lm, prefix, recipe)
     for length in lengths:
         targets = [ids[:length] for ids in targets]
-        fit = fast_fit(
-            lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
-            prefix=lm.prefix, progress=progress,
-        )  # fmt: skip
-        if float(fit.accuracy.mean()) >= _ENOUGH:
+        if is_count(prefix):
+            count = int(prefix)
+            joint = learn_prefix(lm, targets, count, recipe, backend, rows_at_once, progress)
+        else:
+            joint = _joint_fit(lm, targets, recipe, backend, batch_size, progress)
+        if joint.accuracy >= _ENOUGH:
             break
-    assert fit.tokens.m is not None
-    e, m = fit.tokens.e[:, 0], fit.tokens.m[0]  # (T, d), (d,)
+    if is_count(prefix):
+        lm = lm.behind(joint.prefix)
+        why = f"learned from {len(targets)} texts of {length} tokens in {steps} steps"
+        in_front = f"{describe(lm, lm.prefix)} ({why})"
+    e, m = joint.e, joint.m
     return Prior(
         mean=torch.stack([e.mean(0), m]),
         std=torch.stack([SPREAD * e.std(0), torch.zeros_like(m)]),
-        basis=eigenbasis(lm, backend).cpu(),
+        # With a learned prefix nobody has measured what the eigenbasis is worth.
+        basis=None if is_count(prefix) else eigenbasis(lm, backend).cpu(),
         model=lm.identity,
         provenance={
             "recipe": as_json(recipe),
             "texts": str(len(targets)),
             "length": str(length),
             "prefix": in_front,
-            "accuracy": f"{float(fit.accuracy.mean()):.3f}",
+            "accuracy": f"{joint.accuracy:.3f}",
             "prototok": VERSION,
             "torch": torch.__version__,
         },
         prefix=lm.prefix,
     )
+
+
+def _joint_fit(
+    lm: FrozenLM, targets: list[Tensor], recipe: Recipe, backend: str, batch_size: int | str,
+    progress: bool | None,
+) -> Joint:  # fmt: skip
+    """Fit all texts behind the prefix of `lm`, with one m."""
+    fit = fast_fit(
+        lm, targets, share="m", recipe=recipe, backend=backend, batch_size=batch_size,
+        prefix=lm.prefix, progress=progress,
+    )  # fmt: skip
+    assert fit.tokens.m is not None
+    return Joint(lm.prefix, fit.tokens.e[:, 0], fit.tokens.m[0], float(fit.accuracy.mean()))
 
 
 def own_texts(lm: FrozenLM, count: int, length: int, seed: int = 0) -> Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from prototok.common.shown import shapes
-from prototok.decoding.decode import decode_vectors
+from prototok.decoding.decode import Decoded, decode_vectors
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
 
@@ -21,6 +22,9 @@ class Verified:
 
     accuracy  share of right tokens; correct: their number
     margin    smallest (target logit − best other logit)
+    spread    rms over the row's positions of what rounding does to the margins: those of plain
+              torch in the model's dtype against float32; 0 where that is one dtype, or the recipe
+              asks for no `spreads`
     loss      nats a token, the mean over the row
     ids       (N,) int64, as decoded where fewer tokens are right; margins (N,) fp32 likewise
     """
@@ -28,6 +32,7 @@ class Verified:
     accuracy: float
     correct: int
     margin: float
+    spread: float
     loss: float
     ids: Tensor
     margins: Tensor
@@ -60,7 +65,24 @@ def verify(setup: Setup, targets: Tensor, vectors: Tensor) -> Verified:
         accuracy=correct / len(targets),
         correct=correct,
         margin=min(float(decoded.margin.min()) for decoded in both),
+        spread=_spread(setup, targets, vectors, both[-1]),
         loss=max(float(decoded.loss.mean()) for decoded in both),
         ids=worse.ids[0],
         margins=worse.margin[0],
     )
+
+
+def _spread(setup: Setup, targets: Tensor, vectors: Tensor, exactly: Decoded) -> float:
+    """Return the rms difference between the margins of plain torch and those in float32.
+
+    Plain torch rounds after every operation, as another implementation may. C++ that rounds less
+    often would make the margin look safer than it is elsewhere.
+    """
+    assert isinstance(setup.inputs, OneForward)
+    lm = setup.lm
+    if setup.recipe.spreads == 0.0 or lm.dtype == torch.float32:
+        return 0.0
+    plain = decode_vectors(
+        lm, vectors[None], setup.inputs.arrangement, len(targets), targets[None], "torch"
+    )
+    return float((plain.margin - exactly.margin).square().mean().sqrt())

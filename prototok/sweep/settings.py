@@ -112,8 +112,8 @@ class Settings:
 def recipe_of_unit(name: str, changes: dict[str, Any]) -> Recipe:
     """Return the recipe of that name with the changes; ValueError where they cannot be."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    if "lr" in values:  # a rate that was asked for holds with a prior too
-        values.setdefault("prior_rate", None)
+    if "lr" in values:  # a rate that was asked for holds with a prior and at any width too
+        values = {"prior_rate": None, "lr_width": None} | values
     return dataclasses.replace(recipe_of(name), **values)
 
 

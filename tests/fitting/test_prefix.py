@@ -17,7 +17,7 @@ import prototok
 from prototok import FrozenLM, ProtoTokens, autoregressive
 from prototok.autoregressive import MemFit
 from prototok.fitting.prior import Prior
-from prototok.fitting.recipe import FAST, PAPER
+from prototok.fitting.recipe import PAPER
 from prototok.geometry.paths import BezierSettings, connect, interpolate
 from prototok.model import sink
 from prototok.results.arrangement import Arrangement
@@ -25,7 +25,10 @@ from support import small_llama
 
 IDS = [5, 17, 9]
 TEXTS = [[3, 8, 60], [44, 7, 12], [9, 9, 2]]
-QUICK = dataclasses.replace(FAST, max_steps=900)
+QUICK = prototok.Recipe(
+    lr=0.1, betas=(0.8, 0.99), weight_decay=0.1, schedule="cosine", cycle=300, warmup=5,
+    init_std=0.3, temperature=0.5, max_steps=900, margin=0.2,
+)  # fmt: skip
 
 
 def alone(path: Path, model: PreTrainedModel) -> list[list[int]]:

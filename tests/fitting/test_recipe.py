@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def test_cosine_with_warm_up() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-7)
 
 
+def test_the_cosine_is_raised_to_the_power_of_the_cooling() -> None:
+    plain = Recipe(lr=0.5, schedule="cosine", cycle=10, warmup=3, max_steps=30)
+    cooled = replace(plain, cooling=2.0)
+    steps = torch.arange(3, 30)
+    assert torch.allclose(cooled.lr_at(steps) / 0.5, (plain.lr_at(steps) / 0.5) ** 2)
+    assert torch.equal(cooled.lr_at(torch.tensor([10])), plain.lr_at(torch.tensor([10])))
+
+
 def test_cycles_double_and_start_anew() -> None:
     recipe = Recipe(lr=0.2, schedule="cosine", cycle=10, max_steps=70)
     rates = recipe.lr_at(torch.arange(71)).tolist()
@@ -36,14 +45,25 @@ def test_cycles_double_and_start_anew() -> None:
         cosine = [0.1 * (1 + math.cos(math.pi * i / length)) for i in range(length)]
         assert rates[start : start + length] == pytest.approx(cosine, abs=1e-6)
     assert rates[70] == pytest.approx(0.2)
+    ends = [recipe.end_of_cycle(step) for step in (0, 9, 10, 29, 30, 69, 70)]
+    assert ends == [10, 10, 30, 30, 70, 70, 70]
+    assert Recipe(max_steps=5).end_of_cycle(3) == 5
 
 
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
     recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
-    near = recipe.from_prior(256)
+    near = recipe.at_width(256, prior=True)
     assert near.lr == pytest.approx(0.3 / 16)
     assert near.lr * near.weight_decay == pytest.approx(recipe.lr * recipe.weight_decay)
-    assert PAPER.from_prior(256) is PAPER and near.from_prior(64) is near
+    assert recipe.at_width(256, prior=False) is recipe
+    assert PAPER.at_width(256, prior=True) is PAPER and near.at_width(64, prior=True) is near
+
+
+def test_an_update_is_as_long_at_any_width() -> None:
+    recipe = Recipe(lr=0.1, lr_width=64)
+    assert [recipe.at_width(d, prior=False).lr for d in (64, 256, 1024)] == [0.1, 0.05, 0.025]
+    narrow = replace(recipe, prior_rate=0.3).at_width(900, prior=True)
+    assert narrow.lr == pytest.approx(0.01) and narrow.at_width(64, prior=True) is narrow
 
 
 @pytest.mark.parametrize(
@@ -57,6 +77,9 @@ def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
         ({"accuracy": 0.0}, "accuracy"),
         ({"accuracy": 1.1}, "accuracy"),
         ({"margin": -1.0}, "margin"),
+        ({"cooling": 0.0}, "cooling"),
+        ({"spreads": -1.0}, "spreads"),
+        ({"lr_width": 0}, "lr_width"),
         ({"temperature": 0.0}, "temperature"),
         ({"max_steps": 0}, "max_steps"),
         ({"max_steps": 10.5}, "max_steps"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
     lm = prototok.load(small_llama(), "cpu", dtype)
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(lm.vocab_size, (12, 6), generator=generator)
-    setup = Setup(lm, OneForward(PAIR), Recipe(), "auto", None)
+    setup = Setup(lm, OneForward(PAIR), Recipe(spreads=1.0), "auto", None)
     worse_first = 0
     for targets in texts:
         vectors = torch.randn(2, lm.hidden_size, generator=generator)
@@ -37,7 +39,36 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
         assert found.correct == min(right) and found.accuracy == min(right) / 6
         assert found.margin == min(float(d.margin.min()) for d in (own, exactly))
         assert found.loss == max(losses)
+        plain = decode_vectors(lm, vectors[None], PAIR, 6, targets[None], "torch")
+        differences = (plain.margin - exactly.margin).square().mean()
+        rounded = dtype == "bfloat16"
+        assert found.spread == (pytest.approx(float(differences.sqrt())) if rounded else 0.0)
+        assert (found.spread > 0) == (dtype == "bfloat16")
+        unasked = verify(replace(setup, recipe=Recipe()), targets, vectors)
+        assert unasked.spread == 0.0 and unasked.margin == found.margin
         assert int((found.ids == targets).sum()) == found.correct
         assert len(found.margins) == 6
     # Or the last loss would be the larger one by chance.
     assert worse_first > 0 or dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_fit_goes_on_until_its_margin_is_above_the_rounding(dtype: str) -> None:
+    lm = prototok.load(small_llama(), "cpu", dtype)
+    texts = torch.randint(lm.vocab_size, (6, 2), generator=torch.Generator().manual_seed(0))
+    bare = Recipe(lr=0.05, betas=(0.9, 0.99), max_steps=600)
+    fits = {
+        spreads: prototok.fast_fit(lm, texts, recipe=replace(bare, spreads=spreads), prefix=None)
+        for spreads in (0.0, 20.0)
+    }
+    setup = Setup(lm, OneForward(PAIR), replace(bare, spreads=20.0), "auto", None)
+    margins = {}
+    for spreads, fit in fits.items():
+        assert fit.exact.all()
+        found = [
+            verify(setup, ids, fit.tokens.vectors(r)) for r, ids in enumerate(fit.targets)
+        ]  # fmt: skip
+        margins[spreads] = [one.margin - 20 * one.spread for one in found]
+    assert min(margins[20.0]) >= 0
+    assert (min(margins[0.0]) < 0) == (dtype == "bfloat16")
+    assert torch.equal(fits[0.0].steps, fits[20.0].steps) == (dtype == "float32")

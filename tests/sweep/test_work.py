@@ -111,9 +111,10 @@ def test_a_unit_fitted_in_company_is_the_unit_fitted_alone(run: RunFolder) -> No
     torch.testing.assert_close(alone.tokens.e, run.tensors(by_seed[(7,)]).e, rtol=1e-3, atol=1e-3)
 
 
-def test_a_rate_that_is_asked_for_holds_with_a_prior_too() -> None:
-    assert recipe_of_unit("fast", {"lr": 0.05}).from_prior(192).lr == 0.05
-    assert recipe_of_unit("fast", {"max_steps": 150}).from_prior(192).lr < 0.05
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_rate_that_is_asked_for_holds_with_a_prior_and_at_any_width(prior: bool) -> None:
+    assert recipe_of_unit("fast", {"lr": 0.07}).at_width(960, prior).lr == 0.07
+    assert recipe_of_unit("fast", {"max_steps": 150}).at_width(960, prior).lr < 0.05
 
 
 def test_what_cannot_be_done_is_recorded_with_its_reason(run: RunFolder) -> None:

@@ -33,6 +33,18 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """Why a group that reached its goal goes on.
+
+    margin  what to clear next
+    exact   all of its rows are as right as the recipe asks; it is the margin that is too small
+    """
+
+    margin: float
+    exact: bool
+
+
+@dataclass(frozen=True)
 class FitEvent:
     """What a callback of `fast_fit` sees after each look at the device.
 
@@ -53,13 +65,15 @@ class FitEvent:
 def run(
     setup: Setup,
     groups: list[Group],
-    confirm: Callable[[Finished], bool],
+    confirm: Callable[[Finished], Refused | None],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     """Fit all groups and yield each as it ends, bucket by bucket, the longest first.
 
-    A group that reached the recipe's goal is shown to `confirm`; one that does not hold there goes
-    on with a higher margin to clear, until its updates are spent.
+    A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds.
+    One that does not goes on until it clears the margin asked for, or twice its own where that is
+    more already, or until its updates are spent. One whose margin alone is too small goes on for a
+    quarter of the updates that it has made, and not into a new cycle, hot again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -71,7 +85,7 @@ def run(
 def _run_bucket(
     setup: Setup,
     bucket: Bucket,
-    confirm: Callable[[Finished], bool],
+    confirm: Callable[[Finished], Refused | None],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     queue = deque(bucket.groups)
@@ -81,6 +95,7 @@ def _run_bucket(
     slots = Slots(setup, room, queue[0].share)
     runner = step_runner(setup.lm, slots, bucket.rows)
     seconds: dict[int, float] = {}
+    until: dict[int, int] = {}  # step at which an exact group is taken as it is, by its index
     clock = time.perf_counter()
     try:
         while queue or slots.groups:
@@ -103,16 +118,29 @@ def _run_bucket(
             observe(_event(poll))
             place = {group.index: g for g, group in enumerate(slots.groups)}
             leaving = []
-            for p in (poll.done | poll.spent | poll.failed).nonzero()[:, 0].tolist():
+            ending = poll.done | poll.spent | poll.failed
+            for p, group in enumerate(poll.groups):
+                if group.index in until:
+                    ending[p] |= int(poll.step[p]) >= until[group.index]
+            for p in ending.nonzero()[:, 0].tolist():
                 g = place.get(poll.groups[p].index)
                 if g is None:  # left after the poll before
                     continue
                 finished = _finished(poll, p, runner.best_of(g), seconds)
-                if confirm(finished) or finished.failed or poll.spent[p]:
+                refused, margin = confirm(finished), float(poll.best_margin[p])
+                index = finished.group.index
+                last = index in until and finished.steps >= until[index]
+                holds = refused is None or (refused.exact and last)
+                if refused is None or holds or finished.failed or poll.spent[p]:
                     leaving.append(g)
                     yield finished
-                else:
-                    runner.reopen(g, max(0.05, 2 * float(poll.best_margin[p])))
+                    continue
+                until.pop(index, None)
+                if refused.exact:
+                    most = finished.steps + max(1, finished.steps // 4)
+                    until[index] = min(most, setup.recipe.end_of_cycle(finished.steps))
+                asked = refused.margin
+                runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
             if leaving:
                 with runner.changing():
                     slots.release(leaving)

@@ -8,8 +8,9 @@ import torch
 from prototok import FrozenLM, Recipe
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
-from prototok.fitting.engine.run import Finished, run
+from prototok.fitting.engine.run import Finished, Refused, run
 from prototok.fitting.engine.setup import Setup
+from prototok.fitting.verify import verify
 from prototok.results.arrangement import Arrangement
 
 
@@ -20,9 +21,9 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
     targets = torch.randint(small_lm.vocab_size, (length,), generator=torch.manual_seed(1))
     shown: list[Finished] = []
 
-    def confirm(finished: Finished) -> bool:
+    def confirm(finished: Finished) -> Refused | None:
         shown.append(finished)
-        return len(shown) == 3
+        return None if len(shown) == 3 else Refused(0.0, exact=False)
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
@@ -40,3 +41,41 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
         assert right[0] >= accuracy * length
         assert right[0] < right[1] < right[2]
     assert not torch.equal(shown[0].vectors[0], shown[2].vectors[0])
+
+
+def test_the_margin_asked_for_is_the_one_to_clear(small_lm: FrozenLM) -> None:
+    recipe = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
+    setup = Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    asked = iter([Refused(0.5, exact=False), None])
+    margins: list[float] = []
+
+    def confirm(finished: Finished) -> Refused | None:
+        margins.append(verify(setup, targets, torch.cat([v[0] for v in finished.vectors])).margin)
+        return next(asked)
+
+    list(run(setup, make_groups([targets], [0], None, None), confirm, lambda event: None))
+    assert margins[0] < 0.25 and 0.49 < margins[1] < 1.0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("cycle", [66, 200])
+def test_an_exact_unit_goes_on_for_a_quarter_and_to_the_end_of_its_cycle_at_most(
+    small_lm: FrozenLM, exact: bool, cycle: int
+) -> None:
+    recipe = Recipe(lr=0.05, betas=(0.9, 0.99), schedule="cosine", cycle=cycle, max_steps=250)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    shown: list[int] = []
+
+    def confirm(finished: Finished) -> Refused:
+        shown.append(finished.steps)
+        return Refused(1e6, exact)
+
+    (ended,) = run(
+        Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
+        make_groups([targets], [0], None, None), confirm, lambda event: None,
+    )  # fmt: skip
+    first = shown[0]
+    assert first < 66
+    quarter = min(first + first // 4, cycle)
+    assert shown[1:] == [quarter if exact else 250] and ended.steps == shown[-1]

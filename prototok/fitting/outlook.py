@@ -1,0 +1,43 @@
+"""Say early that fits will hardly come back whole, from what is right when their first cycle ends.
+
+A cosine that has run down shows what a fit is worth so far: docs/recipes.md, "Progress that will
+not come", has the runs that the bound below comes from. Nothing is changed by it: fits go on.
+"""
+
+from __future__ import annotations
+
+from prototok.fitting.engine.run import FitEvent
+
+# No fit with a smaller share of right tokens at the end of its first cycle came back whole.
+FEW = 0.4
+
+
+class Outlook:
+    """Which rows had few tokens right, at their best, when the first cycle had ended.
+
+    cycle    updates of the first cycle; None: nothing is known of such fits, and nothing said
+    lengths  the targets of each row, by its place in the results
+    behind   the rows; who sees one end takes it out
+    """
+
+    def __init__(self, cycle: int | None, lengths: dict[int, int]) -> None:
+        self.cycle, self.lengths = cycle, lengths
+        self.behind: set[int] = set()
+        self._best: dict[int, int] = {}  # right tokens of the rows in their first cycle
+
+    def see(self, event: FitEvent) -> None:
+        """Take note of a look at the device."""
+        if self.cycle is None:
+            return
+        seen = zip(event.rows.tolist(), event.steps.tolist(), event.correct.tolist(), strict=True)
+        for row, step, correct in seen:
+            if step <= self.cycle:
+                self._best[row] = max(self._best.get(row, 0), correct)
+            elif row in self._best and self._best.pop(row) < FEW * self.lengths[row]:
+                self.behind.add(row)
+
+    def note(self) -> str:
+        """Return what a line of progress says of it; empty where there is nothing to say."""
+        if not self.behind:
+            return ""
+        return f"{len(self.behind)} will hardly end, few tokens right after {self.cycle} steps; "
