@@ -40,7 +40,7 @@ def prior(small_lm: FrozenLM) -> Prior:
 def learn(lm: FrozenLM, prior: Prior | None, **options: object) -> LearnedOptimizer:
     patch = pytest.MonkeyPatch()
     patch.setattr(pool, "_POSITIONS", 64 * LENGTH)
-    given = {"texts": TRAINED, "lengths": (2, LENGTH), "steps": 150, "prior": prior}
+    given = {"texts": TRAINED, "lengths": (2, LENGTH), "steps": 300, "prior": prior}
     try:
         return prototok.learn_optimizer(lm, progress=False, **(given | options))
     finally:
@@ -71,8 +71,9 @@ def broken(optimizer: LearnedOptimizer, bias: float) -> LearnedOptimizer:
 def test_fewer_updates_than_adamw_and_no_text_less(
     small_lm: FrozenLM, prior: Prior, optimizer: LearnedOptimizer, unseen: torch.Tensor
 ) -> None:
-    fast = prototok.fast_fit(small_lm, unseen, init=prior, progress=False)
-    found = fit(small_lm, unseen, optimizer)
+    recipe = dataclasses.replace(LEARNED, spreads=0.0)  # this model's rounding is large
+    fast = fit(small_lm, unseen, prior, recipe=dataclasses.replace(recipe, learned=0))
+    found = fit(small_lm, unseen, optimizer, recipe=recipe)
     assert bool(found.exact.all()) and bool(fast.exact.all())
     assert float(found.steps.float().median()) < 0.6 * float(fast.steps.float().median())
     assert float(found.margin.min()) >= 0.19
