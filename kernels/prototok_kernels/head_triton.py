@@ -10,15 +10,11 @@ Letters: R rows (one row = one position of one text), d hidden size, V vocabular
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from prototok_kernels.linear_cross_entropy import HeadOutput
 
 # A thread reads 16 bytes of bf16 at a time. With 16 warps its registers (60 on sm_90) let two
 # programs share a processor: one reduces while the other reads. Two rows of a long vocabulary on
@@ -110,7 +106,9 @@ def triton_pass(
     targets: Tensor,  # (C,)
     token_weight: Tensor | None,  # (C,)
     temperature: float,
-    out: HeadOutput,  # of these C rows, written
+    loss: Tensor,  # (C,), written, as are the next two
+    predicted: Tensor,  # (C,)
+    margin: Tensor,  # (C,)
 ) -> None:
     rows, vocabulary = logits.shape
     if rows == 0:
@@ -122,10 +120,10 @@ def triton_pass(
             logits,
             logits if gradient is None else gradient,
             targets,
-            out.loss if token_weight is None else token_weight,
-            out.loss,
-            out.predicted,
-            out.margin,
+            loss if token_weight is None else token_weight,
+            loss,
+            predicted,
+            margin,
             1.0 / temperature,
             vocabulary=vocabulary,
             HAS_TOKEN_WEIGHT=token_weight is not None,

@@ -45,7 +45,9 @@ def _cpu_pass(
     targets: Tensor,  # (C,)
     token_weight: Tensor | None,  # (C,)
     temperature: float,
-    out: HeadOutput,  # of these C rows, written
+    loss: Tensor,  # (C,), written, as are the next two
+    predicted: Tensor,  # (C,)
+    margin: Tensor,  # (C,)
 ) -> None:
     try:
         _cpu.head(
@@ -54,9 +56,9 @@ def _cpu_pass(
                 gradient=gradient,
                 targets=targets,
                 token_weight=token_weight,
-                loss=out.loss,
-                predicted=out.predicted,
-                margin=out.margin,
+                loss=loss,
+                predicted=predicted,
+                margin=margin,
             ),
             temperature=temperature,
             threads=torch.get_num_threads(),
@@ -123,7 +125,10 @@ def _linear_cross_entropy_fused(
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
     if weight is None:  # no workspace: the pass reads hidden and writes the gradient
-        row_pass(hidden, out.grad_hidden, targets, token_weight, temperature, out)
+        row_pass(
+            hidden, out.grad_hidden, targets, token_weight, temperature,
+            out.loss, out.predicted, out.margin,
+        )  # fmt: skip
         return out
     rows, (vocabulary, size) = targets.shape[0], weight.shape
     largest = max(1, workspace_bytes // (vocabulary * hidden.element_size()))
@@ -145,7 +150,9 @@ def _linear_cross_entropy_fused(
             targets[part],
             None if token_weight is None else token_weight[part],
             temperature,
-            HeadOutput(out.loss[part], out.predicted[part], out.margin[part], None),
+            out.loss[part],
+            out.predicted[part],
+            out.margin[part],
         )
         if out.grad_hidden is not None:
             torch.mm(logits, weight, out=out.grad_hidden[part])
