@@ -17,9 +17,10 @@ def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> N
     """Raise ValueError at once where a hub id cannot be had, with the name that may be meant.
 
     The hub's own client tries for half a minute where there is no network. So what is not in its
-    cache is asked for once, with a short wait. Something like a built-in name is not asked for.
+    cache is asked for once, with a short wait. Something like a built-in name is not asked for,
+    unless it names an owner, too.
     """
-    meant = nearest(name, built_in)
+    meant = None if "/" in name else nearest(name, built_in)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
