@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from recipes import wilson
 
 from prototok.bench.table import summary, table
 from prototok.bench.timing import Peak, ceiling
@@ -286,6 +287,33 @@ def fronts() -> str:
     return "\n".join([*lines, "", f"Last: `{record['command']}`: {source(record)}"])
 
 
+def three_sources() -> str:
+    """Texts of SmolLM2-135M that no setting was chosen on, source by source."""
+    record = result("sink_three_sources.json")
+    lines = [
+        "| recipe | in front | source | exact | 95 % | steps, quartiles | most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in record["cells"]:
+        count = record["texts"] // len(record["sources"])
+        for k, name in enumerate([*record["sources"], "all"]):
+            part = slice(k * count, (k + 1) * count) if name != "all" else slice(None)
+            steps, accuracy = c["steps"][part], c["accuracy"][part]
+            solved = [n for n, a in zip(steps, accuracy, strict=True) if a == 1]
+            low, high = wilson(len(solved), len(steps))
+            quarters = statistics.quantiles(solved, n=4, method="inclusive")
+            lines.append(
+                f"| {c['recipe']} | {c['prefix']} | {name} | {len(solved)} of {len(steps)} "
+                f"| {low:.2f}–{high:.2f} | {steps_of(list(quarters))} | {max(solved)} |"
+            )
+        confirmed = c["confirmed"]
+        lines += [
+            "", f"Plain transformers confirms {confirmed['bfloat16']} of the {c['exact']} exact in "
+            f"bfloat16 and {confirmed['float32']} in float32.",
+        ]  # fmt: skip
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+
+
 def longest() -> str:
     """From the four texts a length of the study: the longest of them that comes back, a text."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -377,7 +405,7 @@ def amortised() -> str:
 
 
 DOCUMENTS = {
-    "docs/sink.md": (sinks, fronts),
+    "docs/sink.md": (sinks, fronts, three_sources),
     "docs/amortised.md": (amortised,),
     "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
