@@ -314,6 +314,21 @@ def three_sources() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
+def soak() -> str:
+    record = result("soak.json")
+    units = {"memory": "MiB resident", "throughput": "texts a CPU second"}
+    lines = ["| | median | growth over the run |", "|---|---|---|"]
+    for name, row in record["verdict"].items():
+        what = units.get(name, name.replace("_", " "))
+        lines.append(f"| {what} | {row['median']:.4g} | {row['growth']:+.2g} |")
+    last, m = record["windows"][-1], record["machine"]
+    return "\n".join([
+        *lines, "", f"{record['minutes']:.0f} minutes, of which the process had "
+        f"{last['cpu_minutes']:.0f} minutes of CPU time: {m['processor']}, {m['threads']} threads, "
+        f"torch {m['torch']}.",
+    ])  # fmt: skip
+
+
 def longest() -> str:
     """From the four texts a length of the study: the longest of them that comes back, a text."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -407,6 +422,7 @@ def amortised() -> str:
 DOCUMENTS = {
     "docs/sink.md": (sinks, fronts, three_sources),
     "docs/amortised.md": (amortised,),
+    "docs/reliability.md": (soak,),
     "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
     "docs/results.md": (bench, reconstruction, table1, fit_step, models),
