@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.prefix import Prefix
-from prototok.results.hub import card_of, fetch, push
+from prototok.results.hub import OnHub
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
@@ -28,7 +29,7 @@ _FORM = ("prototok.prior", 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Prior:
+class Prior(OnHub):
     """Where vectors start, N(mean, std²) by coordinate, and the coordinates AdamW sees them in.
 
     mean   (2, d) fp32, of e and of m
@@ -60,53 +61,17 @@ class Prior:
         origin = Origin(self.model, self.provenance, self.prefix)
         write_tensors(path, _FORM, tensors, origin)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-    ) -> str:
-        """Upload these to a model repository of the Hugging Face hub; return the commit's URL.
-
-        Args:
-            repo_id: such as "me/my-vectors"; made where it is missing. A card is added where the
-                repository has none.
-            private: of a new repository; None leaves it to the hub.
-            token: None takes the one that `hf auth login` keeps.
-            endpoint: of another hub than huggingface.co.
-
-        Raises ValueError where the hub refuses or cannot be reached.
-        """
-        code = f'''import prototok
-
-lm = prototok.load("{self.model.name}")
-prior = prototok.Prior.from_pretrained("{repo_id}")
-fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)
-'''
-        card = card_of(self.model, "Prior", f"`{FILE}` holds {self!r}.", code, self._on_hub)
-        return push(self.save, FILE, card, repo_id, private, token, endpoint)
+    _file: ClassVar[str] = FILE
 
     @property
-    def _on_hub(self) -> bool:
-        """Return True if the model was loaded from the hub."""
-        return self.model.revision is not None
+    def _owner(self) -> ModelIdentity:
+        return self.model
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-    ) -> Prior:
-        """Read what `push_to_hub` uploaded, or the same file from a folder here.
-
-        Raises ValueError where there is none, it is none of ours, or the hub cannot be reached.
-        """
-        return cls.load(fetch(repo_id, FILE, revision, token, endpoint))
+    def _usage(self, repo_id: str) -> str:
+        return (
+            f'prior = prototok.Prior.from_pretrained("{repo_id}")\n'
+            'fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)'
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:

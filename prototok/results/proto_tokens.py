@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
-from prototok.results.hub import card_of, fetch, push
+from prototok.results.hub import OnHub
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
@@ -33,7 +34,7 @@ _MOST_TOKENS = 1 << 24  # of one text; no model has room for as many
 
 
 @dataclass(frozen=True, eq=False)
-class ProtoTokens:
+class ProtoTokens(OnHub):
     """Vectors for T texts and S seeds each, fp32 on the CPU.
 
     e        (T, S, d), or (T, S, K, d) for K > 1 leading vectors; (G, d) or (G, K, d) if shared
@@ -135,53 +136,17 @@ class ProtoTokens:
             arrangement=self.arrangement, share=self.share, seeds=self.seeds,
         )  # fmt: skip
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-    ) -> str:
-        """Upload these to a model repository of the Hugging Face hub; return the commit's URL.
-
-        Args:
-            repo_id: such as "me/my-vectors"; made where it is missing. A card is added where the
-                repository has none.
-            private: of a new repository; None leaves it to the hub.
-            token: None takes the one that `hf auth login` keeps.
-            endpoint: of another hub than huggingface.co.
-
-        Raises ValueError where the hub refuses or cannot be reached.
-        """
-        code = f'''import prototok
-
-lm = prototok.load("{self.model.name}")
-tokens = prototok.ProtoTokens.from_pretrained("{repo_id}")
-print(prototok.decode(lm, tokens, text=True))
-'''
-        card = card_of(self.model, "ProtoTokens", f"`{FILE}` holds {self!r}.", code, self._on_hub)
-        return push(self.save, FILE, card, repo_id, private, token, endpoint)
+    _file: ClassVar[str] = FILE
 
     @property
-    def _on_hub(self) -> bool:
-        """Return True if the model was loaded from the hub."""
-        return self.model.revision is not None
+    def _owner(self) -> ModelIdentity:
+        return self.model
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-    ) -> ProtoTokens:
-        """Read what `push_to_hub` uploaded, or the same file from a folder here.
-
-        Raises ValueError where there is none, it is none of ours, or the hub cannot be reached.
-        """
-        return cls.load(fetch(repo_id, FILE, revision, token, endpoint))
+    def _usage(self, repo_id: str) -> str:
+        return (
+            f'tokens = prototok.ProtoTokens.from_pretrained("{repo_id}")\n'
+            "print(prototok.decode(lm, tokens, text=True))"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> ProtoTokens:

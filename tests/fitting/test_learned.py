@@ -156,6 +156,13 @@ def test_a_vector_may_be_shared(
     assert kept is not None and len(kept) == 2
 
 
+def test_a_folder_of_the_hub_is_read(optimizer: LearnedOptimizer, tmp_path: Path) -> None:
+    optimizer.save(tmp_path / "optimizer.safetensors")
+    again = LearnedOptimizer.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.weights[n]) for n, tensor in optimizer.weights.items())
+    assert 'LearnedOptimizer.from_pretrained("me/mine")' in optimizer._card("me/mine")
+
+
 def test_longer_than_it_ever_saw(small_lm: FrozenLM, optimizer: LearnedOptimizer) -> None:
     found = fit(small_lm, own_texts(small_lm, 4, LENGTH + 2, seed=5), optimizer)
     fast = fit(small_lm, own_texts(small_lm, 4, LENGTH + 2, seed=5), optimizer.start, recipe="fast")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.prior import Prior
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.results.hub import OnHub
 from prototok.results.tensor_file import Origin, Shapes, read_tensors, write_tensors
 
 _FORM = ("prototok.optimizer", 1)
@@ -22,7 +24,7 @@ _START = ("mean", "std", "basis")  # tensors of the start; all others are the ne
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedOptimizer:
+class LearnedOptimizer(OnHub):
     """What makes the first updates of `fast_fit(lm, texts, recipe="learned", init=optimizer)`.
 
     start    where fits start, the basis that the network sees gradients in, and which model,
@@ -38,6 +40,18 @@ class LearnedOptimizer:
         return (
             f"LearnedOptimizer({self.start.model.name}, trained at N = {made.get('lengths')} for "
             f"{made.get('steps')} steps)"
+        )
+
+    _file: ClassVar[str] = "optimizer.safetensors"
+
+    @property
+    def _owner(self) -> ModelIdentity:
+        return self.start.model
+
+    def _usage(self, repo_id: str) -> str:
+        return (
+            f'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
+            'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
         )
 
     def network(self, lm: FrozenLM) -> UpdateNetwork:
