@@ -74,9 +74,11 @@ def main() -> None:
             else:
                 result[name] = kill_command(Path(folder), name, kills, draw)
         print(f"{name}: {json.dumps(result[name])}", flush=True)
-    sound = all(found["kills"] == asked[name] for name, found in result.items())
-    sound &= not any(found["problems"] for found in result.values())
-    write(provenance() | {"kills": sum(asked.values())} | result, a.out)
+    sent = sum(found["kills"] for found in result.values())
+    if sent < sum(asked.values()):
+        print(f"{sum(asked.values()) - sent} kills came too late: the work was done")
+    sound = not any(found["problems"] for found in result.values())
+    write(provenance() | {"kills": sent} | result, a.out)
     print(json.dumps({name: found["kills"] for name, found in result.items()}))
     sys.exit(0 if sound else 1)
 
