@@ -118,8 +118,13 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
 
     failed = slots.failed[groups]
     bad = ~done & ~_finite(slots, owner, grads)
-    failed |= bad & ~slots.by_network[groups]
-    moving = ~done & ~failed & ~bad & (slots.clock[groups] <= slots.recipe.max_steps)
+    if slots.network is None:
+        failed |= bad
+        moving = ~done & ~failed
+    else:  # what the network spoiled goes on with AdamW, from the best vectors
+        failed |= bad & ~slots.by_network[groups]
+        moving = ~done & ~failed & ~bad
+    moving &= slots.clock[groups] <= slots.recipe.max_steps
     more = correct > best_correct
     improved = (more | ((correct == best_correct) & (margin > best_margin))) & moving
     _put(slots.improved_at[groups], improved & more, step)
