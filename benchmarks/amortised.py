@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from readme_tables import RESULTS
-from recipes import quantile, wilson
+from recipes import quantile, rounded
 from record import provenance
 
 import prototok
@@ -31,6 +31,7 @@ from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.prior import shipped_prior
 from prototok.model.load import BUILT_IN, path_of
+from prototok.report.verdict import share_of
 from prototok.texts.files import read_text
 
 
@@ -88,7 +89,7 @@ def cell_of(fit: FitResult, seconds: float) -> dict:
     return {
         "texts": len(steps),
         "solved": solved,
-        "solved_interval": [round(x, 3) for x in wilson(solved, len(steps))],
+        "solved_interval": rounded(share_of(solved, len(steps))),
         "steps_quartiles": [None if math.isinf(q) else q for q in quartiles[:3]],
         "steps_95": None if math.isinf(quartiles[3]) else quartiles[3],
         "steps": steps,

@@ -43,6 +43,7 @@ from prototok import FrozenLM, Recipe
 from prototok.bench.machine import matmul_rate
 from prototok.common.allocator import keep_freed_memory
 from prototok.common.clock import once
+from prototok.common.memory import resident
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner, step_runner
@@ -182,11 +183,6 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         if known in name:
             return rate, f"declared dense bf16 peak of {known}"
     return matmul_rate(device, dtype), "a square product measured here"
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def flatness(runner: StepRunner, steps: int, seconds: float) -> dict[str, float]:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from recipes import wilson
 
 from prototok.bench.table import summary, table
 from prototok.bench.timing import Peak, ceiling
+from prototok.report.verdict import share_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -301,11 +301,11 @@ def three_sources() -> str:
             part = slice(k * count, (k + 1) * count) if name != "all" else slice(None)
             steps, accuracy = c["steps"][part], c["accuracy"][part]
             solved = [n for n, a in zip(steps, accuracy, strict=True) if a == 1]
-            low, high = wilson(len(solved), len(steps))
+            share = share_of(len(solved), len(steps))
             quarters = statistics.quantiles(solved, n=4, method="inclusive")
             lines.append(
                 f"| {c['recipe']} | {c['prefix']} | {name} | {len(solved)} of {len(steps)} "
-                f"| {low:.2f}–{high:.2f} | {steps_of(list(quarters))} | {max(solved)} |"
+                f"| {share.low:.2f}–{share.high:.2f} | {steps_of(list(quarters))} | {max(solved)} |"
             )
         confirmed = c["confirmed"]
         lines += [

@@ -34,6 +34,7 @@ from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.recipe import FAST, PAPER
 from prototok.model.load import BUILT_IN
 from prototok.report.svg import Bar, log_bars
+from prototok.report.verdict import Interval, share_of
 from prototok.texts.files import read_text
 
 # (model, source of text, mid-range length, lengths around the paper recipe's capacity)
@@ -191,12 +192,8 @@ def prior_of(lm: FrozenLM, path: Path, cell: Cell) -> Prior | None:
     return Prior.load(path)
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a rate (Wilson 1927)."""
-    z, p = 1.96, successes / trials
-    middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
-    return middle - half, middle + half
+def rounded(interval: Interval) -> list[float]:
+    return [round(interval.low, 3), round(interval.high, 3)]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -229,7 +226,7 @@ def summary_of(row: dict) -> dict:
         "max_steps": row["recipe"]["max_steps"],
         "texts": len(censored),
         "exact": sum(row["exact"]),
-        "exact_interval": [round(x, 3) for x in wilson(sum(row["exact"]), len(censored))],
+        "exact_interval": rounded(share_of(sum(row["exact"]), len(censored))),
         "at_099": sum(a >= 0.99 for a in row["accuracy"]),
         "accuracy": sum(row["accuracy"]) / len(censored),
         "steps_quartiles": [shown(quantile(censored, q)) for q in (0.25, 0.5, 0.75)],

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM
+from prototok.common.memory import resident
 from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
@@ -77,7 +78,7 @@ def memory(device: torch.device) -> int:
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return most
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resident()
 
 
 def clocks(device: torch.device) -> tuple[float, float]:

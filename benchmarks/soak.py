@@ -31,6 +31,7 @@ import torch
 import prototok
 from prototok.bench.machine import describe
 from prototok.common.files import write_text
+from prototok.common.memory import resident
 from prototok.results.mem_fit import MemFit
 
 MEMORY, THROUGHPUT = 0.05, 0.20  # shares by which they may grow or fall over the run
@@ -109,11 +110,10 @@ def soak(
 
 def look(minutes: float, throughput: float, folder: Path) -> Window:
     """Look at this process through /proc."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return Window(
         minutes=minutes,
         cpu_minutes=time.process_time() / 60,
-        memory=pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        memory=resident() / 2**20,
         throughput=throughput,
         handles=len(os.listdir("/proc/self/fd")),
         threads=max(threading.active_count(), len(os.listdir("/proc/self/task"))),

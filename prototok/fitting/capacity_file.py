@@ -19,7 +19,7 @@ from typing import Any
 
 from prototok.common.arguments import is_integer
 from prototok.common.command_line import say
-from prototok.common.files import try_file, try_folder, write_text
+from prototok.common.files import try_file, write_text
 from prototok.fitting.capacity import GRID, Capacity, CapacityInterrupted, Growth, capacity
 from prototok.fitting.front import front_of
 from prototok.fitting.recipe import Recipe
@@ -33,7 +33,13 @@ from prototok.results.tensor_file import (
     require_model,
     write_tensors,
 )
-from prototok.results.unfinished import Unfinished, digest_of, is_left_over, name_of
+from prototok.results.unfinished import (
+    Unfinished,
+    digest_of,
+    is_left_over,
+    name_of,
+    require_one_of,
+)
 
 _COLUMNS = "text,exact,at_099,ended,steps,seconds"
 _FORM = ("prototok.growth", 1)
@@ -57,17 +63,11 @@ class CapacityFile:
             ValueError: it cannot be written, another process is at it, or what is there may not be
                 replaced.
         """
-        if self.resume and self.overwrite:
-            raise ValueError("resume: give --resume to go on or --overwrite to start again")
+        require_one_of(self.resume, self.overwrite)
         try_file(self.path, "out", lambda head: head.startswith(_COLUMNS.encode()))
-        folder = self._unfinished.folder
-        with try_folder(folder, "out", alone=True, check=self._require_free):
-            try:
-                yield self
-            except BaseException:
-                if not self._unfinished.parts():
-                    self._unfinished.clear()
-                raise
+        kept = self._unfinished
+        with kept.claimed(kept.folder, self._require_free, kept.parts):
+            yield self
 
     def _require_free(self) -> None:
         """Raise ValueError where something is that may not be replaced."""

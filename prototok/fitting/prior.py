@@ -62,16 +62,10 @@ class Prior(OnHub):
         write_tensors(path, _FORM, tensors, origin)
 
     _file: ClassVar[str] = FILE
-
-    @property
-    def _owner(self) -> ModelIdentity:
-        return self.model
-
-    def _usage(self, repo_id: str) -> str:
-        return (
-            f'prior = prototok.Prior.from_pretrained("{repo_id}")\n'
-            'fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)'
-        )
+    _usage: ClassVar[str] = (
+        'prior = prototok.Prior.from_pretrained("{repo_id}")\n'
+        'fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)'
+    )
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prototok.common.files import remove_orphans, try_folder
+from prototok.common.files import remove_orphans
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.fit_result import FitResult, join, require_writable
-from prototok.results.unfinished import Unfinished, digest_of, name_of, require_same
+from prototok.results.unfinished import Unfinished, digest_of, name_of, require_one_of, require_same
 
 _FORM = ("prototok.unfinished_fit", 1)
 
@@ -42,18 +42,12 @@ class FitFolder:
         Raises:
             ValueError: the folder cannot be written, or holds what may not be replaced.
         """
-        if self.resume and self.overwrite:
-            raise ValueError("resume: give --resume to go on or --overwrite to start again")
+        require_one_of(self.resume, self.overwrite)
         if not self.path.is_dir():
             require_writable(self.path)
-        with try_folder(self.path, "out", alone=True, check=self._require_free):
+        with self._unfinished.claimed(self.path, self._require_free, self.done):
             remove_orphans(self.path)
-            try:
-                yield self
-            except BaseException:
-                if not self.done():
-                    self._unfinished.clear()
-                raise
+            yield self
 
     def _require_free(self) -> None:
         """Raise ValueError where something is that may not be replaced."""

@@ -15,17 +15,14 @@ from prototok.model.identity import ModelIdentity
 class OnHub:
     """What has `save` and `load` for one file, and belongs to a model, can be on the hub.
 
-    A class says what it is of (`_owner`) and how a reader uses it (`_usage`).
+    Attributes:
+        _file: its name in a repository.
+        _usage: what a reader writes to use it, with {repo_id} for the repository.
     """
 
-    _file: ClassVar[str]  # its name in a repository
-
-    @property
-    def _owner(self) -> ModelIdentity:
-        raise NotImplementedError
-
-    def _usage(self, repo_id: str) -> str:
-        raise NotImplementedError
+    _file: ClassVar[str]
+    _usage: ClassVar[str]
+    model: ModelIdentity
 
     def save(self, path: str | Path) -> None:
         raise NotImplementedError
@@ -93,7 +90,7 @@ class OnHub:
 
     def _card(self, repo_id: str) -> str:
         """Return a model card: what the file holds, which model it is for, and how it is read."""
-        model, title = self._owner, type(self).__name__
+        model, title = self.model, type(self).__name__
         header = ["---", "library_name: prototok", "tags: [prompt-tuning, proto-tokens]"]
         # A base model is a hub id, and only what was loaded from there has a revision.
         header += [f"base_model: {model.name}"] if model.revision is not None else []
@@ -104,7 +101,7 @@ class OnHub:
                 f"They belong to `{model.name}`{revision} (weights {model.fingerprint}), and to no "
                 "other model.",
                 "", "```python", "import prototok", "", f'lm = prototok.load("{model.name}")',
-                self._usage(repo_id), "```", "",
+                self._usage.format(repo_id=repo_id), "```", "",
             ]
         )  # fmt: skip
 

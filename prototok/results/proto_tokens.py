@@ -137,16 +137,10 @@ class ProtoTokens(OnHub):
         )  # fmt: skip
 
     _file: ClassVar[str] = FILE
-
-    @property
-    def _owner(self) -> ModelIdentity:
-        return self.model
-
-    def _usage(self, repo_id: str) -> str:
-        return (
-            f'tokens = prototok.ProtoTokens.from_pretrained("{repo_id}")\n'
-            "print(prototok.decode(lm, tokens, text=True))"
-        )
+    _usage: ClassVar[str] = (
+        'tokens = prototok.ProtoTokens.from_pretrained("{repo_id}")\n'
+        "print(prototok.decode(lm, tokens, text=True))"
+    )
 
     @classmethod
     def load(cls, path: str | Path) -> ProtoTokens:

@@ -12,12 +12,12 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prototok.common.files import is_temporary, remove_orphans, write_text
+from prototok.common.files import is_temporary, remove_orphans, try_folder, write_text
 from prototok.common.json import parse_json
 from prototok.model.prefix import Prefix
 
@@ -40,6 +40,25 @@ class Unfinished:
     place: Path
     form: tuple[str, int]
     remove: Callable[[Path], None]
+
+    @contextlib.contextmanager
+    def claimed(
+        self, folder: Path, check: Callable[[], None], kept: Callable[[], Sequence[object]]
+    ) -> Iterator[None]:
+        """Keep every other process out of `folder`, and try to write there, before the work.
+
+        A block that raises while nothing is `kept` clears what was begun.
+
+        Raises:
+            ValueError: of `check`, or the folder cannot be written or is taken.
+        """
+        with try_folder(folder, "out", alone=True, check=check):
+            try:
+                yield
+            except BaseException:
+                if not kept():
+                    self.clear()
+                raise
 
     def is_there(self) -> bool:
         """Return True if something was begun here and has not been cleared."""
@@ -98,6 +117,12 @@ class Unfinished:
         if not isinstance(found, dict) or (found.get("format"), found.get("version")) != self.form:
             raise ValueError(f"out: {self._plan_file} is not of an unfinished fit of this prototok")
         return found
+
+
+def require_one_of(resume: bool, overwrite: bool) -> None:
+    """Raise ValueError where both were asked for."""
+    if resume and overwrite:
+        raise ValueError("resume: give --resume to go on or --overwrite to start again")
 
 
 def is_left_over(folder: Path) -> bool:

@@ -43,16 +43,14 @@ class LearnedOptimizer(OnHub):
         )
 
     _file: ClassVar[str] = "optimizer.safetensors"
+    _usage: ClassVar[str] = (
+        'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
+        'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
+    )
 
     @property
-    def _owner(self) -> ModelIdentity:
+    def model(self) -> ModelIdentity:  # type: ignore[override]  # read of `start`, never set
         return self.start.model
-
-    def _usage(self, repo_id: str) -> str:
-        return (
-            f'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
-            'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
-        )
 
     def network(self, lm: FrozenLM) -> UpdateNetwork:
         """Return the network on the model's device and in its dtype, frozen."""
