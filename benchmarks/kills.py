@@ -2,11 +2,12 @@
 
     python benchmarks/kills.py --sweep 40 --fit 30 --capacity 30
 
-A sweep of short fits runs with two workers, and another one where it is done too soon; SIGKILL goes
-to the driver (one time in three) or to a worker, most often while shards are being written, otherwise
-while processes are starting. `prototok fit --resume` and `prototok capacity --resume` get it at a
-moment drawn from the time that they take, and are started again until they end, then anew. These two
-are forked from a process that has torch already, so that few of the kills meet an import.
+A sweep of short fits runs with two workers, and another one where it is done too soon; SIGKILL
+goes to the driver (one time in three) or to a worker, most often while shards are being written,
+otherwise while processes are starting. `prototok fit --resume` and `prototok capacity --resume`
+get it at a moment drawn from the time that they take, and are started again until they end, then
+anew. These two are forked from a process that has torch already, so that few of the kills meet an
+import.
 
 After every kill each file that has its name must be whole, what was seen before must still be
 there, and nothing may be there twice. In the end the result must be that of a run that nobody

@@ -25,7 +25,8 @@ constexpr std::int64_t panels_padded(std::int64_t outputs) {
 }
 
 // Panels of kPanel outputs, each (I / 2, kPanel, 2), so that a vector holds pairs of inputs of
-// neighbouring outputs, and 16 rows of 64 bytes, 256 apart, are a tile of AMX; the outputs that are missing in the last panel are zero.
+// neighbouring outputs, and 16 rows of 64 bytes, 256 apart, are a tile of AMX; the outputs that are
+// missing in the last panel are zero.
 class PackedMatrix {
  public:
   PackedMatrix() = default;

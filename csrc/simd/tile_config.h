@@ -6,8 +6,8 @@
 
 namespace prototok {
 
-constexpr int kAmxRows = 16;       // of a tile at most
-constexpr int kAmxRowBytes = 64;      // of a row of a tile at most: 16 floats or pairs of bf16
+constexpr int kAmxRows = 16;      // of a tile at most
+constexpr int kAmxRowBytes = 64;  // of a row of a tile at most: 16 floats or pairs of bf16
 constexpr int kAmxTiles = 8;
 
 struct alignas(64) TileConfig {
