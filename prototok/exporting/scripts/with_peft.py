@@ -21,8 +21,9 @@ for row in made["rows"]:
     model = PeftModel.from_pretrained(base, str(here / row["name"])).eval()
     with torch.no_grad():
         # PEFT wants a token behind the virtual ones; what comes before it does not see it.
-        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits[0]
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu")).logits[0]
     ids = logits[row["read_from"] :][: row["tokens"]].argmax(-1)
     print(tokenizer.decode(ids))
     if row["ids"] is not None:
-        print(f"# {int((ids == torch.tensor(row['ids'])).sum())} of {row['tokens']} tokens right")
+        wanted = torch.tensor(row["ids"], dtype=torch.int64, device="cpu")
+        print(f"# {int((ids == wanted).sum())} of {row['tokens']} tokens right")

@@ -26,10 +26,12 @@ for row in made["rows"]:
             ids = logits[row["read_from"] :][: row["tokens"]].argmax(-1)
         else:  # generated token by token behind the vectors
             new = row["tokens"]
+            mask = torch.ones(z.shape[:2], dtype=torch.int64, device="cpu")
             ids = model.generate(
-                inputs_embeds=z, attention_mask=torch.ones(z.shape[:2]), max_new_tokens=new,
-                min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
+                inputs_embeds=z, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
+                do_sample=False, eos_token_id=None, pad_token_id=0,
             )[0]  # fmt: skip
     print(tokenizer.decode(ids))
     if row["ids"] is not None:
-        print(f"# {int((ids == torch.tensor(row['ids'])).sum())} of {row['tokens']} tokens right")
+        wanted = torch.tensor(row["ids"], dtype=torch.int64, device="cpu")
+        print(f"# {int((ids == wanted).sum())} of {row['tokens']} tokens right")
