@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import EMULATED, KERNEL_DTYPES, PACKED, Machine, this_machine
+from prototok_kernels.backend import KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
 from prototok_kernels.packed import why_unpacked
 
@@ -32,11 +32,9 @@ CONSTANT_COST = 4
 # B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
-# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md).
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md). Where blocks
+# have packed products it is for tokens one by one alone.
 FEW_POSITIONS = 64
-# The same in bf16 for more than a token at a time where blocks run in AMX tiles, which the decoder
-# does not: up to there reading the weights takes as long as its products. Counted, not measured.
-FEW_POSITIONS_AMX = 16
 
 
 @dataclass(frozen=True)
@@ -246,9 +244,8 @@ def _plan_of(
     has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
     unused = None if has_packed else "no part has packed weights"
     sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
-    few_for_decoder = FEW_POSITIONS
-    if dtype == torch.bfloat16 and length > 1 and machine.packed in ("amx", EMULATED):
-        few_for_decoder = FEW_POSITIONS_AMX
+    packable = shape.unpacked is None and no_products is None
+    has_products = length > 1 and packable and (blocks.taken == "cpu" or few_texts is not None)
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
@@ -278,8 +275,8 @@ def _plan_of(
         decoder=_choose(
             (
                 "cpu", run_elsewhere, no_cpp,
-                None if rows * length <= few_for_decoder
-                else f"more than {few_for_decoder} positions",
+                "blocks have the faster products" if has_products else None,
+                None if rows * length <= FEW_POSITIONS else f"more than {FEW_POSITIONS} positions",
             ),
             ("blocks",),
         ),

@@ -21,6 +21,8 @@ from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
+from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
+from prototok_kernels.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,20 @@ def decode_vectors(
     """Run one forward for rows of one length; the results are on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        decoder = _passed(lm, inputs_embeds, backend)
-        logits = decoder.logits() if decoder else lm.logits(inputs_embeds, backend).float()
-        logits = logits[:, arrangement.offset :][:, :length]
-        ids = logits.argmax(dim=-1)
-        chosen = (ids if targets is None else targets.to(lm.device))[..., None]
-        own = logits.gather(-1, chosen)[..., 0]
-        margin = own - logits.scatter(-1, chosen, float("-inf")).amax(dim=-1)
-        loss = logits.logsumexp(dim=-1) - own
-        return Decoded(ids.cpu(), margin.cpu(), loss.cpu())
+        plan = lm.plan(inputs_embeds.shape[0], inputs_embeds.shape[1], backend)
+        decoder = _passed(lm, inputs_embeds, plan)
+        if decoder:
+            states, weight, by = decoder.logits(), None, plan.update.taken  # fp32, as these are
+        else:
+            states, weight, by = lm.hidden(inputs_embeds, backend), lm.body.head, plan.head.taken
+        states = states[:, arrangement.offset :][:, :length]
+        if targets is None:
+            targets = _head(states, weight, None, by).predicted.view(states.shape[:2])
+        head = _head(states, weight, targets.to(lm.device), by)
+        ids, margin, loss = (
+            t.view(targets.shape).cpu() for t in (head.predicted, head.margin, head.loss)
+        )
+        return Decoded(ids, margin, loss)
 
 
 @torch.no_grad()
@@ -74,9 +81,13 @@ def decode_ids(
     """Run the same forward for its ids (R, N) alone, on the CPU."""
     with named_range("decode", lm.device):
         inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        decoder = _passed(lm, inputs_embeds, backend)
-        ids = decoder.ids() if decoder else lm.logits(inputs_embeds, backend).argmax(dim=-1)
-        return ids[:, arrangement.offset :][:, :length].cpu()
+        plan = lm.plan(inputs_embeds.shape[0], inputs_embeds.shape[1], backend)
+        decoder = _passed(lm, inputs_embeds, plan)
+        if decoder:
+            return decoder.ids()[:, arrangement.offset :][:, :length].cpu()
+        states = lm.hidden(inputs_embeds, backend)[:, arrangement.offset :][:, :length]
+        head = _head(states, lm.body.head, None, plan.head.taken)
+        return head.predicted.view(states.shape[:2]).cpu()
 
 
 def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Tensor:
@@ -85,14 +96,26 @@ def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     return vectors.to(lm.device, lm.dtype)[:, layout]
 
 
-def _passed(lm: FrozenLM, inputs_embeds: Tensor, backend: str) -> Decoder | None:
+def _passed(lm: FrozenLM, inputs_embeds: Tensor, plan: Plan) -> Decoder | None:
     """Return the C++ decoder behind its pass over the inputs, where the plan takes it."""
-    rows, length, _ = inputs_embeds.shape
-    if lm.plan(rows, length, backend).decoder.taken != "cpu":
+    if plan.decoder.taken != "cpu":
         return None
+    rows, length, _ = inputs_embeds.shape
     decoder = cpu_decoder(lm, rows, length, length)
     decoder.pass_(inputs_embeds, 0)
     return decoder
+
+
+def _head(
+    states: Tensor,  # (R, N, d), or logits (R, N, V)
+    weight: Tensor | None,  # (V, d); None for logits
+    targets: Tensor | None,  # (R, N); None where only `predicted` is wanted
+    backend: str,
+) -> HeadOutput:
+    """Score hidden states with the loss that fits use, so that no logits are kept."""
+    flat = states.flatten(0, 1)
+    asked = flat.new_zeros(len(flat), dtype=torch.int64) if targets is None else targets.flatten()
+    return linear_cross_entropy(flat, weight, asked, need_grad=False, backend=backend)
 
 
 @overload
