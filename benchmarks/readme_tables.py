@@ -134,6 +134,29 @@ def never_slower() -> str:
     return "\n".join(parts).rstrip()
 
 
+def one_forward() -> str:
+    """Share of the roofline and ratio to plain transformers: models down, lengths across."""
+    parts = []
+    for processor, records in by_processor("one-forward-*.json").items():
+        for r in records:
+            lengths = sorted({c["length"] for c in r["cells"]})
+            parts += [
+                f"**{processor.split(',')[0]}, {r['instructions']}**", "",
+                "| model | " + " | ".join(f"N = {n}" for n in lengths) + " |",
+                "|---" * (1 + len(lengths)) + "|",
+            ]  # fmt: skip
+            for name in dict.fromkeys(c["preset"] for c in r["cells"]):
+                of = {c["length"]: c for c in r["cells"] if c["preset"] == name}
+                row = (
+                    f"{of[n]['ms']['ours']:.2f} ms, {of[n]['share'][1]:.0%} "
+                    f"({of[n]['share'][0]:.0%}–{of[n]['share'][2]:.0%}), {of[n]['ratio'][1]:.2f}×"
+                    for n in lengths
+                )
+                parts.append(f"| {name} | {' | '.join(row)} |")
+            parts += ["", f"`{r['command']}`: {source(r)}", ""]
+    return "\n".join(parts).rstrip()
+
+
 def models() -> str:
     lines = [
         "| model | shape | parameters | held-out loss | training |",
@@ -426,7 +449,7 @@ DOCUMENTS = {
     "docs/reliability.md": (soak,),
     "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
-    "docs/results.md": (bench, reconstruction, table1, fit_step, never_slower, models),
+    "docs/results.md": (bench, one_forward, reconstruction, table1, fit_step, never_slower, models),
     "docs/claim.md": (ceilings, figure2),
 }
 

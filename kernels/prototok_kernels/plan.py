@@ -33,8 +33,8 @@ CONSTANT_COST = 4
 # all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md). Where blocks
-# have packed products it is for tokens one by one alone.
-FEW_POSITIONS = 64
+# have packed products it is for tokens one by one alone. The second is of float32 on AVX-512.
+FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,8 @@ def _plan_of(
     has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
     unused = None if has_packed else "no part has packed weights"
     sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
+    wide = dtype == torch.float32 and length > 1 and "avx512" in machine.instruction_sets
+    few_for_decoder = FEW_POSITIONS_FP32 if wide else FEW_POSITIONS
     packable = shape.unpacked is None and no_products is None
     has_products = length > 1 and packable and (blocks.taken == "cpu" or few_texts is not None)
 
@@ -276,7 +278,8 @@ def _plan_of(
             (
                 "cpu", run_elsewhere, no_cpp,
                 "blocks have the faster products" if has_products else None,
-                None if rows * length <= FEW_POSITIONS else f"more than {FEW_POSITIONS} positions",
+                None if rows * length <= few_for_decoder
+                else f"more than {few_for_decoder} positions",
             ),
             ("blocks",),
         ),

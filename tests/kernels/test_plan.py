@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from prototok_kernels.backend import Machine, require
-from prototok_kernels.plan import FEW_POSITIONS, SMALL_TEXT, Plan, Shape, plan_of
+from prototok_kernels.plan import (
+    FEW_POSITIONS,
+    FEW_POSITIONS_FP32,
+    SMALL_TEXT,
+    Plan,
+    Shape,
+    plan_of,
+)
 
 CPU = Machine(
     cpp=True, instruction_sets=("avx512bf16", "avx512", "avx2", "baseline"), triton=False,
@@ -177,12 +184,16 @@ def test_what_the_packed_products_cannot_take_is_said() -> None:
 
 def test_few_positions_go_through_the_decoder() -> None:
     single = dataclasses.replace(LLAMA, unpacked="a weight is float32")
-    for machine in (CPU, AMX_CPU):
-        for length, expected in ((FEW_POSITIONS, "cpu"), (FEW_POSITIONS + 1, "blocks")):
+    for machine, most in (
+        (CPU, FEW_POSITIONS_FP32), (AMX_CPU, FEW_POSITIONS_FP32), (OLD_CPU, FEW_POSITIONS),
+    ):  # fmt: skip
+        for length, expected in ((most, "cpu"), (most + 1, "blocks")):
             plan = planned(single, machine=machine, rows=1, length=length, dtype=torch.float32)
             assert taken(plan)["decoder"] == expected
         # Packed products are the faster ones; what is generated one by one has no use for them.
-        assert taken(planned(machine=machine, rows=1, length=2))["decoder"] == "blocks"
+        packed = machine is not OLD_CPU
+        forward = planned(machine=machine, rows=1, length=2)
+        assert taken(forward)["decoder"] == ("blocks" if packed else "cpu")
         tokens = planned(machine=machine, rows=FEW_POSITIONS, length=1)
         assert taken(tokens)["decoder"] == "cpu"
     odd = dataclasses.replace(LLAMA, unpacked="a weight of (3, 64) has an odd size")
