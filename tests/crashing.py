@@ -28,3 +28,8 @@ def crashing_work(path: str, pipe: Connection, *rest: Any) -> None:
 
     Worker._fit = fit  # type: ignore[method-assign]
     work(path, pipe, *rest)
+
+
+def stillborn_work(path: str, pipe: Connection, *rest: Any) -> None:
+    """End before the first lot, as where an import fails."""
+    raise SystemExit(7)

@@ -75,7 +75,7 @@ def run(
     device: Device = "auto",
 ) -> None:
     """Do what is planned and not yet done."""
-    from prototok.sweep.files import RunNotWritable
+    from prototok.sweep.files import RunNotWritable, WorkersFailed
     from prototok.sweep.local import LocalSettings, run_local
     from prototok.sweep.lots import to_do
     from prototok.sweep.run_folder import RunFolder
@@ -114,7 +114,7 @@ def run(
     except KeyboardInterrupt:
         say(f"interrupted; {len(opened.done())} units are done in {folder}")
         raise typer.Exit(130) from None
-    except RunNotWritable as error:
+    except (RunNotWritable, WorkersFailed) as error:
         say(
             f"prototok: {error}; {len(opened.done())} units are done, and running it again goes on "
             "from there"

@@ -113,6 +113,10 @@ class RunNotWritable(OSError):
     """A run folder takes no more, as on a full disk; what is in it stays, and a run goes on."""
 
 
+class WorkersFailed(RuntimeError):
+    """The launcher has no workers to go on with; what was committed stays, and a run goes on."""
+
+
 @contextlib.contextmanager
 def writing(folder: Path, *temporary: Path) -> Iterator[None]:
     """Remove the temporary files of a block that raises.

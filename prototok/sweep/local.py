@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.progress import Progress
-from prototok.sweep.files import RunNotWritable
+from prototok.sweep.files import RunNotWritable, WorkersFailed
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.unit import Unit
@@ -68,7 +68,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers were ended, what they committed stays.
         RunNotWritable: the disk is full; what was committed stays.
-        RuntimeError: workers cannot be started.
+        WorkersFailed: workers cannot be started.
     """
     places = places_of(settings.device, settings.workers)
     run.sweep_up()
@@ -164,7 +164,11 @@ def _employ(run: RunFolder, worker: _Process, lots: Lots, settings: LocalSetting
             ),
             daemon=True,
         )  # fmt: skip
-        worker.process.start()
+        try:
+            worker.process.start()
+        except OSError as error:  # as of a process too many
+            worker.process = None
+            raise WorkersFailed(f"worker {worker.name!r} could not be started ({error})") from None
         theirs.close()
         worker.ready, worker.lot = False, None
     elif worker.ready and worker.lot is None:
@@ -208,7 +212,7 @@ def _bury(worker: _Process, lots: Lots) -> None:
     elif not worker.ready:
         worker.failed_starts += 1
         if worker.failed_starts >= _MOST_FAILED_STARTS and code != -signal.SIGKILL:
-            raise RuntimeError(f"{worker.name} could not be started ({how})")
+            raise WorkersFailed(f"worker {worker.name!r} could not be started ({how})")
     worker.pipe.close()
     worker.process, worker.lot, worker.model, worker.ready = None, None, None, False
 

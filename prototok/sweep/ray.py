@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.progress import Progress
-from prototok.sweep.files import RunNotWritable
+from prototok.sweep.files import RunNotWritable, WorkersFailed
 from prototok.sweep.local import LocalSettings
 from prototok.sweep.lots import CPU_POSITIONS, CUDA_POSITIONS, Lots
 from prototok.sweep.run_folder import RunFolder
@@ -41,6 +41,7 @@ def run_ray(run: RunFolder, units: list[Unit], settings: LocalSettings) -> None:
         ValueError: ray is not installed, or the cluster has no room for a worker.
         KeyboardInterrupt: Ctrl-C; what was committed stays.
         RunNotWritable: the disk is full; what was committed stays.
+        WorkersFailed: there is no cluster at that address.
     """
     try:
         import ray
@@ -50,10 +51,15 @@ def run_ray(run: RunFolder, units: list[Unit], settings: LocalSettings) -> None:
     run.sweep_up()
     started = not ray.is_initialized()
     if started:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False,
-            include_dashboard=False,
-        )  # fmt: skip
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            ray.init(
+                address=address, log_to_driver=False, configure_logging=False,
+                include_dashboard=False,
+            )  # fmt: skip
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise WorkersFailed(f"ray: no cluster at {address or 'this host'} ({first})") from None
     try:
         _dispatch(ray, run, units, settings)
     finally:

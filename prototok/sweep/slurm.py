@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prototok.sweep.files import WorkersFailed
 from prototok.sweep.local import LocalSettings, run_local
 from prototok.sweep.lots import to_do
 from prototok.sweep.run_folder import RunFolder
@@ -32,7 +33,7 @@ def run_slurm(run: RunFolder, settings: LocalSettings, parameters: dict[str, str
 
     Raises:
         ValueError: submitit is not installed, or it refuses a parameter.
-        RuntimeError: a job ended with an error; the others were waited for.
+        WorkersFailed: a job ended with an error; the others were waited for.
     """
     try:
         import submitit
@@ -64,4 +65,4 @@ def run_slurm(run: RunFolder, settings: LocalSettings, parameters: dict[str, str
     ended = [error for error in errors if error is not None]
     if ended:
         first = str(ended[0]).strip().split("\n")[-1]
-        raise RuntimeError(f"slurm: {len(ended)} of {len(jobs)} jobs failed ({first})")
+        raise WorkersFailed(f"slurm: {len(ended)} of {len(jobs)} jobs failed ({first})")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.popen_spawn_posix import Popen
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ import crashing
 from prototok.cli import main
 from prototok.sweep import local
 from prototok.sweep.experiments import plan, settings_of
+from prototok.sweep.files import WorkersFailed
 from prototok.sweep.local import LocalSettings, places_of
 from prototok.sweep.lots import shard_of, to_do
 from prototok.sweep.run_folder import RunFolder
@@ -126,6 +128,38 @@ def test_a_worker_that_segfaults_takes_no_other_unit_with_it(
     (failure,) = run.failures().to_pylist()
     assert failure["key"] == culprit.key and failure["reason"] == "its worker died: SIGSEGV"
     assert os.listdir(run.path / "tmp") == ["lock"]
+
+
+@pytest.mark.parametrize("how", ["stillborn", "no more processes"])
+def test_workers_that_cannot_start_are_one_sentence(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = planned(tmp_path, texts=1, length=2)
+    if how == "stillborn":
+        monkeypatch.setattr(local, "_work", crashing.stillborn_work)
+    else:
+        monkeypatch.setattr(Popen, "_launch", refuse)
+    assert sweep_here("run", str(run.path), "--workers", "1", "--device", "cpu") == 3
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "worker 'local 0' could not be started (" in said
+    assert said.endswith("0 units are done, and running it again goes on from there")
+    assert os.listdir(run.path / "tmp") in ([], ["lock"])
+
+
+def refuse(*_: object) -> None:
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    from prototok.sweep.ray import run_ray
+
+    run = planned(tmp_path, texts=1, length=2)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere at all")
+    with pytest.raises(WorkersFailed, match="^ray: no cluster at nowhere at all"):
+        run_ray(run, to_do(run, None, False), LocalSettings("cpu", workers=1, progress=False))
 
 
 def workers_past_their_start(driver: int) -> list[int]:
