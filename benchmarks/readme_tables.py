@@ -447,7 +447,7 @@ DOCUMENTS = {
     "docs/sink.md": (sinks, fronts, three_sources),
     "docs/amortised.md": (amortised,),
     "docs/reliability.md": (soak,),
-    "docs/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
+    "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
     "docs/results.md": (bench, one_forward, reconstruction, table1, fit_step, never_slower, models),
     "docs/claim.md": (ceilings, figure2),

@@ -30,7 +30,7 @@ void take_ranges(void* pointer) {
 
 // torch runs on an OpenMP runtime of its own, and after each of its parallel regions the threads of
 // that runtime spin for a while in wait of the next. A second pool (another libgomp, or std::thread)
-// then shares the cores with threads that do nothing (measured in docs/log.md). So this
+// then shares the cores with threads that do nothing (measured in docs/dev/log.md). So this
 // borrows the runtime that is already in the process, through the entry point that GCC's `#pragma
 // omp parallel` compiles to. Linking with -fopenmp would not do: some torch wheels carry libgomp
 // under a name of their own, and the linker would then load the system's beside it.

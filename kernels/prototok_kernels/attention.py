@@ -197,7 +197,7 @@ def causal_attention(
         return out.flatten(2)
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         # Torch's bf16 attention backward on the CPU is an order of magnitude slower than its fp32
-        # one; casting costs a fraction of the difference (docs/log.md has the figures).
+        # one; casting costs a fraction of the difference (docs/dev/log.md has the figures).
         q, k, v = q.float(), k.float(), v.float()
     length, keys = q.shape[2], k.shape[2]
     if keys > length or (window is not None and window < length):

@@ -19,7 +19,7 @@ from prototok_kernels.views import views
 # What logits may take on CUDA, where products want many rows at a time.
 _CUDA_BYTES = 1 << 30
 # Enough rows for full speed in the two products: smaller chunks, which would stay in the cache,
-# read the weight more often and lose more than that saves (docs/log.md).
+# read the weight more often and lose more than that saves (docs/dev/log.md).
 _CPU_CHUNK_BYTES = 64 << 20
 
 

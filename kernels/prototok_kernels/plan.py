@@ -24,15 +24,15 @@ from prototok_kernels.packed import why_unpacked
 
 BACKENDS = ("auto", "torch", "triton", "cpu")
 
-# N d² up to which one thread with packed weights beats torch's products on two (docs/log.md).
+# N d² up to which one thread with packed weights beats torch's products on two (docs/dev/log.md).
 SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
-# nothing else of it is left to be saved (docs/log.md).
+# nothing else of it is left to be saved (docs/dev/log.md).
 CONSTANT_COST = 4
 # B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
-# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md). Where blocks
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where blocks
 # have packed products it is for tokens one by one alone. The second is of float32 on AVX-512.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
 
@@ -228,7 +228,7 @@ def _plan_of(
         ),
         ("one by one",),
     )  # fmt: skip
-    # Behind a prefix torch's closed form competes with one more block in C++ (docs/log.md).
+    # Behind a prefix torch's closed form competes with one more block in C++ (docs/dev/log.md).
     one_more_block = few_positions if shape.prefix and blocks.taken == "cpu" else None
 
     first_layer = _choose(
@@ -268,7 +268,7 @@ def _plan_of(
             (
                 "span", no_pair,
                 None if shape.parallel == (True, True) else "it needs two parallel blocks",
-                # Up to 3 S positions it is no faster (docs/log.md).
+                # Up to 3 S positions it is no faster (docs/dev/log.md).
                 None if length > 3 * shape.spanning else "it pays beyond 3 S positions",
             ),
             ("in full",),

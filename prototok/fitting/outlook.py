@@ -1,6 +1,6 @@
 """Say early that fits will hardly come back whole, from what is right when their first cycle ends.
 
-A cosine that has run down shows what a fit is worth so far: docs/recipes.md, "Progress that will
+A cosine that has run down shows what a fit is worth so far: docs/dev/recipes.md, "Progress that will
 not come", has the runs that the bound below comes from. Nothing is changed by it: fits go on.
 """
 
