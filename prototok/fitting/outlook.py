@@ -1,7 +1,7 @@
 """Say early that fits will hardly come back whole, from what is right when their first cycle ends.
 
-A cosine that has run down shows what a fit is worth so far: docs/dev/recipes.md, "Progress that will
-not come", has the runs that the bound below comes from. Nothing is changed by it: fits go on.
+A cosine that has run down shows what a fit is worth so far. The bound below comes from the runs in
+docs/dev/recipes.md, "Progress that will not come". Nothing is changed by it: fits go on.
 """
 
 from __future__ import annotations
