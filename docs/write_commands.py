@@ -20,7 +20,8 @@ HEAD = """# Commands
 
 `prototok COMMAND --help` says the same. Exit codes: 0 ok, 2 usage, 3 ended with units that failed
 or before a full disk, with the others saved, 130 interrupted with work saved.
-`prototok --install-completion` teaches your shell the commands and options.
+`source <(prototok completion bash)` in ~/.bashrc, or the same of zsh in ~/.zshrc, completes commands,
+options and their values at a Tab.
 """
 
 
@@ -36,13 +37,14 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 def section(name: str, command: Any) -> str:
     arguments = [p.name for p in command.params if p.param_type_name == "argument"]
     lines = [f"## {name} {' '.join(a.upper() for a in arguments)}".rstrip(), "", command.help, ""]
-    lines += ["| | | default |", "|---|---|---|"]
+    if command.params:
+        lines += ["| | | default |", "|---|---|---|"]
     for param in command.params:
         shown = ", ".join(f"`{one}`" for one in param.opts)
         if param.param_type_name == "argument":
             shown = param.name.upper()
         lines.append(f"| {shown} | {(param.help or '').replace('|', '/')} | {_default(param)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _default(param: Any) -> str:

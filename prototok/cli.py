@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from prototok.bench.command import bench
+from prototok.commands.completion import completion
 from prototok.commands.decode import decode
 from prototok.commands.env import env
 from prototok.commands.export import export
@@ -33,8 +34,9 @@ from prototok.common.files import try_file
 from prototok.common.version import VERSION
 from prototok.sweep.cli import app as sweep_app
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (fit, decode, export, bench, env):
+# `prototok completion` instead of typer's, which guesses the shell and runs Python at every Tab.
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+for command in (fit, decode, export, bench, env, completion):
     app.command()(command)
 app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")
