@@ -338,6 +338,39 @@ def three_sources() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
+def expected() -> str:
+    """What a newcomer may expect: models from small to real, with what a step of each costs."""
+    lines = [
+        "| model | parameters | N | exact | steps, quartiles | a step | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    width = {(s["model"], s["recipe"]): s for s in result("recipes_width.json")["summary"]}
+    for name in ("tiny-neox", "tiny-llama"):
+        of = width[name, "fast + prior"]
+        trained = json.loads((ROOT / "prototok" / "models" / name / "training.json").read_text())
+        lines.append(
+            f"| `{name}` (built in) | {trained['parameters'] / 1e6:.1f}M | {of['length']} | {of['exact']} of {of['texts']} "
+            f"| {steps_of(of['steps_quartiles'])} | | |"
+        )
+    record, step = (
+        result("sink_three_sources.json"),
+        result("fit-step-smollm2-135m-avx512bf16.json"),
+    )
+    (cell,) = record["cells"]
+    solved = [n for n, a in zip(cell["steps"], cell["accuracy"], strict=True) if a == 1]
+    quarters = statistics.quantiles(solved, n=4, method="inclusive")
+    lines.append(
+        f"| SmolLM2-135M | 135M | {record['length']} | {len(solved)} of {record['texts']} "
+        f"| {steps_of(list(quarters))} | {step['step_ms']['ours']:.0f} ms for {step['rows']} texts of "
+        f"{step['length']} tokens | {step['peak_memory_bytes']['process'] / 1e9:.1f} GB |"
+    )
+    return "\n".join([
+        *lines, "",
+        "A step of that shape (random weights) and the peak of the process that timed it, loops of "
+        f"transformers included: `{step['command']}`: {source(step)}",
+    ])  # fmt: skip
+
+
 def soak() -> str:
     record = result("soak.json")
     units = {"memory": "MiB resident", "throughput": "texts a CPU second"}
@@ -449,6 +482,7 @@ DOCUMENTS = {
     "docs/reliability.md": (soak,),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
+    "docs/quickstart.md": (expected,),
     "docs/results.md": (bench, one_forward, reconstruction, table1, fit_step, never_slower, models),
     "docs/claim.md": (ceilings, figure2),
 }

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_ROWS = 10  # of a table in a notebook
 _FEW = 8  # values of a tensor that are shown
@@ -51,3 +55,16 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object
         f"<div><p>{html.escape(title)}</p><table><thead>{row(header, 'th')}</thead>"
         f"<tbody>{body}</tbody></table>{more}</div>"
     )
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """Return a matplotlib figure, in inches, that a notebook shows although pyplot was never used."""
+    from matplotlib import figure
+
+    class Figure(figure.Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Figure(figsize=(width, height), layout="constrained")

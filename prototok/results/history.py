@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prototok.common.shown import count
+from prototok.common.shown import count, empty_figure
 
 if TYPE_CHECKING:
     import pandas
@@ -74,10 +74,9 @@ class History:
     def plot(self) -> Figure:
         """Draw loss and accuracy over steps, one line a row; needs matplotlib."""
         try:
-            from matplotlib.figure import Figure
+            figure = empty_figure(7, 4)
         except ImportError:
             raise ImportError("plot needs matplotlib: pip install 'prototok[analysis]'") from None
-        figure = Figure(figsize=(7, 4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for row in self.curves:
             for curve in row:

@@ -103,7 +103,9 @@ def test_history_is_what_a_callback_saw(small_lm: FrozenLM) -> None:
 
 def test_a_plot_has_a_line_a_row(fit: FitResult) -> None:
     pytest.importorskip("matplotlib")
-    above, below = fit.plot().axes
+    figure = fit.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
+    above, below = figure.axes
     assert len(above.lines) == len(below.lines) == 4
     assert fit.history is not None
     assert below.lines[3].get_ydata() == pytest.approx(fit.history.curves[1][1].accuracy.numpy())
