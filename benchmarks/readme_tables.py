@@ -349,8 +349,8 @@ def expected() -> str:
         of = width[name, "fast + prior"]
         trained = json.loads((ROOT / "prototok" / "models" / name / "training.json").read_text())
         lines.append(
-            f"| `{name}` (built in) | {trained['parameters'] / 1e6:.1f}M | {of['length']} | {of['exact']} of {of['texts']} "
-            f"| {steps_of(of['steps_quartiles'])} | | |"
+            f"| `{name}` (built in) | {trained['parameters'] / 1e6:.1f}M | {of['length']} "
+            f"| {of['exact']} of {of['texts']} | {steps_of(of['steps_quartiles'])} | | |"
         )
     record, step = (
         result("sink_three_sources.json"),
@@ -361,8 +361,8 @@ def expected() -> str:
     quarters = statistics.quantiles(solved, n=4, method="inclusive")
     lines.append(
         f"| SmolLM2-135M | 135M | {record['length']} | {len(solved)} of {record['texts']} "
-        f"| {steps_of(list(quarters))} | {step['step_ms']['ours']:.0f} ms for {step['rows']} texts of "
-        f"{step['length']} tokens | {step['peak_memory_bytes']['process'] / 1e9:.1f} GB |"
+        f"| {steps_of(list(quarters))} | {step['step_ms']['ours']:.0f} ms for {step['rows']} texts "
+        f"of {step['length']} tokens | {step['peak_memory_bytes']['process'] / 1e9:.1f} GB |"
     )
     return "\n".join([
         *lines, "",

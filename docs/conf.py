@@ -53,7 +53,6 @@ napoleon_use_ivar = True
 default_role = "code"
 
 
-
 def readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring's Markdown and its columns of names into what Sphinx reads."""
     text = "\n".join(lines)
@@ -67,7 +66,11 @@ def _columns(found: re.Match[str]) -> str:
     """`name   what it is` on lines of their own becomes a list of definitions."""
     entries = re.split(r"\n(?=\S)", found[0].rstrip("\n"))
     made = (re.split(r" {2,}", " ".join(entry.split("\n")), maxsplit=1) for entry in entries)
-    return "\n\n" + "\n".join(f"``{name}``\n    {' '.join(what.split())}" for name, what in made) + "\n\n"
+    return (
+        "\n\n"
+        + "\n".join(f"``{name}``\n    {' '.join(what.split())}" for name, what in made)
+        + "\n\n"
+    )
 
 
 def _table(found: re.Match[str]) -> str:

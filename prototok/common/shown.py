@@ -58,7 +58,7 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object
 
 
 def empty_figure(width: float, height: float) -> Figure:
-    """Return a matplotlib figure, in inches, that a notebook shows although pyplot was never used."""
+    """Return a matplotlib figure, in inches, that a notebook shows without pyplot."""
     from matplotlib import figure
 
     class Figure(figure.Figure):
