@@ -59,18 +59,15 @@ def readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     text = re.sub(r"(?m)(?:^(?!-)\w[\w, ]*? {2,}\S.*\n(?: {2,}\S.*\n?)*)+", _columns, text + "\n")
     text = re.sub(r"(?m)(?:^\|.*\|\n)+", _table, text)
     text = re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", text)
-    lines[:] = text.replace("*]", r"\*]").split("\n")
+    lines[:] = text.split("\n")
 
 
 def _columns(found: re.Match[str]) -> str:
     """`name   what it is` on lines of their own becomes a list of definitions."""
     entries = re.split(r"\n(?=\S)", found[0].rstrip("\n"))
     made = (re.split(r" {2,}", " ".join(entry.split("\n")), maxsplit=1) for entry in entries)
-    return (
-        "\n\n"
-        + "\n".join(f"``{name}``\n    {' '.join(what.split())}" for name, what in made)
-        + "\n\n"
-    )
+    listed = (f"``{name}``\n    {' '.join(what.split())}\n" for name, what in made)
+    return "\n\n" + "".join(listed) + "\n"
 
 
 def _table(found: re.Match[str]) -> str:

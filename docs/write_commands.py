@@ -20,8 +20,8 @@ HEAD = """# Commands
 
 `prototok COMMAND --help` says the same. Exit codes: 0 ok, 2 usage, 3 ended with units that failed
 or before a full disk, with the others saved, 130 interrupted with work saved.
-`source <(prototok completion bash)` in ~/.bashrc, or the same of zsh in ~/.zshrc, completes commands,
-options and their values at a Tab.
+`source <(prototok completion bash)` in ~/.bashrc, or the same of zsh in ~/.zshrc, completes
+commands, options and their values at a Tab.
 """
 
 

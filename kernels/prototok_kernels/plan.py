@@ -32,8 +32,9 @@ CONSTANT_COST = 4
 # B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
-# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where blocks
-# have packed products it is for tokens one by one alone. The second is of float32 on AVX-512.
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where
+# blocks have packed products it is for tokens one by one alone. The second is of float32 on
+# AVX-512.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
 
 
