@@ -37,9 +37,9 @@ html_additional_pages = {"index": "redirect.html"}
 templates_path = ["site"]
 html_show_sourcelink = False
 html_copy_source = False
-html_last_updated_fmt = None  # the same sources give the same site
+html_show_copyright = False
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["attrs_inline"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # examples/tour.ipynb is kept executed, and a test runs it
 pygments_style, pygments_dark_style = "friendly", "github-dark"
@@ -59,6 +59,8 @@ def readable(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     text = re.sub(r"(?m)(?:^(?!-)\w[\w, ]*? {2,}\S.*\n(?: {2,}\S.*\n?)*)+", _columns, text + "\n")
     text = re.sub(r"(?m)(?:^\|.*\|\n)+", _table, text)
     text = re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", text)
+    # Of names with spaces between them Sphinx takes the last for the name, the others for its type.
+    text = re.sub(r"(?m)^ +\w+(?:, \w+)+(?=: )", lambda m: m[0].replace(", ", ",\u200b"), text)
     lines[:] = text.split("\n")
 
 
@@ -79,6 +81,13 @@ def _table(found: re.Match[str]) -> str:
     return "\n.. list-table::\n   :header-rows: 1\n\n" + "\n".join(cells) + "\n\n"
 
 
+def in_both_modes(app: Sphinx, page: str, source: list[str]) -> None:
+    """Show NAME-dark.svg in place of NAME-light.svg where the site is dark."""
+    both = r"\1-light.svg){.only-light}\n\1-dark.svg){.only-dark}"
+    source[0] = re.sub(r"(!\[[^\]]*\]\([^)]*)-light\.svg\)", both, source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
+    app.connect("source-read", in_both_modes)
     app.connect("autodoc-process-docstring", readable, priority=400)  # before napoleon

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,37 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 
 import prototok
+from documents import PAGES, ROOT, snippets
 from prototok import FrozenLM
-from prototok.cli import app, main
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODEL = Path(prototok.__file__).parent / "models" / "tiny-llama"
+CODE = {".py", ".cpp", ".h", ".inl", ".sh"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def snippets(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def command_lines(page: Path) -> list[list[str]]:
-    """What follows `prototok` in each indented line of a page, comments and line ends dropped."""
-    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    lines = re.findall(r"^ {4,}(.*\bprototok .*)$", text, re.MULTILINE)
-    lines += re.findall(r"`(prototok export [^`]+)`", text)
-    found = []
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        while "prototok" in words:
-            words = words[words.index("prototok") + 1 :]
-            found.append(words[: words.index("&&")] if "&&" in words else words)
-    return found
-
-
-COMMANDS = [(page, words) for page in PAGES for words in command_lines(page)]
 
 
 @pytest.mark.parametrize("script", ["benchmarks/readme_tables.py", "docs/write_commands.py"])
@@ -74,7 +51,7 @@ def test_snippets_run(
     page: Path, workplace: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path if page.name == "README.md" else workplace["at"])
+    monkeypatch.chdir(workplace["at"] if page.name == "elsewhere.md" else tmp_path)
     names = {} if page.name == "README.md" else dict(workplace)
     for code in snippets(page):
         exec(compile(code, page.name, "exec"), names)
@@ -97,31 +74,6 @@ def test_the_readmes_transformers_snippet_puts_the_prefix_in_front(
     assert capsys.readouterr().out == "Call me Ishmael.\n"
 
 
-@pytest.mark.parametrize(
-    ("page", "words"), COMMANDS, ids=lambda v: v.name if isinstance(v, Path) else " ".join(v[:3])
-)
-def test_commands_have_these_options(page: Path, words: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
-    name, rest = "prototok", list(words)
-    while hasattr(command, "commands"):
-        name, command = rest[0], command.commands[rest.pop(0)]
-    command.make_context(name, rest)  # parses, and runs nothing
-
-
-def test_export_commands_run(
-    workplace: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = [words for _, words in COMMANDS if words[0] == "export"]
-    assert len(found) >= 3
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokens").symlink_to(workplace["at"] / "tokens")
-    for i, words in enumerate(found):
-        words[words.index("-o") + 1] = f"out-{i}"
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert not ended.value.code and (tmp_path / f"out-{i}" / "export.json").is_file()
-
-
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -130,6 +82,66 @@ def test_examples_run(
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []  # an example leaves nothing behind
+
+
+def test_the_notebook_runs_and_is_kept_as_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for needed in ("ipykernel", "matplotlib", "pandas"):
+        pytest.importorskip(needed)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+    kept = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    again = nbformat.from_dict(kept)
+    nbclient.NotebookClient(
+        again, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+
+    def shown(book: Any) -> list[str]:
+        """What a cell prints, without what a machine rounds or reports for itself."""
+        cells = [cell for cell in book.cells if cell.cell_type == "code"]
+        outputs = [[o for o in cell.outputs if o.get("name") != "stderr"] for cell in cells]
+        texts = [o[0].get("text", o[0].get("data", {}).get("text/plain")) for o in outputs]
+        return [re.sub(r"median \d+ steps", "", text) for i, text in enumerate(texts) if i != 2]
+
+    assert shown(kept) == shown(again)
+    assert all(o.get("name") != "stderr" for cell in kept.cells for o in cell.get("outputs", ()))
+    pictures = [
+        o
+        for cell in kept.cells
+        for o in cell.get("outputs", ())
+        if "image/png" in o.get("data", ())
+    ]
+    assert len(pictures) == 2
+    assert (ROOT / "examples" / "tour.ipynb").stat().st_size < 200_000
+    assert list(tmp_path.iterdir()) == []  # an example leaves nothing behind
+
+
+def test_every_page_is_in_the_site() -> None:
+    """Each is named in the contents of the site, and among the links for who reads it elsewhere."""
+    index = ROOT / "docs" / "index.md"
+    text = index.read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(index.parent).with_suffix("").as_posix()
+        assert name == "index" or (f"\n{name}\n" in text and f"]({name}.md)" in text), name
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"\.\. auto\w+:: (?:prototok\.)?(\w+)", text)
+    assert set(prototok.__all__) <= set(found)
+
+
+def test_documents_that_code_names_are_there() -> None:
+    folders = ("prototok", "kernels", "csrc", "benchmarks", "tests", "examples", "docs", ".ci")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in CODE]
+    named = {
+        name
+        for path in [*files, *PAGES, ROOT / "setup.py", ROOT / "pyproject.toml"]
+        for name in re.findall(r"docs/[\w/-]+\.(?:md|py|svg)\b", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
