@@ -9,24 +9,32 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from sphinx.cmd.build import build_main
 
 DOCS = Path(__file__).resolve().parent
+OURS = ".buildinfo"  # is in every site
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=DOCS.parent / "site", help="folder of the site")
     out = parser.parse_args().out
-    # Never from what an earlier build left behind: a page that is gone must not be found there.
-    options = ["-W", "--keep-going", "-q", "-E", "-b", "html", "-c", str(DOCS)]
-    code = build_main([*options, "-d", str(out / ".cache"), str(DOCS.parent), str(out)])
-    shutil.rmtree(out / ".cache", ignore_errors=True)
-    if not code:
-        print(out / "index.html")
-    sys.exit(code)
+    if out.exists() and not (out / OURS).is_file() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"out: {out} exists and is no site")
+    # Beside it first: no page of an earlier site stays, and one that does not build replaces none.
+    with tempfile.TemporaryDirectory() as work:
+        made = Path(work) / "site"
+        options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(DOCS)]
+        code = build_main([*options, "-d", f"{work}/read", str(DOCS.parent), str(made)])
+        if code:
+            sys.exit(code)
+        if out.exists():
+            shutil.rmtree(out)
+        shutil.copytree(made, out)
+    print(out / "index.html")
 
 
 if __name__ == "__main__":

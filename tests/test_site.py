@@ -39,14 +39,18 @@ class _Links(HTMLParser):
             self.leads.append(found["href"])
 
 
+def build(out: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "docs" / "build_site.py"), "--out", str(out)]
+    return subprocess.run(command, cwd=out.parent, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, _Links]:
     """Every page of the site, built with warnings as errors."""
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, str(ROOT / "docs" / "build_site.py"), "--out", str(out)]
-    made = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    assert not made.stderr
+    made = build(out)
+    assert made.returncode == 0 and not made.stderr, made.stderr
+    assert not list(out.parent.rglob("jupyter_execute"))  # nothing beside it
     return {p: _Links(p.read_text(encoding="utf-8")) for p in out.rglob("*.html")} | {
         out: _Links("")
     }
@@ -108,3 +112,10 @@ def test_it_has_a_dark_side(site: dict[Path, _Links]) -> None:
     pictures = re.findall(r"<img[^>]*how-(?:light|dark)[^>]*>", page)
     assert ["only-light" in picture for picture in pictures] == [True, False]
     assert ["only-dark" in picture for picture in pictures] == [False, True]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    refused = build(tmp_path)
+    assert refused.returncode == 2 and f"out: {tmp_path} exists and is no site" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
