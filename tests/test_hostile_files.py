@@ -30,8 +30,9 @@ from prototok import FitResult, ProtoTokens
 from prototok.autoregressive import MemFit
 from prototok.fitting import capacity_file
 from prototok.fitting.capacity import Growth
+from prototok.fitting.learned.kept import weights_of
 from prototok.fitting.learned.network import UpdateNetwork
-from prototok.fitting.learned.optimizer import LearnedOptimizer, weights_of
+from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior
 from prototok.results.fit_folder import FitFolder
 from prototok.sweep import schema
