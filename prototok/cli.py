@@ -14,6 +14,7 @@ import typer
 
 from prototok.bench.command import bench
 from prototok.commands.decode import decode
+from prototok.commands.encode import encode
 from prototok.commands.env import env
 from prototok.commands.export import export
 from prototok.commands.fit import fit
@@ -34,7 +35,7 @@ from prototok.common.version import VERSION
 from prototok.sweep.cli import app as sweep_app
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (fit, decode, export, bench, env):
+for command in (fit, decode, encode, export, bench, env):
     app.command()(command)
 app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")

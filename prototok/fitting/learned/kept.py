@@ -34,7 +34,7 @@ class KeptNetwork(OnHub, Generic[N]):
     start: Prior
     weights: dict[str, Tensor]
 
-    _form: ClassVar[tuple[str, int]]
+    form: ClassVar[tuple[str, int]]
     _what: ClassVar[str]  # in words
 
     @classmethod
@@ -62,7 +62,7 @@ class KeptNetwork(OnHub, Generic[N]):
         start = self.start
         tensors = {name: getattr(start, name) for name in _START} | self.weights
         origin = Origin(start.model, start.provenance, start.prefix)
-        write_tensors(path, self._form, tensors, origin)
+        write_tensors(path, self.form, tensors, origin)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -72,7 +72,7 @@ class KeptNetwork(OnHub, Generic[N]):
             ValueError: no such file, or not one of these.
         """
         check = cls._require_consistent
-        _, tensors, origin = read_tensors(path, cls._what, cls._form, check)
+        _, tensors, origin = read_tensors(path, cls._what, cls.form, check)
         for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"path: {path} holds values in {name} that are not finite")

@@ -25,7 +25,7 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
             f"{made.get('steps')} steps)"
         )
 
-    _form: ClassVar[tuple[str, int]] = ("prototok.optimizer", 1)
+    form: ClassVar[tuple[str, int]] = ("prototok.optimizer", 1)
     _what: ClassVar[str] = "a learned optimiser"
     _file: ClassVar[str] = "optimizer.safetensors"
     _usage: ClassVar[str] = (
