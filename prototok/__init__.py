@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from prototok.decoding.information import information as information
     from prototok.exporting.export import export as export
     from prototok.fitting.capacity import capacity as capacity
-    from prototok.fitting.fast_fit import fast_fit as fast_fit
     from prototok.fitting.encode import encode as encode
+    from prototok.fitting.fast_fit import fast_fit as fast_fit
     from prototok.fitting.learn_encoder import learn_encoder as learn_encoder
     from prototok.fitting.learn_optimizer import learn_optimizer as learn_optimizer
     from prototok.fitting.learn_shared import learn_shared as learn_shared

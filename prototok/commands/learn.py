@@ -1,4 +1,4 @@
-"""`prototok learn prior | optimizer | encoder`: what a frozen model's fits start from, learned once."""
+"""`prototok learn prior | optimizer | encoder`: what fits start from, learned once a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_p
 from prototok.common.files import try_file
 
 if TYPE_CHECKING:
-    from prototok.fitting.learned.encoder import Init
+    from prototok.fitting.learned.encoder import Encoder, Init
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
 
 app = typer.Typer(
@@ -133,25 +135,31 @@ def start_from(paths: list[Path] | None, recipe: Recipe) -> tuple[Init | None, R
     """
     from prototok.fitting.learned.encoder import Encoder
     from prototok.fitting.learned.optimizer import LearnedOptimizer
-    from prototok.fitting.prior import Prior
-    from prototok.results.tensor_file import form_of
 
     if not paths:
         return None, recipe
-    found = []
-    for path in paths:
-        if form_of(path) == Encoder.form[0]:
-            found.append(Encoder.load(path))
-        else:
-            found.append(LearnedOptimizer.load(path) if recipe.learned else Prior.load(path))
-    if len(found) > 2 or (
-        len(found) == 2
-        and not (isinstance(found[0], Encoder) and isinstance(found[1], LearnedOptimizer))
+    found = [_read(path, recipe) for path in paths]
+    digest = "-".join(hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths)
+    recipe = dataclasses.replace(recipe, name=f"{recipe.name} from {digest}")
+    if len(found) == 1:
+        return found[0], recipe
+    encoder, optimizer = found[0], found[1]
+    if len(found) > 2 or not (
+        isinstance(encoder, Encoder) and isinstance(optimizer, LearnedOptimizer)
     ):
         raise ValueError("init: two files are an encoder and, behind it, an optimizer")
-    digest = "-".join(hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths)
-    named = dataclasses.replace(recipe, name=f"{recipe.name} from {digest}")
-    return found[0] if len(found) == 1 else (found[0], found[1]), named
+    return (encoder, optimizer), recipe
+
+
+def _read(path: Path, recipe: Recipe) -> Prior | LearnedOptimizer | Encoder:
+    from prototok.fitting.learned.encoder import Encoder
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
+    from prototok.results.tensor_file import form_of
+
+    if form_of(path) == Encoder.form[0]:
+        return Encoder.load(path)
+    return LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
 
 
 def _grid_of(lengths: str) -> tuple[int, ...]:

@@ -80,9 +80,9 @@ def fast_fit(
             first updates, and `fast` takes over where its progress stops.
         init: where vectors start, from `prototok.learn_shared`; with "learned" the network, from
             `prototok.learn_optimizer`. An encoder, from `prototok.learn_encoder`, starts seed 0 of
-            each text at its guess, other seeds near to it, and a shared vector at the mean of the
-            guesses; with "learned" pass both, (encoder, optimizer). None leaves it to the recipe: "fast" starts built-in models
-            from the prior they come with.
+            each text at its guess, other seeds near to it, a shared vector at the mean of the
+            guesses; with "learned" pass both, (encoder, optimizer). None leaves it to the recipe:
+            "fast" starts built-in models from the prior they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
