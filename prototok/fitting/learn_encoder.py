@@ -40,6 +40,7 @@ from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts
 
 _WIDTH, _DEPTH = 1024, 4
+_RATE = 1e-3  # of the AdamW that trains the network
 _TEMPERATURE = 0.7  # of the loss
 
 
@@ -115,6 +116,7 @@ def learn_encoder(
 
         return make
 
-    train("learn encoder", network, steps, kept, begin, progress)
-    start = replace(start, provenance=provenance, prefix=lm.prefix)
+    train("learn encoder", network, steps, _RATE, kept, begin, progress)
+    # Its model too: a prior of before may know it by an older fingerprint.
+    start = replace(start, model=lm.identity, provenance=provenance, prefix=lm.prefix)
     return Encoder(start, weights_of(network), bare)

@@ -40,6 +40,7 @@ from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts
 
 _WIDTH, _DEPTH = 512, 3
+_RATE = 1e-3  # of the AdamW that trains the network
 
 
 @own_world
@@ -121,6 +122,6 @@ def learn_optimizer(
 
         return make
 
-    train("learn optimizer", network, steps, kept, begin, progress)
+    train("learn optimizer", network, steps, _RATE, kept, begin, progress)
     start = replace(start, provenance=provenance, prefix=lm.prefix)
     return LearnedOptimizer(start, weights_of(network))

@@ -25,7 +25,7 @@ from prototok.model.frozen_lm import FrozenLM
 from prototok.texts.targets import Texts, targets_of
 
 _KEEP_EVERY = 60.0  # seconds
-_RATE, _WARM_UP = 1e-3, 100  # of the AdamW that trains a network
+_WARM_UP = 100  # of the AdamW that trains a network
 # Texts that are sampled from the model, and their length; windows are cut from them.
 _TEXTS, _LONG = 512, 128
 # Fits start this near to the prior's mean, in its own spread: the first gradient then says more of
@@ -80,26 +80,27 @@ def train(
     what: str,
     network: nn.Module,
     steps: int,
+    rate: float,
     kept: Checkpoint | None,
     begin: Callable[[int], Step],
     progress: bool | None,
 ) -> None:
-    """Train a network, from where its checkpoint is, and keep it there.
+    """Train a network, from where its checkpoint is, and keep it there; `rate` is AdamW's peak.
 
     `begin` gets the steps that are behind and returns what makes a step: it takes the optimiser and
     the step's number, and returns a note for the bar, of name `what`.
     """
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     done = 0 if kept is None else kept.load(network, optimizer)
     make = begin(done)
     with Progress(steps, what, progress) as bar:
         clock = time.monotonic()
         for step in range(done, steps):
-            rate = _RATE * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+            falling = rate * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / _WARM_UP)
+                group["lr"] = falling * min(1.0, (step + 1) / _WARM_UP)
             bar.update(step, make(optimizer, step))
             if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
                 kept.save(network, optimizer, step + 1)
