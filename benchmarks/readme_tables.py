@@ -476,9 +476,37 @@ def amortised() -> str:
     return "\n".join([*lines, "", "\n\n".join(sources)])
 
 
+def encoder() -> str:
+    cells = sorted(
+        result("encoder.json")["cells"].values(), key=lambda c: (c["model"], c["length"])
+    )
+    lines = [
+        "| model | N | trained at | steps, on | seed | tokens right | 95 % | exact | 95 % "
+        "| fast from the prior | fast from the guess |",
+        "|---" * 11 + "|",
+    ]
+    for c in cells:
+        trained = c["trained"]
+        at = f"{trained[0]}–{trained[-1]}" if len(trained) > 1 else trained[0]
+        right, exact = c["right_interval"], c["exact_interval"]
+        on = {"samples": "samples of the model", "text": "other text"}[c["training_text"]]
+        fits = (c["fast from the prior"], c["fast from the encoder"])
+        lines.append(
+            f"| {c['model']} | {c['length']} | {at} | {c['training_steps']}, {on} | {c['seed']} "
+            f"| {c['right']:.2f} | {right[0]:.2f}–{right[1]:.2f} | {c['exact']}/{c['texts']} "
+            f"| {exact[0]:.2f}–{exact[1]:.2f} | "
+            + " | ".join(
+                f"{steps_of(f['steps_quartiles'])}, {f['solved']}/{f['texts']}" for f in fits
+            )
+            + " |"
+        )
+    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
+    return "\n".join([*lines, "", "\n\n".join(sources)])
+
+
 DOCUMENTS = {
     "docs/sink.md": (sinks, fronts, three_sources),
-    "docs/amortised.md": (amortised,),
+    "docs/amortised.md": (amortised, encoder),
     "docs/reliability.md": (soak,),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),

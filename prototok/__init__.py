@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from prototok.decoding.information import information as information
     from prototok.exporting.export import export as export
     from prototok.fitting.capacity import capacity as capacity
+    from prototok.fitting.encode import encode as encode
     from prototok.fitting.fast_fit import fast_fit as fast_fit
+    from prototok.fitting.learn_encoder import learn_encoder as learn_encoder
     from prototok.fitting.learn_optimizer import learn_optimizer as learn_optimizer
     from prototok.fitting.learn_shared import learn_shared as learn_shared
+    from prototok.fitting.learned.encoder import Encoder as Encoder
     from prototok.fitting.learned.optimizer import LearnedOptimizer as LearnedOptimizer
     from prototok.fitting.prior import Prior as Prior
     from prototok.fitting.recipe import Recipe as Recipe
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "autoregressive": "prototok.autoregressive",
+    "Encoder": "prototok.fitting.learned.encoder",
     "FitInterrupted": "prototok.results.fit_result",
     "FitResult": "prototok.results.fit_result",
     "FrozenLM": "prototok.model.frozen_lm",
@@ -45,10 +49,12 @@ _HOME = {
     "capacity": "prototok.fitting.capacity",
     "connect": "prototok.geometry.paths",
     "decode": "prototok.decoding.decode",
+    "encode": "prototok.fitting.encode",
     "export": "prototok.exporting.export",
     "fast_fit": "prototok.fitting.fast_fit",
     "information": "prototok.decoding.information",
     "interpolate": "prototok.geometry.paths",
+    "learn_encoder": "prototok.fitting.learn_encoder",
     "learn_optimizer": "prototok.fitting.learn_optimizer",
     "learn_shared": "prototok.fitting.learn_shared",
     "load": "prototok.model.load",

@@ -53,14 +53,25 @@ def connected(lm: FrozenLM) -> Tensor:
     return curve.control
 
 
-def learned(lm: FrozenLM, backend: str = "auto") -> Tensor:
-    """The vectors that a learned optimiser leads to."""
+def prior_of(lm: FrozenLM) -> prototok.Prior:
     d = lm.hidden_size
     basis = torch.eye(d, dtype=torch.float32, device="cpu").expand(2, d, d).clone()
     mean = torch.zeros(2, d, dtype=torch.float32, device="cpu")
-    prior = prototok.Prior(mean, 0.1 + mean, basis, lm.identity)
+    return prototok.Prior(mean, 0.1 + mean, basis, lm.identity)
+
+
+def encoded(lm: FrozenLM) -> Tensor:
+    """What an encoder says of texts."""
+    encoder = prototok.learn_encoder(lm, TEXTS, lengths=(3,), steps=2, prior=prior_of(lm))
+    e, _ = encoder(TEXTS)
+    assert torch.equal(prototok.encode(lm, TEXTS, encoder).tokens.e[:, 0], e)
+    return e
+
+
+def learned(lm: FrozenLM, backend: str = "auto") -> Tensor:
+    """The vectors that a learned optimiser leads to."""
     optimizer = prototok.learn_optimizer(
-        lm, TEXTS, lengths=(2,), steps=2, prior=prior, backend=backend
+        lm, TEXTS, lengths=(2,), steps=2, prior=prior_of(lm), backend=backend
     )
     recipe = replace(RECIPE, learned=2, max_steps=3)
     return prototok.fast_fit(lm, TEXTS, recipe=recipe, init=optimizer, backend=backend).tokens.e
@@ -79,6 +90,7 @@ CALLS: dict[str, Callable[[FrozenLM], Tensor]] = {
     "generate, dynamic": lambda lm: autoregressive.generate(
         lm, torch.ones(1, 1, lm.hidden_size), 3, "dynamic"
     ),
+    "learn_encoder": encoded,
     "learn_optimizer": learned,
     "learn_shared": lambda lm: prototok.learn_shared(lm, TEXTS, length=2, steps=3).mean,
 }

@@ -73,6 +73,30 @@ def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr
 
 
+def test_an_encoder_encodes_and_fits_start_from_it(book: Path, tmp_path: Path) -> None:
+    learn = ["learn", "encoder", "--book", str(book), "--lengths", "2", "--steps", "1"]
+    made = prototok_cli(*learn, "-o", "enc.safetensors", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    encode = ["encode", str(book), "--encoder", "enc.safetensors", "--limit", "3", "-o", "tokens"]
+    done = prototok_cli(*encode, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = FitResult.load(tmp_path / "tokens")
+    exact, right = int(found.exact.sum()), int(found.correct.sum()) / 6
+    assert f"3 chunks, 6 tokens, {exact} exact, {right:.3f} of tokens right" in done.stderr
+    assert prototok_cli("decode", "tokens", cwd=tmp_path).returncode == 0
+    fit = ["fit", str(book), "--length", "2", "--limit", "2", "-o", "fits"]
+    fitted = prototok_cli(*fit, "--init", "enc.safetensors", cwd=tmp_path)
+    assert fitted.returncode == 0 and "2 exact" in fitted.stderr, fitted.stderr
+    for wrong, said in (
+        (encode, "out: "),
+        ([*encode, "--length", "3", "--overwrite"], "texts: text 0 has 3 tokens, more than the 2"),
+        ([*encode, "--model", "tiny-neox", "--overwrite"], "encoder: fitted on tiny-llama"),
+        ([*fit, *2 * ["--init", "enc.safetensors"], "--overwrite"], "init: two files are"),
+    ):
+        refused = prototok_cli(*wrong, cwd=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+
+
 def test_learn_prior_writes_a_prior(book: Path, tmp_path: Path) -> None:
     learn = ["learn", "prior", "--book", str(book), "--length", "4", "-o", "prior.safetensors"]
     made = prototok_cli(*learn, cwd=tmp_path)

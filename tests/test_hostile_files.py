@@ -30,8 +30,11 @@ from prototok import FitResult, ProtoTokens
 from prototok.autoregressive import MemFit
 from prototok.fitting import capacity_file
 from prototok.fitting.capacity import Growth
+from prototok.fitting.learned.encoder import Encoder
+from prototok.fitting.learned.encoder_network import EncoderNetwork
+from prototok.fitting.learned.kept import weights_of
 from prototok.fitting.learned.network import UpdateNetwork
-from prototok.fitting.learned.optimizer import LearnedOptimizer, weights_of
+from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior
 from prototok.results.fit_folder import FitFolder
 from prototok.sweep import schema
@@ -100,6 +103,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prior.save(folder / "prior.safetensors")
     weights = weights_of(UpdateNetwork(d, 4, 1, 2))
     LearnedOptimizer(prior, weights).save(folder / "optimizer.safetensors")
+    Encoder(prior, weights_of(EncoderNetwork(d, 4, 1, 2))).save(folder / "encoder.safetensors")
     run = RunFolder.create(folder / "run")
     text = {"text_id": "t0", "source": "held-out", "number": 0, "ids": [1, 2, 3, 4], "text": "a"}
     run.add("table3", {"texts": 1}, [UNIT], pa.Table.from_pylist([text], schema=schema.TEXTS))
@@ -112,7 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 READERS = {
     "tokens": ProtoTokens.load, "shared": ProtoTokens.load, "mem": MemFit.load, "prior": Prior.load,
-    "optimizer": LearnedOptimizer.load,
+    "optimizer": LearnedOptimizer.load, "encoder": Encoder.load,
 }  # fmt: skip
 
 

@@ -21,8 +21,10 @@ LEVELS = (
     (
         "capacity",
         "decode",
+        "encode",
         "export",
         "fast_fit",
+        "learn_encoder",
         "learn_optimizer",
         "learn_shared",
     ),  # doors to functions of the packages below

@@ -15,15 +15,17 @@ from prototok.commands.learn import start_from
 from prototok.common.command_line import PREFIX, RESUME, Device, Dtype, Model, require_positive, say
 
 if TYPE_CHECKING:
-    from prototok.fitting.learned.optimizer import LearnedOptimizer
-    from prototok.fitting.prior import Prior
+    from prototok.fitting.learned.encoder import Init
     from prototok.fitting.recipe import Recipe
     from prototok.model.frozen_lm import FrozenLM
     from prototok.results.arrangement import Arrangement
     from prototok.results.fit_folder import FitFolder
     from prototok.results.fit_result import FitResult
 
-_INIT = "A file of `prototok learn`: an optimizer with --recipe learned, else a prior."
+_INIT = (
+    "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
+    "Given twice: an encoder and an optimizer."
+)
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 
 
@@ -34,7 +36,7 @@ def fit(
     length: Annotated[int, typer.Option(help="Tokens a chunk.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Fit only this many chunks.")] = None,
     recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
-    init: Annotated[Path | None, typer.Option(help=_INIT)] = None,
+    init: Annotated[list[Path] | None, typer.Option(help=_INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
@@ -82,7 +84,7 @@ class _Fit:
     length: int
     limit: int | None
     recipe: Recipe
-    init: Prior | LearnedOptimizer | None
+    init: Init | None
     arrangement: Arrangement
     share: str | None
     seeds: list[int]
@@ -94,6 +96,7 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
     from prototok.fitting.fast_fit import fast_fit, start_of
     from prototok.fitting.front import front_of
+    from prototok.fitting.learned.encoder import parted
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
     from prototok.texts.files import chunks, text_difference
@@ -103,7 +106,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
     say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
-    start = None if asked.init is None else start_of(asked.init)
+    _, common = parted(asked.init)
+    start = None if common is None else start_of(common)
     behind, in_front = front_of(lm, asked.prefix, asked.recipe, start)
     say(f"in front: {in_front}")
     plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)

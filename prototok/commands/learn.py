@@ -1,4 +1,4 @@
-"""`prototok learn prior | optimizer`: what a frozen model's fits start from, learned once."""
+"""`prototok learn prior | optimizer | encoder`: what fits start from, learned once a model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_p
 from prototok.common.files import try_file
 
 if TYPE_CHECKING:
+    from prototok.fitting.learned.encoder import Encoder, Init
     from prototok.fitting.learned.optimizer import LearnedOptimizer
     from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
@@ -72,11 +73,7 @@ def optimizer(
 ) -> None:  # fmt: skip
     """Train a network that fits in few updates: for `prototok fit --recipe learned --init`."""
     require_positive(steps=steps)
-    try:
-        grid = tuple(int(n) for n in lengths.split(","))
-    except ValueError:
-        raise ValueError(f"lengths: {lengths!r} is not numbers with commas between them") from None
-    require_positive(lengths=min(grid))
+    grid = _grid_of(lengths)
     text = _text_of(book, out)
     from prototok.fitting.learn_optimizer import learn_optimizer
     from prototok.fitting.prior import Prior
@@ -97,16 +94,81 @@ def optimizer(
     say(f"an optimiser of {lm.identity.name} at {lengths} tokens; written to {out}")
 
 
-def start_from(path: Path | None, recipe: Recipe) -> tuple[Prior | LearnedOptimizer | None, Recipe]:
-    """Read what fits start from; the recipe's name then tells which file, for --resume."""
+@app.command()
+def encoder(
+    out: Out,
+    model: Model = "tiny-llama",
+    book: Book = None,
+    lengths: Annotated[str, typer.Option(help="Tokens a text, rising.")] = "8",
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
+    init: Annotated[Path | None, typer.Option(help="A prior of the model.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help=_CHECKPOINT)] = None,
+    prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:  # fmt: skip
+    """Train a network that says e and m in one pass: for `prototok encode` and `fit --init`."""
+    require_positive(steps=steps)
+    grid = _grid_of(lengths)
+    text = _text_of(book, out)
+    from prototok.fitting.learn_encoder import learn_encoder
+    from prototok.fitting.prior import Prior
+    from prototok.model.load import load
+
+    start = None if init is None else Prior.load(init)
+    lm = load(model, device, dtype)
+    found = learn_encoder(
+        lm, None if text is None else [text], lengths=grid, steps=steps, prior=start, seed=seed,
+        checkpoint=checkpoint, prefix=None if prefix == "none" else prefix, progress=True,
+    )  # fmt: skip
+    found.save(out)
+    say(f"an encoder of {lm.identity.name} at {lengths} tokens; written to {out}")
+
+
+def start_from(paths: list[Path] | None, recipe: Recipe) -> tuple[Init | None, Recipe]:
+    """Read what fits start from; the recipe's name then tells which files, for --resume.
+
+    Raises:
+        ValueError: other files than one of a prior, an optimiser or an encoder, or an encoder and
+            then an optimiser.
+    """
+    from prototok.fitting.learned.encoder import Encoder
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+
+    if not paths:
+        return None, recipe
+    found = [_read(path, recipe) for path in paths]
+    digest = "-".join(hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths)
+    recipe = dataclasses.replace(recipe, name=f"{recipe.name} from {digest}")
+    if len(found) == 1:
+        return found[0], recipe
+    encoder, optimizer = found[0], found[1]
+    if len(found) > 2 or not (
+        isinstance(encoder, Encoder) and isinstance(optimizer, LearnedOptimizer)
+    ):
+        raise ValueError("init: two files are an encoder and, behind it, an optimizer")
+    return (encoder, optimizer), recipe
+
+
+def _read(path: Path, recipe: Recipe) -> Prior | LearnedOptimizer | Encoder:
+    from prototok.fitting.learned.encoder import Encoder
     from prototok.fitting.learned.optimizer import LearnedOptimizer
     from prototok.fitting.prior import Prior
+    from prototok.results.tensor_file import form_of
 
-    if path is None:
-        return None, recipe
-    found = LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return found, dataclasses.replace(recipe, name=f"{recipe.name} from {digest}")
+    if form_of(path) == Encoder.form[0]:
+        return Encoder.load(path)
+    return LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
+
+
+def _grid_of(lengths: str) -> tuple[int, ...]:
+    try:
+        grid = tuple(int(n) for n in lengths.split(","))
+    except ValueError:
+        raise ValueError(f"lengths: {lengths!r} is not numbers with commas between them") from None
+    require_positive(lengths=min(grid))
+    return grid
 
 
 def _text_of(book: Path | None, out: Path) -> str | None:

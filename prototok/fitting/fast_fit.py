@@ -21,6 +21,7 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
+from prototok.fitting.learned.encoder import Init, parted
 from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
@@ -50,7 +51,7 @@ def fast_fit(
     arrangement: str = "e m*",
     prefix: PrefixLike | Prefix = "auto",
     recipe: str | Recipe = "fast",
-    init: Prior | LearnedOptimizer | None = None,
+    init: Init | None = None,
     backend: str = "auto",
     batch_size: int | str = "auto",
     progress: bool | None = None,
@@ -78,8 +79,10 @@ def fast_fit(
         recipe: "fast", "paper", "learned", or a `Recipe`. With "learned" a network makes the
             first updates, and `fast` takes over where its progress stops.
         init: where vectors start, from `prototok.learn_shared`; with "learned" the network, from
-            `prototok.learn_optimizer`. None leaves it to the recipe: "fast" starts built-in models
-            from the prior they come with.
+            `prototok.learn_optimizer`. An encoder, from `prototok.learn_encoder`, starts seed 0 of
+            each text at its guess, other seeds near to it, a shared vector at the mean of the
+            guesses; with "learned" pass both, (encoder, optimizer). None leaves it to the recipe:
+            "fast" starts built-in models from the prior they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -102,18 +105,16 @@ def fast_fit(
     require_share(share, layout)
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
-    if init is not None:
-        if not isinstance(init, Prior | LearnedOptimizer):
-            raise ValueError(
-                f"init: {type(init).__name__} is neither a Prior nor a LearnedOptimizer; see "
-                "learn_shared and learn_optimizer"
-            )
-        start_of(init).require_model(lm)
+    encoder, common = parted(init)
+    if common is not None:
+        start_of(common).require_model(lm)
+    if encoder is not None and not layout.is_pair:
+        raise ValueError(f"arrangement: an Encoder is for 'e m*', not for {arrangement!r}")
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
-    lm, in_front = front_of(lm, prefix, settings, None if init is None else start_of(init))
+    lm, in_front = front_of(lm, prefix, settings, None if common is None else start_of(common))
     require_room_for(targets, lambda n: require_length(n, lm, layout))
 
     def collect(rows: list[EndedRow[Verified]]) -> FitResult:
@@ -121,10 +122,12 @@ def fast_fit(
         plan = lm.plan(len(targets) * len(chosen), positions, backend, layout.is_pair)
         provenance = provenance_of(lm, settings, chosen, plan) | {"prefix": in_front}
         tokens = tokens_of(setup, rows, len(chosen), share, provenance)
-        return _result(tokens, rows)
+        return result_of(tokens, rows)
 
-    setup = one_forward(lm, layout, settings, init, backend, rows_at_once)
+    setup = one_forward(lm, layout, settings, common, backend, rows_at_once)
     groups = make_groups(targets, chosen, share, group_size)
+    if encoder is not None:
+        groups = encoder.started(lm, groups)
     what = "fit" if lm.prefix is None else f"fit behind {in_front}"
     recorder = Recorder([len(ids) for ids in targets], len(chosen)) if history else None
 
@@ -228,7 +231,8 @@ def tokens_of(
     )
 
 
-def _result(tokens: ProtoTokens, rows: list[EndedRow[Verified]]) -> FitResult:
+def result_of(tokens: ProtoTokens, rows: list[EndedRow[Verified]]) -> FitResult:
+    """Put vectors and what their rows measured together, text by text."""
     seeds = tokens.seeds
 
     def column(read: Callable[[EndedRow[Verified]], float], dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import prototok
 from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior, Recipe
-from prototok.fitting import learn_optimizer as learning
 from prototok.fitting.engine.learned import hand_over
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.learned import pool
+from prototok.fitting.learned import pool, training
 from prototok.fitting.learned.pool import Pool
 from prototok.fitting.recipe import LEARNED
 from prototok.model.load import load
@@ -232,7 +231,7 @@ def test_training_goes_on_from_where_it_was_kept(
     small_lm: FrozenLM, prior: Prior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "training.safetensors"
-    monkeypatch.setattr(learning, "_KEEP_EVERY", 0.0)
+    monkeypatch.setattr(training, "_KEEP_EVERY", 0.0)
     made: list[int] = []
     step = Pool.train_step
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok.fitting.engine.slots import Bank, Slots, Window
-from prototok.fitting.learned.network import Seen
+from prototok.fitting.learned.network import Seen, token_rows
 from prototok.model.frozen_lm import FrozenLM
 from prototok_kernels.adamw_rows import AdamWState, adamw_rows_
 
@@ -135,8 +135,7 @@ def _positions(
     """Return tokens (R, P, d), errors (R, P, d) and margins (R, P) of the first P positions."""
     rows, here = slice(window.rows), min(reach, window.length)
     scored = slots.scored[rows, :here]
-    head = lm.embedding if lm.body.head is None else lm.body.head
-    tokens = head[slots.targets[rows, :here]] * scored[:, :, None]
+    tokens = token_rows(lm)[slots.targets[rows, :here]] * scored[:, :, None]
     margins = torch.where(scored, slots.margins[rows, :here], 0.0)
     beyond = (0, 0, 0, reach - here)
     return (

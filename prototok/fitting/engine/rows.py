@@ -20,7 +20,7 @@ class Row:
     text: int
     seed: int
     targets: Tensor  # (N,) int64, CPU
-    start: Tensor | None = None  # (slots, d) fp32: vectors to go on from, where nothing is shared
+    start: Tensor | None = None  # (slots, d) fp32: vectors to go on from
 
 
 @dataclass(frozen=True)

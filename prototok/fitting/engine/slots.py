@@ -190,9 +190,14 @@ class Slots:
 
     def _initial(self, group: Group) -> tuple[Tensor, Tensor]:
         """Draw e (n_e, K, d) and m (n_m, d) of a group, fp32, on the CPU."""
-        prior, start = self.inputs.prior, group.rows[0].start
-        if start is not None:
-            return start[None, : self.inputs.leading], start[-1:]
+        prior = self.inputs.prior
+        starts = [row.start for row in group.rows if row.start is not None]
+        if starts:
+            vectors = torch.stack(starts)
+            e, m = vectors[:, : self.inputs.leading], vectors[:, -1]
+            if group.share == "e":
+                return e.mean(0, keepdim=True), m
+            return e, m.mean(0, keepdim=True) if group.share == "m" else m
         if prior is None:
             return initial_vectors(group, self.inputs.leading, self.width, self.recipe.init_std)
         e, m = initial_vectors(group, self.inputs.leading, self.width, 1.0)

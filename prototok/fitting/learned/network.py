@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prototok.model.frozen_lm import FrozenLM
+
 _SCALARS = 7
 _NARROW = 64  # most coordinates that a token, or its error, is brought down to
 # Bounds, so that AdamW can come back from wherever a network leads on texts unlike those it saw:
@@ -85,7 +87,7 @@ class UpdateNetwork(nn.Module):
             self.error = nn.Linear(hidden_size, narrow, **here)
             self.along = nn.Linear(reach * (2 * narrow + 2), width, bias=False, **here)
         self.first = nn.Linear(6 * hidden_size + _SCALARS, width, **here)
-        self.blocks = nn.ModuleList(_Block(width, here) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width, here) for _ in range(depth))
         self.norm = nn.LayerNorm(width, **here)
         self.last = nn.Linear(width, 4 * hidden_size, **here)
         nn.init.normal_(self.last.weight, 0.0, 0.003)
@@ -130,7 +132,9 @@ class UpdateNetwork(nn.Module):
         return torch.cat([tokens, errors, margins.to(dtype), right.to(dtype)], dim=2).flatten(1)
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
+    """Two layers of one width beside what comes in; at first they add nothing."""
+
     def __init__(self, width: int, here: dict[str, Any]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, **here)
@@ -142,3 +146,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
         return out
+
+
+def token_rows(lm: FrozenLM) -> Tensor:
+    """Return what stands for tokens, (V, d): the head, or the embedding where it is not known."""
+    return lm.embedding if lm.body.head is None else lm.body.head

@@ -1,0 +1,166 @@
+"""How much of texts that it never saw an encoder brings back in one pass, and what fits gain by it.
+
+    python benchmarks/encoder.py tiny-neox --train-text FOLDER --folder FOLDER
+    python benchmarks/encoder.py MODEL --text valid.txt --train-text train.txt --folder FOLDER
+    python benchmarks/encoder.py tiny-neox --train-text FOLDER --lengths 4 8 16 \\
+        --train-lengths 4 5 6 7 8 9 10 11 12 13 14 15 16 --folder FOLDER
+
+The encoder learns from windows of --train-text: a file, or a folder, of which a built-in model
+takes the books that it was trained on itself; without it, from samples of the model. Windows of
+the held-out text that occur there are left out. A guess is decoded alone, at batch 1, in the
+model's dtype and in float32, and the worse of both counts. Fits of the same windows by `fast`,
+from the guess and from the prior that the encoder starts from, go on until the margin is that of
+`fast`. Prior and encoders are kept in FOLDER, one folder a model, and made only where they are not
+there; a training that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from amortised import cell_of, prior_of
+from readme_tables import RESULTS
+from recipes import rounded
+from record import provenance
+from torch import Tensor
+
+import prototok
+from prototok import Encoder, FitResult, FrozenLM, Prior
+from prototok.fitting.learn_shared import own_texts
+from prototok.model.load import BUILT_IN, path_of
+from prototok.report.verdict import share_of
+from prototok.texts.files import read_text
+
+STARTS = ("prior", "encoder")
+
+
+def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
+    """Return what windows are cut from: about --train-tokens ids, of each file as many."""
+    if asked.train_text is None:
+        return list(own_texts(lm, 512, 128, seed=1))
+    files = [asked.train_text]
+    if asked.train_text.is_dir():
+        files = sorted(asked.train_text.glob("*.txt"))
+        if lm.identity.name in BUILT_IN:
+            made = Path(path_of(lm.identity.name)) / "training.json"
+            files = [
+                asked.train_text / name for name in json.loads(made.read_text())["train_files"]
+            ]
+    each = asked.train_tokens // len(files)
+    return [torch.tensor(lm.encode(read_text(file)[: 8 * each])[:each]) for file in files]
+
+
+def encoder_of(
+    lm: FrozenLM, prior: Prior, texts: list[Tensor], seed: int, asked: argparse.Namespace
+) -> Encoder:
+    """Return what was trained with this seed, from the folder where it is there."""
+    lengths = "-".join(map(str, asked.train_lengths))
+    name = f"encoder-{lengths}-{asked.steps}-{seed}"
+    if asked.train_text is None:
+        name += "-samples"
+    path = asked.folder / f"{name}.safetensors"
+    if not path.exists():
+        start = time.process_time()
+        prototok.learn_encoder(
+            lm, texts, lengths=asked.train_lengths, steps=asked.steps, prior=prior, seed=seed,
+            checkpoint=asked.folder / f"{name}.training.safetensors", progress=True,
+        ).save(path)  # fmt: skip
+        print(f"{name}: {time.process_time() - start:.0f} CPU s of training")
+    return Encoder.load(path)
+
+
+def unseen(lm: FrozenLM, text: str, texts: list[Tensor], length: int, count: int) -> Tensor:
+    """Return windows (count, length) of the text that are in none of `texts`, spread over it."""
+    ids = lm.encode(text)
+    windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+    asked, known = set(windows), set()
+    for part in texts:
+        row = part.tolist()
+        for i in range(len(row) - length + 1):
+            window = tuple(row[i : i + length])
+            if window in asked:
+                known.add(window)
+    found = [window for window in windows if window not in known]
+    if len(found) < count:
+        raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")
+    return torch.tensor([found[i * len(found) // count] for i in range(count)])
+
+
+def guess_of(fit: FitResult) -> dict:
+    """What is kept of guesses; tokens of a text go together, so the interval is over texts."""
+    shares = fit.accuracy[:, 0].double()
+    mean, half = float(shares.mean()), float(1.96 * shares.std() / len(shares) ** 0.5)
+    exact = int(fit.exact.sum())
+    return {
+        "texts": len(shares),
+        "right": round(mean, 4),
+        "right_interval": [round(mean - half, 3), round(mean + half, 3)],
+        "exact": exact,
+        "exact_interval": rounded(share_of(exact, len(shares))),
+    }
+
+
+def save(record: dict, path: Path) -> None:
+    """Write the record, a cell a line."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]
+    path.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="default: a built-in model's held-out text")
+    parser.add_argument("--train-text", type=Path, help="default: samples of the model")
+    parser.add_argument("--train-tokens", type=int, default=2_000_000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8])
+    parser.add_argument("--train-lengths", type=int, nargs="+", help="default: --lengths")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--folder", type=Path, required=True)
+    asked = parser.parse_args()
+    asked.train_lengths = asked.train_lengths or asked.lengths
+    asked.folder.mkdir(parents=True, exist_ok=True)
+
+    lm = prototok.load(asked.model)
+    if asked.text is None and lm.identity.name not in BUILT_IN:
+        raise SystemExit("text: name a file with text that the model was not trained on")
+    text = read_text(asked.text or Path(path_of(lm.identity.name)) / "held_out.txt")
+    prior = prior_of(lm, asked.folder)
+    texts = training_texts(lm, asked)
+    encoders = {seed: encoder_of(lm, prior, texts, seed, asked) for seed in asked.seeds}
+    model = Path(asked.model).name
+    path = RESULTS / "encoder.json"
+    record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    for length in asked.lengths:
+        targets = unseen(lm, text, texts, length, asked.count)
+        fast = cell_of(prototok.fast_fit(lm, targets, init=prior, progress=False), 0.0)
+        for seed, encoder in encoders.items():
+            cell = guess_of(prototok.encode(lm, targets, encoder, progress=False))
+            fit = cell_of(prototok.fast_fit(lm, targets, init=encoder, progress=False), 0.0)
+            for name, fitted in zip(STARTS, (fast, fit), strict=True):
+                cell[f"fast from the {name}"] = {
+                    key: value for key, value in fitted.items() if key != "cpu_ms"
+                }
+            cell |= {
+                "model": model, "length": length, "seed": seed, "trained": asked.train_lengths,
+                "training_steps": asked.steps, "training_tokens": sum(map(len, texts)),
+                "training_text": "samples" if asked.train_text is None else "text",
+            }  # fmt: skip
+            steps = [cell[f"fast from the {name}"]["steps_quartiles"] for name in STARTS]
+            print(
+                f"{model}, N = {length}, seed {seed}: {cell['right']:.3f} of tokens right, "
+                f"{cell['exact']}/{cell['texts']} exact; steps of fast from prior and guess {steps}"
+            )
+            trained = f"trained on {asked.train_lengths}, {cell['training_text']}"
+            record["cells"][f"{model} {length}, {trained}, seed {seed}"] = cell | provenance()
+            save(record, path)
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
