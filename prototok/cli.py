@@ -32,11 +32,12 @@ from prototok.common.command_line import (
 from prototok.common.command_line import run as run_app
 from prototok.common.files import try_file
 from prototok.common.version import VERSION
+from prototok.demo.command import demo
 from prototok.sweep.cli import app as sweep_app
 
 # `prototok completion` instead of typer's, which guesses the shell and runs Python at every Tab.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-for command in (fit, decode, export, bench, env, completion):
+for command in (fit, decode, export, bench, demo, env, completion):
     app.command()(command)
 app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")

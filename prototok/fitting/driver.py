@@ -79,10 +79,11 @@ def fit_groups(
     verified: dict[int, list[C]] = {}
 
     def confirm(finished: Finished) -> Refused | None:
-        rows = zip(finished.group.rows, by_row(finished.vectors, len(finished.group.rows)), strict=True)
+        group = finished.group
+        rows = zip(group.rows, by_row(finished.vectors, len(group.rows)), strict=True)
         with urgent(setup.lm.device):  # the next steps are queued already
             checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
-        verified[finished.group.index] = checks
+        verified[group.index] = checks
         return _refused(checks, setup.recipe)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free

@@ -20,7 +20,7 @@ from prototok.report.section import Section
 from prototok.report.tables import Cell, Table
 
 _HERE = Path(__file__).parent
-_MARGINS = (0.1, 0.5, 1.0, 2.0)  # where the colours of a token change
+MARGINS = (0.1, 0.5, 1.0, 2.0)  # where the colours of a token change
 _VERDICTS = {"holds": "holds", "does not hold": "fails", "mixed": "mixed"}
 
 
@@ -193,7 +193,7 @@ def _gallery(exhibits: Sequence[Exhibit]) -> str:
         f'<option value="{escape(x.anchor)}">{escape(f"{x.experiment} · {x.title}")}</option>'
         for x in exhibits
     )
-    bounds = ("0", *(f"{m:g}" for m in _MARGINS))
+    bounds = ("0", *(f"{m:g}" for m in MARGINS))
     key = "".join(f'<span class="t m{i}">&gt; {text}</span>' for i, text in enumerate(bounds) if i)
     return "\n".join(
         [
@@ -218,18 +218,24 @@ def _exhibit(one: Exhibit) -> str:
     return (
         f'<article class="exhibit" data-anchor="{escape(one.anchor)}"><h3>{escape(one.title)}</h3>'
         f'<p class="remark">{escape(one.experiment)} · {escape(one.about)}{margin}</p>'
-        f'<div class="tokens">{"".join(map(_token, one.tokens))}</div></article>'
+        f'<div class="tokens">{"".join(map(token_html, one.tokens))}</div></article>'
     )
 
 
-def _token(token: Token) -> str:
+def token_html(token: Token) -> str:
+    """Draw a token with a bar of its margin's colour; what came beside what was wanted."""
     name = "" if token.margin is None else f' title="margin {token.margin:.3f}"'
     target = escape(_visible(token.target))
     if not token.right:
         came = escape(_visible(token.decoded))
         return f'<span class="t wrong"{name}><s>{target}</s><small><b>{came}</b></small></span>'
-    level = 0 if token.margin is None else sum(token.margin > m for m in _MARGINS)
+    level = 0 if token.margin is None else margin_level(token.margin)
     return f'<span class="t m{level}"{name}>{target}</span>'
+
+
+def margin_level(margin: float) -> int:
+    """Return which of the five colours a margin has: 0 … 4."""
+    return sum(margin > bound for bound in MARGINS)
 
 
 def _visible(text: str) -> str:
