@@ -47,6 +47,7 @@ _VERSION = "Print the version and end."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show named ranges."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
+_TITLE = "Of the page. Default: the run's name."
 _FILES = "CSV, LaTeX, SVG, PNG and PDF beside the page."
 _MEASURE = "Load the models for paths, robustness and neighbours, first; minutes. Kept in the run."
 _SEMANTIC = "Folder or hub id of all-MiniLM-L6-v2, for the semantic distances of Figure 5."
@@ -150,6 +151,7 @@ def profile(
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder of `prototok sweep`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help=_PAGE)] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help=_TITLE)] = None,
     files: Annotated[bool, typer.Option(help=_FILES)] = True,
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
     pairs: Annotated[int | None, typer.Option(help="With --measure: pairs a text.")] = None,
@@ -175,7 +177,9 @@ def report(
         from prototok.report.measure import measure_semantics
 
         measure_semantics(results, semantic, device)
-    written = build(results, out, files)
+    written = build(results, out, files, title=title)
+    if not any(one.fits() for one in results.experiments.values()):
+        say(f"no fit of {run} is done yet: prototok sweep run {run}")
     for line in written.skipped:
         say(f"left out: {line}")
     beside = f", {len(written.files)} files in {written.folder}" if written.folder else ""

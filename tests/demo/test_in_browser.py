@@ -1,6 +1,6 @@
 """The page in a real browser: it fits, plays back, decodes, walks, and asks nobody but its server.
 
-    pip install '.[demo]' playwright && apt-get install chromium
+pip install '.[demo]' playwright && apt-get install chromium
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def test_a_text_is_fitted_played_back_decoded_and_walked(page: Any, url: str) ->
 
     assert "t = 0.00" in page.inner_text("#path")
     assert page.locator("#path .wrong").count() == 0
-    handle = page.locator("#t input[type=range]").bounding_box()
+    slider = page.locator("#t input[type=range]")
+    slider.scroll_into_view_if_needed()
+    handle = slider.bounding_box()
     page.mouse.move(handle["x"] + 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + 4, steps=8)
@@ -112,7 +114,9 @@ def test_bad_input_gets_a_sentence_and_spoils_nothing(page: Any) -> None:
 
 
 def test_a_fit_can_be_stopped_and_another_begun(page: Any) -> None:
-    page.fill("#text textarea", "It was the age of wisdom, it was the age of foolishness, it was so")
+    page.fill(
+        "#text textarea", "It was the age of wisdom, it was the age of foolishness, it was so"
+    )
     page.click("#fit")
     page.wait_for_selector("#says :text-matches('Update [0-9]+')")
     page.click("#stop")
