@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from prototok.common.arguments import is_count, is_integer, listed_items
+from prototok.common.memory import held
 from prototok.common.progress import Progress
 from prototok.common.version import VERSION
 from prototok.common.world import own_world
@@ -137,10 +138,11 @@ def learn_optimizer(
     done = 0 if kept is None else kept.load(network, optimizer)
     generator = torch.Generator("cpu").manual_seed(seed + done)
     pools = [Pool(setup, corpus, n, generator) for n in grid]
-    with Progress(steps, "learn optimizer", progress) as bar:
+    with Progress(steps, "learn optimizer", progress, steady=True) as bar:
         clock = time.monotonic()
         for step in range(done, steps):
-            bar.update(step, _train_step(optimizer, pools, step / steps, step))
+            fared = _train_step(optimizer, pools, step / steps, step)
+            bar.update(step, f"{fared}, {held(lm.device) / 1e9:.1f} GB")
             if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
                 kept.save(network, optimizer, step + 1)
                 clock = time.monotonic()
