@@ -46,7 +46,7 @@ def keep(page: Page, name: str, whole: bool) -> None:
     """Write docs/pictures/NAME.png, in few colours: text and flat areas need no more."""
     shot = Image.open(io.BytesIO(page.screenshot(full_page=whole))).convert("RGB")
     path = HERE / "pictures" / f"{name}.png"
-    shot.quantize(128).save(path, optimize=True)
+    shot.quantize(256).save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
