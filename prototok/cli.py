@@ -33,11 +33,12 @@ from prototok.common.command_line import (
 from prototok.common.command_line import run as run_app
 from prototok.common.files import try_file
 from prototok.common.version import VERSION
+from prototok.demo.command import demo
 from prototok.sweep.cli import app as sweep_app
 
 # `prototok completion` instead of typer's, which guesses the shell and runs Python at every Tab.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-for command in (fit, decode, encode, export, bench, env, completion):
+for command in (fit, decode, encode, export, bench, demo, env, completion):
     app.command()(command)
 app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")
@@ -47,6 +48,7 @@ _VERSION = "Print the version and end."
 _TRACE = "Chrome trace file. Default: profile.json on the CPU; on CUDA none, for Nsight."
 _EAGER = "On CUDA, steps without a graph: only those show named ranges."
 _PAGE = "The page; its tables and charts go into a folder of that name beside it."
+_TITLE = "Of the page. Default: the run's name."
 _FILES = "CSV, LaTeX, SVG, PNG and PDF beside the page."
 _MEASURE = "Load the models for paths, robustness and neighbours, first; minutes. Kept in the run."
 _SEMANTIC = "Folder or hub id of all-MiniLM-L6-v2, for the semantic distances of Figure 5."
@@ -150,6 +152,7 @@ def profile(
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder of `prototok sweep`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help=_PAGE)] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help=_TITLE)] = None,
     files: Annotated[bool, typer.Option(help=_FILES)] = True,
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
     pairs: Annotated[int | None, typer.Option(help="With --measure: pairs a text.")] = None,
@@ -175,7 +178,9 @@ def report(
         from prototok.report.measure import measure_semantics
 
         measure_semantics(results, semantic, device)
-    written = build(results, out, files)
+    written = build(results, out, files, title=title)
+    if not any(one.fits() for one in results.experiments.values()):
+        say(f"no fit of {run} is done yet: prototok sweep run {run}")
     for line in written.skipped:
         say(f"left out: {line}")
     beside = f", {len(written.files)} files in {written.folder}" if written.folder else ""

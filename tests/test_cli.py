@@ -249,7 +249,7 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
 
 
 def test_a_shell_can_complete_commands(tmp_path: Path) -> None:
-    asked = {"_PROTOTOK_COMPLETE": "complete_bash", "COMP_WORDS": "prototok de", "COMP_CWORD": "1"}
+    asked = {"_PROTOTOK_COMPLETE": "complete_bash", "COMP_WORDS": "prototok dec", "COMP_CWORD": "1"}
     shown = prototok_cli(cwd=tmp_path, env=os.environ | asked)
     assert shown.stdout.split() == ["decode"]
 

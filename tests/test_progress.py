@@ -12,12 +12,12 @@ import torch
 import prototok
 from prototok import FrozenLM, Recipe
 from prototok.common import progress
-from prototok.common.progress import Progress
+from prototok.common.progress import Progress, duration
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.under_way import UnderWay, duration
+from prototok.fitting.under_way import UnderWay
 from prototok.results.arrangement import Arrangement
 
 TEXTS = [[3, 7, 1], [9, 2, 4]]
@@ -88,6 +88,32 @@ def test_lines_come_now_and_then_and_only_when_asked_for(
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == expected + bool(expected)
     assert made == [30.0, 60.0]  # a note that is not shown is not made
+
+
+def test_steady_work_says_how_long_the_rest_takes(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for first in (0, 40):  # a run that goes on is judged by what it does itself
+        now[0] = 0.0
+        with Progress(100, "train", True, steady=True) as bar:
+            bar.update(first, "")
+            now[0] = 40.0
+            bar.update(first + 20, "solved")
+        lines = capsys.readouterr().err.splitlines()
+        left = {0: "3 min", 40: "80 s"}[first]
+        assert lines == [f"train: {first + 20}/100 after 40 s, solved, about {left} left"]
+
+
+def test_capacity_says_where_its_fits_are(
+    small_lm: FrozenLM, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress._Lines, "every", 0.0)
+    prototok.capacity(small_lm, [[3] * 12, [5] * 12], recipe=Recipe(max_steps=30), progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert "2 still growing" in lines[0] and "step 0 of 30, accuracy" in lines[0]
+    assert any(" left" in line and " GB" in line for line in lines[1:])
 
 
 def test_a_terminal_has_a_bar_over_a_line(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("__main__", "cli"),
     ("commands",),
-    ("bench", "sweep", "report"),
+    ("bench", "demo", "sweep", "report"),
     (
         "capacity",
         "decode",

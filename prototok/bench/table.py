@@ -7,20 +7,27 @@ from pathlib import Path
 
 from prototok.bench.timing import BATCHES, ONE
 from prototok.common.files import write_text
-from prototok.report.svg import Bar, log_bars
+from prototok.report.svg import Dot, log_dots
 
 
 def figure(record: dict) -> str:
-    """Draw tokens/s at batch 1 of every way, by model and length, as an SVG document."""
-    bars = []
+    """Draw tokens/s at batch 1 of every way, fastest first, by model and length, as SVG."""
+    dots = []
     for case in record["cases"]:
-        group = f"{case['model']}, N = {case['length']}"
-        for t in case["timings"]:
-            if t["batch"] == 1:
-                label = t["method"] + ("" if t["dtype"] == case["dtype"] else f" ({t['dtype']})")
-                rate = t["tokens_per_second"]
-                bars.append(Bar(group, label, rate, f"{rate:,.0f}"))
-    return log_bars("One forward against autoregressive decoding", "tokens/s at batch 1", bars)
+        ways = [t for t in case["timings"] if t["batch"] == 1]
+        for t in sorted(ways, key=lambda t: -t["tokens_per_second"]):
+            rate, other = t["tokens_per_second"], t["dtype"] != case["dtype"]
+            slow, quick = t["quartiles"][1], t["quartiles"][0]
+            dots.append(
+                Dot(
+                    f"{case['model']}, N = {case['length']}",
+                    t["method"] + (f" ({t['dtype']})" if other else ""), t["method"], rate,
+                    f"{rate:,.0f}", rate * t["seconds"] / slow, rate * t["seconds"] / quick, other,
+                )
+            )  # fmt: skip
+    about = "A dot: the median; its bar: quartiles of the time. A ring: in another dtype."
+    title = "One forward against autoregressive decoding"
+    return log_dots(title, about, "tokens/s at batch 1", dots)
 
 
 def table(record: dict, wide: bool = False) -> str:

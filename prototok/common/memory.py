@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resident() -> int:
@@ -17,3 +21,12 @@ def resident() -> int:
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else 1024 * most
+
+
+def held(device: torch.device) -> int:
+    """Return bytes that this process holds where it computes: on a GPU what torch has reserved."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_reserved(device)
+    return resident()

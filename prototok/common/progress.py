@@ -27,11 +27,14 @@ class Progress:
     """Shows `done` of `total`, and a note.
 
     `shown`: None shows a bar on a terminal or in a notebook only, True insists on lines elsewhere,
-    False is quiet.
+    False is quiet. `steady`: one piece of the work takes about as long as another, so that what is
+    done tells how long the rest may take; it is said behind the note.
     """
 
-    def __init__(self, total: int, what: str, shown: bool | None) -> None:
+    def __init__(self, total: int, what: str, shown: bool | None, steady: bool = False) -> None:
         self.view: _View | None = None
+        self.total, self.steady = total, steady
+        self.first: tuple[int, float] | None = None  # what was done at the first update, and when
         self.last: tuple[int, str | Callable[[], str]] | None = None
         if shown is False:
             return
@@ -56,7 +59,7 @@ class Progress:
     ) -> None:
         if self.view is not None:
             if self.view.stays and self.last is not None:
-                self.view.show(self.last[0], _made(self.last[1]))
+                self.view.show(self.last[0], self._made(*self.last))
             self.view.close()
 
     def update(self, done: int, note: str | Callable[[], str]) -> None:
@@ -65,10 +68,22 @@ class Progress:
         A note that takes work is a function, called only where it is shown.
         """
         self.last = done, note
-        if self.view is None or (now := time.monotonic()) < self.next:
+        if self.view is None:
+            return
+        now = time.monotonic()
+        self.first = self.first or (done, now)
+        if now < self.next:
             return
         self.next = now + self.view.every
-        self.view.show(done, _made(note))
+        self.view.show(done, self._made(done, note))
+
+    def _made(self, done: int, note: str | Callable[[], str]) -> str:
+        said = note if isinstance(note, str) else note()
+        before, since = self.first or (done, 0.0)
+        if not self.steady or not before < done < self.total:
+            return said
+        left = (time.monotonic() - since) / (done - before) * (self.total - done)
+        return f"{said}, about {duration(left)} left"
 
     def say(self, line: str) -> None:
         """Print a line on stderr that stays, where progress is shown at all; after the bar."""
@@ -76,8 +91,11 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def _made(note: str | Callable[[], str]) -> str:
-    return note if isinstance(note, str) else note()
+def duration(seconds: float) -> str:
+    """Return a time as people say it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _Terminal:

@@ -18,10 +18,12 @@ from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.driver import EndedRow, fit_groups
 from prototok.fitting.engine.rows import Group, Row
+from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.front import front_of
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.fitting.under_way import UnderWay
 from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
@@ -188,9 +190,10 @@ def capacity(
     try:
         with Progress(len(state), "capacity", progress) as bar:
             while left := [growth for growth in state if not has_ended(growth)]:
-                bar.update(len(state) - len(left), f"{len(left)} texts still growing")
                 groups = [growth.group(targets[growth.text], room[growth.stage]) for growth in left]
-                for group, (one,) in fit_groups(setup, groups, verify, lambda event: None):
+                watching = _Watching(bar, UnderWay(groups, setup), len(state) - len(left))
+                for group, (one,) in fit_groups(setup, groups, verify, watching.see):
+                    watching.under_way.end([one])
                     before = state[group.index]
                     now = before.after(one, room[before.stage], restarts)
                     if on_fit is not None:
@@ -200,6 +203,24 @@ def capacity(
         over = [growth for growth in state if has_ended(growth)]
         raise CapacityInterrupted(result(over), [g.text for g in over], state) from None
     return result(state)
+
+
+@dataclass(frozen=True)
+class _Watching:
+    """Shows how far the fits of one length a text are, with so many texts over."""
+
+    bar: Progress
+    under_way: UnderWay
+    over: int
+
+    def see(self, event: FitEvent) -> None:
+        self.under_way.see(event)
+        self.bar.update(self.over, self.note)
+
+    def note(self) -> str:
+        return (
+            f"{self.under_way.texts} still growing, at their next lengths {self.under_way.note()}"
+        )
 
 
 def _begun(grown: object, reaches: list[int], shape: tuple[int, int]) -> list[Growth]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from prototok.common.progress import Progress
 from prototok.common.urgent import urgent
 from prototok.fitting.engine.rows import Group, Row
-from prototok.fitting.engine.run import Finished, FitEvent, Refused, run
+from prototok.fitting.engine.run import Finished, FitEvent, Refused, by_row, run
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.outlook import Outlook
 from prototok.fitting.recipe import Recipe
@@ -79,10 +79,11 @@ def fit_groups(
     verified: dict[int, list[C]] = {}
 
     def confirm(finished: Finished) -> Refused | None:
-        rows = zip(finished.group.rows, _vectors_by_row(finished), strict=True)
+        group = finished.group
+        rows = zip(group.rows, by_row(finished.vectors, len(group.rows)), strict=True)
         with urgent(setup.lm.device):  # the next steps are queued already
             checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
-        verified[finished.group.index] = checks
+        verified[group.index] = checks
         return _refused(checks, setup.recipe)
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
@@ -104,7 +105,7 @@ def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
-    vectors = _vectors_by_row(finished)
+    vectors = by_row(finished.vectors, len(finished.group.rows))
     for r, row in enumerate(finished.group.rows):
         yield EndedRow(
             row=row,
@@ -116,13 +117,6 @@ def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
             seconds=finished.seconds,
             failed=finished.failed,
         )
-
-
-def _vectors_by_row(finished: Finished) -> list[Tensor]:
-    """Return the vectors (slots, d) of each row of a group."""
-    rows = len(finished.group.rows)
-    parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in finished.vectors]
-    return list(torch.cat(parts, dim=1))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prototok.common.memory import held
 from prototok.common.progress import Progress
 from prototok.fitting.engine.rows import initial_vectors, make_groups
 from prototok.fitting.recipe import Recipe
@@ -71,12 +72,13 @@ def learn_prefix(
     vectors = [v.to(lm.device).contiguous() for v in (prefix, e, m[:, None])]
     states = [AdamWState.zeros(v.flatten(1)) for v in vectors]
     update = lm.plan(len(targets), ids.shape[1], backend).update.taken
-    with Progress(recipe.max_steps, f"prefix of {count} vectors", progress) as bar:
+    what = f"prefix of {count} vectors"
+    with Progress(recipe.max_steps, what, progress, steady=True) as bar:
         for step in range(recipe.max_steps + 1):
             grads, right = _gradients(
                 lm, vectors, ids, scored, recipe.temperature, backend, batch_size or _ROWS
             )
-            bar.update(step, f"{right:.2f} of the tokens right")
+            bar.update(step, f"accuracy {right:.2f}, {held(lm.device) / 1e9:.1f} GB")
             if step == recipe.max_steps:  # these vectors are scored, and kept
                 break
             rate = recipe.lr_at(torch.tensor([step], dtype=torch.int64, device=lm.device))

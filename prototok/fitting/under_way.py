@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import torch
-
-from prototok.common.memory import resident
+from prototok.common.memory import held
+from prototok.common.progress import duration
 from prototok.fitting.engine.rows import Group
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
@@ -60,7 +59,7 @@ class UnderWay:
         if self.ended:
             rate = 60 * len(self.ended) / len(self.scored) * self.texts / spent
             said.append(f"{rate:.3g} texts/min")
-        return ", ".join([*said, *self._left(steps, spent), f"{self._memory() / 1e9:.1f} GB"])
+        return ", ".join([*said, *self._left(steps, spent), f"{held(self.device) / 1e9:.1f} GB"])
 
     def _left(self, steps: list[int], spent: float) -> list[str]:
         """Return the time left: likely, by the rows that ended, and at most; [] before a step."""
@@ -83,15 +82,3 @@ class UnderWay:
             others = len(self.ended) - longer
             mean = (sums[-1] - sums[longer]) / others if others else self.most
             yield mean - step
-
-    def _memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_reserved(self.device)
-        return resident()
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

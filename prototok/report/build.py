@@ -36,7 +36,12 @@ class Written:
 
 
 def build(
-    results: Results, out: Path, files: bool = True, exhibits: int = 48, browser: str | None = None
+    results: Results,
+    out: Path,
+    files: bool = True,
+    exhibits: int = 48,
+    browser: str | None = None,
+    title: str | None = None,
 ) -> Written:
     """Write the page to `out` and, with `files`, its tables and charts to a folder beside it.
 
@@ -50,13 +55,15 @@ def build(
         files: write the folder, too.
         exhibits: most texts in the gallery.
         browser: a Chromium; None looks for one.
+        title: of the page; None names it after the run.
     """
     parts = sections(results)
     folder = out.with_suffix("") if files else None
     if folder == out:
         raise ValueError(f"out: {out} has no suffix; name the page, such as report.html")
+    name = title or results.run.path.resolve().name
     html = page(
-        f"prototok · {results.run.path.resolve().name}", _origin(results), findings(results), parts,
+        f"prototok · {name}", _origin(results), findings(results), parts,
         gallery(results, exhibits), folder.name if folder else None,
     )  # fmt: skip
     require_place(out, folder)

@@ -161,23 +161,31 @@ def svg(chart: Chart, alone: bool = False) -> str:
         f"{escape(chart.x.label)}</text>",
         f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">'
         f"{escape(chart.y.label)}</text>",
-        f'<clipPath id="{escape(clip)}"><rect x="{_LEFT}" y="{_TOP - 4}" '
-        f'width="{right - _LEFT + 6}" height="{bottom - _TOP + 8}"/></clipPath>',
+        f'<clipPath id="{escape(clip)}"><rect x="{_LEFT - 2}" y="{_TOP - 2}" '
+        f'width="{right - _LEFT + 4}" height="{bottom - _TOP + 4}"/></clipPath>',
         f'<g clip-path="url(#{escape(clip)})">',
     ]
     for colour, one in chart.coloured():
-        out += _draw(one, colour, to_x, to_y)
-    out += ["</g>", *_guide_names(chart, to_x, to_y, (x0, x1), (y0, y1)), *legend, "</svg>"]
+        out += _lines(one, colour, to_x, to_y)
+    out.append("</g>")
+    for colour, one in chart.coloured():  # whole, also those on the edge of the frame
+        out += _markers(one, colour, to_x, to_y)
+    out += [*_guide_names(chart, to_x, to_y, (x0, x1), (y0, y1)), *legend, "</svg>"]
     return "\n".join(out) + "\n"
 
 
-def _draw(one: Series, colour: int, to_x: _Scale, to_y: _Scale) -> list[str]:
-    shown = [
+def _places(one: Series, to_x: _Scale, to_y: _Scale) -> list[tuple[float, float, int]]:
+    """Return where the points that can be shown stand, each with its number."""
+    return [
         (to_x(x), to_y(y), i)
         for i, (x, y) in enumerate(zip(one.x, one.y, strict=True))
         if to_x.shows(x) and to_y.shows(y)
     ]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in shown)
+
+
+def _lines(one: Series, colour: int, to_x: _Scale, to_y: _Scale) -> list[str]:
+    """Draw the line of a series, and its band."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in _places(one, to_x, to_y))
     if one.kind == "guide":
         return [f'<polyline class="guide" fill="none" points="{path}"/>']
     out = []
@@ -193,6 +201,13 @@ def _draw(one: Series, colour: int, to_x: _Scale, to_y: _Scale) -> list[str]:
         out.append(
             f'<polyline class="s{colour}" fill="none" stroke-width="1.8"{dash} points="{path}"/>'
         )
+    return out
+
+
+def _markers(one: Series, colour: int, to_x: _Scale, to_y: _Scale) -> list[str]:
+    """Draw the points of a series; of a line only where they are few."""
+    out: list[str] = []
+    shown = [] if one.kind == "guide" else _places(one, to_x, to_y)
     if one.kind == "points" or len(shown) <= 24:
         size = 2.6 * one.weight**0.5
         opacity = ' fill-opacity="0.55"' if one.kind == "points" and one.weight <= 1 else ""
@@ -256,7 +271,7 @@ def _legend(chart: Chart) -> tuple[list[str], int]:
     for colour, one in chart.coloured():
         if one.kind != "guide" and one.label:
             entries.setdefault(one.label, (colour, one))
-    if len(entries) < 2:
+    if not entries:
         return [], 0
     out, x, y = [], float(_LEFT), float(_HEIGHT + 4)
     lines = 1

@@ -20,7 +20,8 @@ from prototok.report.section import Section
 from prototok.report.tables import Cell, Table
 
 _HERE = Path(__file__).parent
-_MARGINS = (0.1, 0.5, 1.0, 2.0)  # where the colours of a token change
+MARGINS = (0.1, 0.5, 1.0, 2.0)  # where the colours of a token change
+EMPTY = "No fit of this run is done yet: every number below is the paper’s. prototok sweep run RUN"
 _VERDICTS = {"holds": "holds", "does not hold": "fails", "mixed": "mixed"}
 
 
@@ -49,7 +50,8 @@ def page(
         "base-uri 'none'; form-action 'none'"
     )
     body = [
-        '<div class="frame">', _contents(title, origin, parts), "<main>", _overview(parts),
+        '<div class="frame">', _contents(title, origin, parts), "<main>",
+        _overview(parts, not exhibits),
         _findings(findings), *(_section(part, files) for part in parts), _gallery(exhibits),
         f"<footer>{escape(origin)}</footer>", "</main></div>",
     ]  # fmt: skip
@@ -89,12 +91,13 @@ def _contents(title: str, origin: str, parts: Sequence[Section]) -> str:
     )
 
 
-def _overview(parts: Sequence[Section]) -> str:
+def _overview(parts: Sequence[Section], empty: bool) -> str:
     rows = "".join(
         f'<tr><td class="label"><a href="#{part.anchor}">{escape(part.code)}</a></td>'
         f'<td class="wrap">{escape(part.title)} <span class="source">{escape(part.source)}</span>'
-        f'</td><td class="wrap">{escape(part.status)}</td><td class="wrap">{escape(part.n)}</td>'
-        f'<td class="wrap">{escape(part.here)}</td></tr>'
+        f'</td><td class="wrap" data-of="status">{escape(part.status)}</td>'
+        f'<td class="wrap" data-of="n">{escape(part.n)}</td>'
+        f'<td class="wrap" data-of="settings">{escape(part.here)}</td></tr>'
         for part in parts
     )
     return (
@@ -102,7 +105,9 @@ def _overview(parts: Sequence[Section]) -> str:
         "Every experiment of Mezentsev &amp; Oseledets, “Exploring the Latent Capacity of LLMs for "
         "One-Step Text Generation” (arXiv 2505.21189), with what was run here. Their numbers stand "
         "in grey beside ours. In a cell, … is not done yet, · was not planned, * is not whole; the "
-        "pointer over a cell shows its n.</p></header>"
+        "pointer over a cell shows its n.</p>"
+        + (f'<p class="empty">{EMPTY}</p>' if empty else "")
+        + "</header>"
         '<figure class="table wide"><table id="table-experiments"><thead><tr>'
         + "".join(_head(text, True) for text in ("", "experiment", "status", "n", "settings here"))
         + f"</tr></thead><tbody>{rows}</tbody></table></figure></section>"
@@ -113,8 +118,9 @@ def _findings(findings: Sequence[Finding]) -> str:
     rows = "".join(
         f'<tr><td class="label"><a href="#{escape(f.code.lower())}">{escape(f.code)}</a></td>'
         f'<td class="wrap">{escape(f.claim)}</td>'
-        f'<td class="label verdict {_VERDICTS.get(f.verdict, "unknown")}">{escape(f.verdict)}</td>'
-        f'<td class="wrap">{escape(f.evidence)}</td></tr>'
+        f'<td class="label verdict {_VERDICTS.get(f.verdict, "unknown")}" data-of="here">'
+        f"{escape(f.verdict)}</td>"
+        f'<td class="wrap" data-of="figures">{escape(f.evidence)}</td></tr>'
         for f in findings
     )
     return (
@@ -193,7 +199,7 @@ def _gallery(exhibits: Sequence[Exhibit]) -> str:
         f'<option value="{escape(x.anchor)}">{escape(f"{x.experiment} · {x.title}")}</option>'
         for x in exhibits
     )
-    bounds = ("0", *(f"{m:g}" for m in _MARGINS))
+    bounds = ("0", *(f"{m:g}" for m in MARGINS))
     key = "".join(f'<span class="t m{i}">&gt; {text}</span>' for i, text in enumerate(bounds) if i)
     return "\n".join(
         [
@@ -218,18 +224,24 @@ def _exhibit(one: Exhibit) -> str:
     return (
         f'<article class="exhibit" data-anchor="{escape(one.anchor)}"><h3>{escape(one.title)}</h3>'
         f'<p class="remark">{escape(one.experiment)} · {escape(one.about)}{margin}</p>'
-        f'<div class="tokens">{"".join(map(_token, one.tokens))}</div></article>'
+        f'<div class="tokens">{"".join(map(token_html, one.tokens))}</div></article>'
     )
 
 
-def _token(token: Token) -> str:
+def token_html(token: Token) -> str:
+    """Draw a token with a bar of its margin's colour; what came beside what was wanted."""
     name = "" if token.margin is None else f' title="margin {token.margin:.3f}"'
     target = escape(_visible(token.target))
     if not token.right:
         came = escape(_visible(token.decoded))
         return f'<span class="t wrong"{name}><s>{target}</s><small><b>{came}</b></small></span>'
-    level = 0 if token.margin is None else sum(token.margin > m for m in _MARGINS)
+    level = 0 if token.margin is None else margin_level(token.margin)
     return f'<span class="t m{level}"{name}>{target}</span>'
+
+
+def margin_level(margin: float) -> int:
+    """Return which of the five colours a margin has: 0 … 4."""
+    return sum(margin > bound for bound in MARGINS)
 
 
 def _visible(text: str) -> str:

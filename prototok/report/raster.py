@@ -46,7 +46,7 @@ def draw(chart: Chart, paths: list[Path]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     named = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if len(named) > 1:
+    if named:
         axes.legend(named.values(), named.keys(), fontsize=6, frameon=False)
     for path in paths:
         # Without a date the same run gives the same bytes.
@@ -63,6 +63,7 @@ def _draw(axes: object, one: Series, colour: int) -> None:
         axes.plot(one.x, one.y, color="#999999", linestyle=":", linewidth=0.8)
         return
     look: dict[str, Any] = {
+        "clip_on": one.kind != "points",  # markers on the edge of the frame are whole
         "color": COLOURS[colour],
         "marker": _MARKERS[colour % 4],
         "label": one.label or None,

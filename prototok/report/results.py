@@ -152,7 +152,7 @@ def cell(part: Outcome, make: Callable[[list[Fit]], Cell]) -> Cell:
         return made
     note = f"{done} of {total} units" + (f", {failed} failed" if failed else "")
     note = f"{made.note}; {note}".lstrip("; ")
-    return Cell(made.text + "*", made.value, "partial", note, made.std)
+    return Cell(made.text + "*", made.value, "partial", note, made.std, made.n)
 
 
 def name_of(model: str) -> str:

@@ -20,14 +20,16 @@ STATES = ("measured", "partial", "missing", "failed", "unplanned", "label")
 class Cell:
     """A cell: the text shown, the number to sort by (None: the text), its state, a remark.
 
-    `std` is the standard deviation that is shown with a mean.
+    `std` is the standard deviation that is shown with a mean, over `n` values; None where there is
+    none, or where it is not known.
     """
 
     text: str
     value: float | None = None
     state: str = "measured"
     note: str = ""
-    std: float = 0.0
+    std: float | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def label(text: object) -> Cell:
 def mean_std(values: Sequence[float], digits: int = 2) -> Cell:
     """Make a cell of mean ± standard deviation (of the population: the paper's n is small)."""
     mean, std = float(np.mean(values)), float(np.std(values))
-    return Cell(f"{mean:.{digits}f}±{std:.{digits}f}", mean, note=f"n = {len(values)}", std=std)
+    n = len(values)
+    return Cell(f"{mean:.{digits}f}±{std:.{digits}f}", mean, note=f"n = {n}", std=std, n=n)
 
 
 def number(value: float | None, digits: int = 0, note: str = "") -> Cell:
@@ -98,13 +101,45 @@ def number(value: float | None, digits: int = 0, note: str = "") -> Cell:
 
 
 def to_csv(table: Table) -> str:
-    """Write what is shown as RFC 4180; a cell without a measurement gives its state."""
+    """Write the numbers as RFC 4180; a cell without a measurement gives its state.
+
+    A column of means has three here: mean, std and n.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.header)
+    spread = [any(row[i].std is not None for row in table.rows) for i in range(len(table.header))]
+    header: list[str] = []
+    for text, wide in zip(table.header, spread, strict=True):
+        header += [f"{text} {part}".strip() for part in ("mean", "std", "n")] if wide else [text]
+    writer.writerow(header)
     for row in table.rows:
-        writer.writerow([_plain(cell) for cell in row])
+        written: list[object] = []
+        for cell, wide in zip(row, spread, strict=True):
+            written += _spread_out(cell) if wide else [_number_of(cell)]
+        writer.writerow(written)
     return out.getvalue()
+
+
+def _spread_out(cell: Cell) -> list[object]:
+    if cell.std is None or cell.value is None:
+        return [_number_of(cell), "", ""]
+    n = "" if cell.n is None else cell.n
+    return [f"{cell.value:.6g}", f"{cell.std:.6g}", n]
+
+
+def _number_of(cell: Cell) -> str:
+    """Return what is shown, without commas between thousands where it is one number."""
+    text = _plain(cell)
+    bare = text.replace(",", "")
+    return bare if cell.value is not None and _is_number(bare) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def to_latex(table: Table) -> str:

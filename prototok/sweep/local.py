@@ -84,7 +84,7 @@ def run_local(run: RunFolder, units: list[Unit], settings: LocalSettings) -> Non
         signal.signal(signal.SIGTERM, _interrupt)
     done = failed = 0
     try:
-        with Progress(len(units), "units", settings.progress) as bar:
+        with Progress(len(units), "units", settings.progress, steady=True) as bar:
             while True:
                 for worker in workers:
                     _employ(run, worker, lots, settings)

@@ -89,7 +89,7 @@ def _dispatch(ray: Any, run: RunFolder, units: list[Unit], settings: LocalSettin
     idle = list(range(len(actors)))
     models: dict[int, str] = {}
     busy: dict[Any, tuple[int, list[Unit]]] = {}
-    with Progress(len(units), "units", settings.progress) as bar:
+    with Progress(len(units), "units", settings.progress, steady=True) as bar:
         while len(lots) or busy:
             while idle and len(lots):
                 actor = idle.pop()

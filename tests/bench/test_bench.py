@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,10 +15,11 @@ import torch
 from prototok import Recipe
 from prototok.bench import measure, table, timing
 from prototok.bench.baselines import Engine, Generate
+from prototok.bench.table import figure
 from prototok.bench.vllm import vllm_seconds
 from prototok.cli import main
 from prototok.model.frozen_lm import FrozenLM
-from prototok.report.svg import Bar, log_bars
+from prototok.report.svg import Dot, log_dots
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -163,13 +165,42 @@ def test_shapes_have_the_published_sizes(shape: str, millions: int) -> None:
     assert round(count / 1e6) == millions
 
 
-def test_figure_is_well_formed_and_escaped() -> None:
-    svg = log_bars("a < b", "x & y", [Bar("g", "<l>", 0.5, "n"), Bar("g", "m", 2000.0, "2,000")])
-    root = ElementTree.fromstring(svg)
+def test_figure_is_well_formed_escaped_and_cuts_nothing_off() -> None:
+    dots = [
+        Dot("g", "<l>", "a", 0.5, "n", 0.4, 0.7),
+        Dot("g", "m", "b", 2000.0, "2,000", 1000.0, math.inf),
+        Dot("h", "m, too", "b", None, "no median", 900.0, math.inf),
+    ]
+    root = ElementTree.fromstring(log_dots("a < b", "about", "x & y", dots))
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "a < b" in texts and "<l>" in texts and "1,000" in texts
-    widths = [float(r.get("width")) for r in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
-    assert widths[0] < widths[1]
+    assert {"a < b", "<l>", "x & y, log scale", "1,000", "no median"} <= set(texts)
+    marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    bars = [p.get("d") for p in root.iter("{http://www.w3.org/2000/svg}path")]
+    (axis,) = [one for one in root if one.get("class") == "axis"]
+    left, right = float(axis.get("x1")), float(axis.get("x2"))
+    assert [m.get("class") for m in marks] == ["f0", "f1"]
+    for mark in marks:
+        assert left + 4.5 <= float(mark.get("cx")) <= right - 4.5
+    assert [bar.count("v8") for bar in bars] == [2, 1, 1]
+    assert bars[1].split("H")[1].startswith(f"{right:.1f}")  # an open end goes to the edge
+
+
+def test_figure_has_the_fastest_first_and_a_colour_for_each_method() -> None:
+    timings = [
+        {"method": m, "dtype": d, "batch": 1, "seconds": 8 / r, "quartiles": [7 / r, 10 / r],
+         "tokens_per_second": r}
+        for m, d, r in (("static", "bfloat16", 300.0), ("one", "bfloat16", 9000.0),
+                        ("static", "float32", 400.0))
+    ]  # fmt: skip
+    case = {"model": "m", "length": 8, "dtype": "bfloat16", "timings": timings}
+    drawn = figure({"cases": [case]})
+    root = ElementTree.fromstring(drawn)
+    marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert [m[0].text for m in marks] == ["one: 9,000", "static (float32): 400", "static: 300"]
+    assert [m.get("class") for m in marks] == ["f0", "ring s1", "f1"]
+    assert "prefers-color-scheme:dark" in drawn
+    bar = next(root.iter("{http://www.w3.org/2000/svg}path")).get("d")
+    assert bar.count("v8") == 2
 
 
 FAKE_VLLM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import pydoc
 import subprocess
 import sys
@@ -256,6 +257,24 @@ def test_callback_sees_every_step(small_lm: FrozenLM) -> None:
     events: list[FitEvent] = []
     fast_fit(small_lm, IDS, recipe=Recipe(max_steps=4, margin=1e9), callback=events.append)
     assert [e.steps.tolist() for e in events] == [[i, i] for i in range(4)]
+
+
+@pytest.mark.parametrize("share", [None, "m"])
+def test_callback_can_ask_for_the_best_vectors(share: str | None, small_lm: FrozenLM) -> None:
+    recipe = Recipe(max_steps=3, margin=1e9)  # scores at steps 0, 1 and 2, keeps the best of them
+    seen: dict[int, torch.Tensor] = {}
+    events: list[FitEvent] = []
+
+    def note(event: FitEvent) -> None:
+        events.append(event)
+        seen.update({row: event.best_of(row) for row in event.rows.tolist()})
+        assert event.best_of(4) is None  # there are four rows
+
+    fit = fast_fit(small_lm, IDS, seeds=2, share=share, recipe=recipe, callback=note)
+    for row in range(4):
+        assert torch.equal(seen[row], fit.tokens.vectors(row))
+    assert events[-1].best_of(0) is None  # nothing of the device is kept
+    assert torch.equal(pickle.loads(pickle.dumps(events[0])).loss, events[0].loss)
 
 
 @pytest.mark.parametrize(

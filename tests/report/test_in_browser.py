@@ -107,3 +107,19 @@ def test_light_dark_and_print(browser: str, results: Results, page: Path, tmp_pa
     written = build(results, tmp_path / "p.html", browser=browser)
     paper = next(path for path in written.files if path.name == "report.pdf")
     assert paper.read_bytes().startswith(b"%PDF-") and paper.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_nothing_is_wider_than_the_window(browser: str, page: Path, width: int) -> None:
+    driver = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    with driver.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        shown = chromium.new_page(viewport={"width": width, "height": 900})
+        shown.goto(page.as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        # Tables of numbers scroll; what is read as sentences does not.
+        sentences = shown.locator(".wide").evaluate_all(
+            "all => all.map(one => one.scrollWidth - one.clientWidth)"
+        )
+        chromium.close()
+    assert len(sentences) == 2 and max(sentences) <= 0

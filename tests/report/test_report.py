@@ -12,10 +12,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 
 from prototok.cli import main
+from prototok.geometry.distances import Pairs
 from prototok.report.build import build
+from prototok.report.chart import extent
 from prototok.report.experiments import sections
+from prototok.report.experiments.distances import _density
 from prototok.report.findings import findings
 from prototok.report.gallery import gallery
 from prototok.report.results import Results, kuratov, longest, read
@@ -242,3 +246,33 @@ def test_the_command_writes_the_page(
         with pytest.raises(SystemExit) as stopped:
             main(["report", run, *bad])
         assert stopped.value.code == 2
+
+
+def test_an_empty_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, page = tmp_path / "run", tmp_path / "r.html"
+    for asked in (
+        ["sweep", "plan", "table1", "--preset", "small", "--model", "tiny-neox", "-o", str(run)],
+        ["report", str(run), "-o", str(page), "--no-files", "--title", "nothing <yet>"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(asked)
+        assert ended.value.code == 0
+    assert f"no fit of {run} is done yet: prototok sweep run {run}" in capsys.readouterr().err
+    text = page.read_text(encoding="utf-8")
+    assert text.count("No fit of this run is done yet") == 1 and "nothing &lt;yet&gt;" in text
+
+
+def test_a_run_with_fits_does_not_say_that_it_is_empty(html: str) -> None:
+    assert "No fit of this run is done yet" not in html
+
+
+def test_densities_stand_where_the_distances_are() -> None:
+    distance = torch.linspace(0.6, 0.9, 40, dtype=torch.float64)
+    nothing = torch.zeros(40, dtype=torch.int64)
+    chart = _density("d", "t", Pairs(nothing, nothing, nothing, distance))
+    (one,) = chart.series
+    (low, high), _ = extent(chart)
+    assert 0.3 < low < min(one.x) < 0.6 and 0.9 < max(one.x) < high < 1.2
+    assert max(one.y[0], one.y[-1]) < 0.02 * max(one.y)  # nothing but tails is left out
+    near = _density("d", "t", Pairs(nothing, nothing, nothing, distance - 0.59))
+    assert extent(near)[0][0] == 0  # no distance is negative

@@ -21,6 +21,7 @@ TABLE = Table(
 def test_mean_and_standard_deviation() -> None:
     found = mean_std([1.0, 0.0])
     assert (found.text, found.value, found.std, found.note) == ("0.50±0.50", 0.5, 0.5, "n = 2")
+    assert found.n == 2
     assert number(12345.678, 1).text == "12,345.7"
     assert number(None).text == "–" and number(float("nan")).value is None
 
@@ -30,6 +31,21 @@ def test_csv_reads_back() -> None:
     assert rows == [
         ["who, what", "N = 4"], ['a_b & "c"', "1.00±0.50"], ["≥8", "[missing]"], ["x", "[failed]"],
     ]  # fmt: skip
+
+
+def test_csv_has_mean_std_and_n_in_columns_of_their_own() -> None:
+    table = Table(
+        "t", "c", ("who", "N = 4", "tokens/s"),
+        ((label("a"), mean_std([1.0, 0.5]), number(12345.5, 1)),
+         (label("b"), Cell("0.45±0.31", 0.45, std=0.31), number(None)),
+         (label("c"), Cell("…", None, "missing"), Cell("3/3; 1.0", 1.0))),
+    )  # fmt: skip
+    assert list(csv.reader(io.StringIO(to_csv(table)))) == [
+        ["who", "N = 4 mean", "N = 4 std", "N = 4 n", "tokens/s"],
+        ["a", "0.75", "0.25", "2", "12345.5"],
+        ["b", "0.45", "0.31", "", "–"],
+        ["c", "[missing]", "", "", "3/3; 1.0"],
+    ]
 
 
 def test_latex_is_booktabs_and_escaped() -> None:
@@ -80,3 +96,22 @@ def test_a_logarithmic_axis_leaves_out_zero() -> None:
     root = ET.fromstring(svg(chart))
     line = root.find(".//{*}polyline[@class='s0']")
     assert line is not None and len(line.attrib["points"].split()) == 1
+
+
+def test_markers_on_the_edge_are_whole() -> None:
+    ends = Series("", (0.0, 1.0), (0.0, 1.0), "points", weight=6)
+    chart = Chart("c", "t", Axis("x", low=0, high=1), Axis("y", low=0, high=1), (ends,))
+    root = ET.fromstring(svg(chart))
+    clipped = root.find(".//{*}g[@clip-path]")
+    assert clipped is not None and clipped.findall(".//{*}circle") == []
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    marks = root.findall(".//{*}circle")
+    assert len(marks) == 2
+    for mark in marks:
+        x, y, r = (float(mark.attrib[name]) for name in ("cx", "cy", "r"))
+        assert r < x < width - r and r < y < height - r
+
+
+def test_one_series_is_named_as_well() -> None:
+    drawn = svg(Chart("c", "t", Axis("x"), Axis("y"), (Series("alone", (1.0,), (1.0,)),)))
+    assert ">alone</text>" in drawn

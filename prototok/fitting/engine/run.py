@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from prototok.common.shown import shapes
 from prototok.fitting.engine.basis import with_basis
 from prototok.fitting.engine.buckets import Bucket, make_buckets
 from prototok.fitting.engine.rows import Group
-from prototok.fitting.engine.runner import Poll, step_runner
+from prototok.fitting.engine.runner import Poll, StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 
@@ -44,6 +45,10 @@ class Refused:
     exact: bool
 
 
+def _left(row: int) -> None:
+    """Return None, the vectors of a row that is no longer in flight."""
+
+
 @dataclass(frozen=True)
 class FitEvent:
     """What a callback of `fast_fit` sees after each look at the device.
@@ -51,6 +56,8 @@ class FitEvent:
     rows    (R,) places in the results (text × seeds + seed) of the rows in flight
     steps   (R,) updates made before this score
     loss    (R,) nats, summed over the row's targets; correct (R,) and margin (R,) likewise by row
+    best_of returns the best vectors so far of a row, (slots, d) fp32 on the CPU, read from the
+            device when it is asked, during the callback; None of a row that has left
     """
 
     rows: Tensor
@@ -58,8 +65,18 @@ class FitEvent:
     loss: Tensor
     correct: Tensor
     margin: Tensor
+    best_of: Callable[[int], Tensor | None] = field(default=_left, repr=False)
 
     __repr__ = shapes
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"best_of": _left}  # what is sent elsewhere has no device to ask
+
+
+def by_row(vectors: list[Tensor], rows: int) -> list[Tensor]:
+    """Return the vectors (slots, d) of each of a group's `rows`, from its e and m."""
+    parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in vectors]
+    return list(torch.cat(parts, dim=1))
 
 
 def run(
@@ -115,7 +132,7 @@ def _run_bucket(
                 seconds[group.index] = seconds.get(group.index, 0.0) + (clock - before) / slots.rows
             if poll is None:
                 continue
-            observe(_event(poll))
+            observe(_event(poll, runner))
             place = {group.index: g for g, group in enumerate(slots.groups)}
             leaving = []
             ending = poll.done | poll.spent | poll.failed
@@ -161,8 +178,20 @@ def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, floa
     )
 
 
-def _event(poll: Poll) -> FitEvent:
+def _event(poll: Poll, runner: StepRunner) -> FitEvent:
     rows = torch.tensor(
         [row.index for group in poll.groups for row in group.rows], dtype=torch.int64, device="cpu"
     )
-    return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin)
+    running = weakref.ref(runner)  # an event that is kept does not keep the device's memory
+
+    def best_of(row: int) -> Tensor | None:
+        now = running()
+        if now is None:
+            return None
+        for g, group in enumerate(now.slots.groups):
+            rows = [one.index for one in group.rows]
+            if row in rows:
+                return by_row(now.best_of(g), len(rows))[rows.index(row)]
+        return None
+
+    return FitEvent(rows, poll.scored_at, poll.loss, poll.correct, poll.margin, best_of)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prototok.common.arguments import is_count, is_integer, listed_items
+from prototok.common.memory import held
 from prototok.common.progress import Progress
 from prototok.common.version import VERSION
 from prototok.fitting.engine.basis import eigenbasis
@@ -95,13 +96,14 @@ def train(
     )
     done = 0 if kept is None else kept.load(network, optimizer)
     make = begin(done)
-    with Progress(steps, what, progress) as bar:
+    device = next(network.parameters()).device
+    with Progress(steps, what, progress, steady=True) as bar:
         clock = time.monotonic()
         for step in range(done, steps):
             falling = rate * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = falling * min(1.0, (step + 1) / _WARM_UP)
-            bar.update(step, make(optimizer, step))
+            bar.update(step, f"{make(optimizer, step)}, {held(device) / 1e9:.1f} GB")
             if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
                 kept.save(network, optimizer, step + 1)
                 clock = time.monotonic()

@@ -107,15 +107,17 @@ def _spread(values: torch.Tensor) -> Cell:
 
 
 def _density(name: str, title: str, pairs: Pairs) -> Chart:
-    """Draw Gaussian kernel densities, bandwidth by Scott's rule."""
-    top = float(pairs.distance.max()) if len(pairs.distance) else 1.0
-    points = np.linspace(0, top * 1.1, 160)
-    series = []
+    """Draw Gaussian kernel densities, bandwidth by Scott's rule, where there are distances."""
+    found: dict[str, tuple[np.ndarray, float]] = {}  # distances and bandwidth
     for kind in CLASSES:
         values = pairs.of(kind).numpy()
-        if len(values) < 2 or values.std() == 0:
-            continue
-        width = values.std(ddof=1) * len(values) ** -0.2
+        if len(values) >= 2 and values.std() > 0:
+            found[kind] = values, float(values.std(ddof=1)) * len(values) ** -0.2
+    low = min((values.min() - 3 * width for values, width in found.values()), default=0.0)
+    high = max((values.max() + 3 * width for values, width in found.values()), default=1.0)
+    points = np.linspace(max(0.0, low), min(2.0, high), 160)  # a cosine distance is in 0 … 2
+    series = []
+    for kind, (values, width) in found.items():
         height = np.exp(-((points[:, None] - values) ** 2) / (2 * width**2)).mean(1)
         series.append(
             Series(
@@ -128,7 +130,7 @@ def _density(name: str, title: str, pairs: Pairs) -> Chart:
     return Chart(
         name=name,
         title=f"{title}: how far solutions lie apart",
-        x=Axis("cosine distance of e", low=0),
+        x=Axis("cosine distance of e", low=0 if low <= 0 else None),
         y=Axis("density", low=0),
         series=tuple(series),
     )

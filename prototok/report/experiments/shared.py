@@ -18,7 +18,7 @@ def accuracy(fits: list[Fit]) -> Cell:
 
 def published(names: tuple[str, ...], values: Mapping[int, tuple[float, float]]) -> GridRow:
     """Make a row of the paper's: mean ± std by column."""
-    return GridRow(names, [Cell(f"{m:.2f}±{s:.2f}", m) for m, s in values.values()])
+    return GridRow(names, [Cell(f"{m:.2f}±{s:.2f}", m, std=s) for m, s in values.values()])
 
 
 def n_columns(lengths: Sequence[int]) -> list[str]:
@@ -37,7 +37,7 @@ def line(name: str, x: Sequence[float], cells: Sequence[Cell], band: bool = True
     """Draw the means of cells as a line, ± one standard deviation as a band within 0 … 1."""
     known = [(at, one) for at, one in zip(x, cells, strict=True) if one.value is not None]
     middle = [one.value or 0.0 for _, one in known]
-    spread = [one.std for _, one in known]
+    spread = [one.std or 0.0 for _, one in known]
     return Series(
         label=name,
         x=tuple(float(at) for at, _ in known),

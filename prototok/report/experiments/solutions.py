@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from prototok.report.chart import Axis, Chart, Series
+from prototok.report.chart import COLOURS, Axis, Chart, Series
 from prototok.report.results import Results, name_of
 from prototok.report.section import Content, Section
 from prototok.report.tables import (
@@ -125,11 +125,13 @@ def _under(condition: tuple[str, str], group: dict[str, Any]) -> Cell:
 def _components(name: str, found: dict[str, Any], title: str) -> Chart:
     """Draw solutions in the plane of their first two principal components, by context."""
     series = []
-    for home in dict.fromkeys(found["context"]):
+    homes = list(dict.fromkeys(found["context"]))
+    for home in homes:
         at = [j for j, c in enumerate(found["context"]) if c == home]
         series.append(
             Series(
-                label="",
+                # Colours come again after so many: then the points' own names are all there is.
+                label=_short(found["text"][at[0]]) if len(homes) <= len(COLOURS) else "",
                 x=tuple(found["coordinates"][j][0] for j in at),
                 y=tuple(found["coordinates"][j][1] for j in at),
                 kind="points",
@@ -145,3 +147,9 @@ def _components(name: str, found: dict[str, Any], title: str) -> Chart:
         y=Axis(f"second ({share[1]})"),
         series=tuple(series),
     )
+
+
+def _short(text: str | None) -> str:
+    """Return the beginning of a text, as the name of its points."""
+    words = " ".join((text or "").split())
+    return words if len(words) <= 24 else words[:23] + "…"
