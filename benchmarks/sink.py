@@ -30,6 +30,7 @@ from record import RESULTS, provenance, write
 from transformers import AutoModelForCausalLM
 
 import prototok
+from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.recipe import recipe_of
 from prototok.model.load import BUILT_IN, path_of
@@ -77,8 +78,20 @@ def main() -> None:
         if a.seconds is not None and time.monotonic() - started > a.seconds:
             return
         recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
-        fit = prototok.fast_fit(lm, pieces, recipe=recipe, progress=True, **options)
-        cells.append(_cell(name, fit, _confirmed(fit, lm)))
+        first: list[int | None] = [None] * len(pieces)
+
+        def note(event: FitEvent) -> None:
+            seen = zip(
+                event.rows.tolist(), event.steps.tolist(), event.correct.tolist(), strict=True
+            )
+            for row, step, right in seen:
+                if right == len(pieces[row]) and first[row] is None:
+                    first[row] = step
+
+        fit = prototok.fast_fit(
+            lm, pieces, recipe=recipe, progress=True, callback=note, **options
+        )  # fmt: skip
+        cells.append(_cell(name, fit, _confirmed(fit, lm)) | {"first right": first})
         print(_line(cells[-1]), flush=True)
         write(provenance() | settings | {"cells": cells}, a.out)
 
