@@ -339,7 +339,7 @@ def real_model() -> str:
             for name, *fit in zip(names, ended, first, cell["accuracy"], strict=True):
                 by_source.setdefault(name, []).append(tuple(fit))
         by_source["all"] = [fit for fits in by_source.values() for fit in fits]
-        for name, fits in sorted(by_source.items(), key=lambda item: item[0] == "all"):
+        for name, fits in sorted(by_source.items(), key=lambda item: (item[0] == "all", item)):
             steps = [ended for ended, _, _ in fits]
             exact = sum(map(math.isfinite, steps))
             share = share_of(exact, len(fits))

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--learn-steps", type=int, default=200)
     parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--cycle", type=int, help="updates of the first cosine of `fast`")
     parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "sink.json")
     a = parser.parse_args()
@@ -79,6 +80,8 @@ def main() -> None:
         if a.seconds is not None and time.monotonic() - started > a.seconds:
             return
         recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
+        if a.cycle is not None and recipe.cycle is not None:
+            recipe = dataclasses.replace(recipe, cycle=a.cycle)
         seen = Seen(pieces, None if a.seconds is None else started + a.seconds)
         try:
             fit = prototok.fast_fit(
