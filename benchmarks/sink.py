@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,8 +33,9 @@ from transformers import AutoModelForCausalLM
 
 import prototok
 from prototok.fitting.fast_fit import FitEvent
+from prototok.fitting.front import front_of
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.recipe import recipe_of
+from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sink import sink_of
 from prototok.texts.files import chunks, read_text
@@ -90,9 +92,8 @@ def main() -> None:
             ended = list(range(len(pieces)))
         except prototok.FitInterrupted as stopped:
             fit, ended = stopped.result, stopped.texts
-            if fit is None:
-                return
-        cells.append(_cell(name, fit, _confirmed(fit, lm), ended, seen))
+        front = front_of(lm, options.get("prefix", "auto"), recipe, options.get("init"))[1]
+        cells.append(_cell(recipe, front, fit, _confirmed(fit, lm), ended, seen))
         print(_line(cells[-1]), flush=True)
         write(provenance() | settings | {"cells": cells}, a.out)
 
@@ -152,10 +153,12 @@ def _kept(path: Path, settings: dict) -> list[dict]:
 
 
 @torch.no_grad()
-def _confirmed(fit: prototok.FitResult, lm: prototok.FrozenLM) -> dict[str, int]:
+def _confirmed(fit: prototok.FitResult | None, lm: prototok.FrozenLM) -> dict[str, int]:
     """Count the exact texts that plain transformers decodes from the vectors alone, by dtype."""
-    counts = {}
+    counts = {"bfloat16": 0, "float32": 0}
     for dtype in (torch.bfloat16, torch.float32):
+        if fit is None:
+            break
         name = lm.identity.name
         folder = path_of(name) if name in BUILT_IN else name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -173,25 +176,32 @@ def _confirmed(fit: prototok.FitResult, lm: prototok.FrozenLM) -> dict[str, int]
 
 
 def _cell(
-    recipe: str, fit: prototok.FitResult, confirmed: dict[str, int], ended: list[int], seen: Seen
+    recipe: Recipe,
+    front: str,
+    fit: prototok.FitResult | None,
+    confirmed: dict[str, int],
+    ended: list[int],
+    seen: Seen,
 ) -> dict:
     """Return what is kept of a fit; a text that was not `ended` is not exact after its steps."""
-    solved = fit.steps[fit.exact]
     steps, margin = list(seen.steps), [None] * len(seen.steps)
     accuracy = [min(right, n - 1) / n for right, n in zip(seen.right, seen.lengths, strict=True)]
+    solved = []
     for k, text in enumerate(ended):
         steps[text], accuracy[text] = int(fit.steps[k, 0]), float(fit.accuracy[k, 0])
         margin[text] = round(float(fit.margin[k, 0]), 2)
+        if fit.exact[k, 0]:
+            solved.append(steps[text])
     return {
-        "recipe": recipe,
-        "prefix": fit.tokens.provenance["prefix"],
-        "settings": json.loads(fit.tokens.provenance["recipe"]),
+        "recipe": recipe.name,
+        "prefix": front,
+        "settings": dataclasses.asdict(recipe),
         "commit": provenance()["commit"],
-        "exact": int(fit.exact.sum()),
+        "exact": len(solved),
         "confirmed": confirmed,
         "margin": margin,
-        "steps of the exact": sorted(solved.tolist()),
-        "median": float(torch.median(solved.double())) if len(solved) else None,
+        "steps of the exact": sorted(solved),
+        "median": statistics.median_low(solved) if solved else None,
         "accuracy": accuracy,
         "steps": steps,
         "first right": seen.first,
