@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -311,31 +312,59 @@ def fronts() -> str:
     return "\n".join([*lines, "", f"Last: `{record['command']}`: {source(record)}"])
 
 
-def three_sources() -> str:
-    """Texts of SmolLM2-135M that no setting was chosen on, source by source."""
-    record = result("sink_three_sources.json")
+def real_model() -> str:
+    """Texts of SmolLM2-135M that no setting was chosen on, by length, recipe and source."""
     lines = [
-        "| recipe | in front | source | exact | 95 % | steps, quartiles | most |",
-        "|---|---|---|---|---|---|---|",
+        "| N | recipe | in front | most steps | source | exact | 95 % | steps | first right "
+        "| tokens right | confirmed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for c in record["cells"]:
-        count = record["texts"] // len(record["sources"])
-        for k, name in enumerate([*record["sources"], "all"]):
-            part = slice(k * count, (k + 1) * count) if name != "all" else slice(None)
-            steps, accuracy = c["steps"][part], c["accuracy"][part]
-            solved = [n for n, a in zip(steps, accuracy, strict=True) if a == 1]
-            share = share_of(len(solved), len(steps))
-            quarters = statistics.quantiles(solved, n=4, method="inclusive")
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("real/*.json"))]
+    cells: dict[tuple, list[tuple[dict, dict]]] = {}
+    for record in records:
+        for cell in record["cells"]:
+            front = cell["prefix"].removesuffix(" (as asked)")
+            key = record["length"], cell["recipe"], front, record["max_steps"]
+            cells.setdefault(key, []).append((record, cell))
+    for key, parts in sorted(cells.items()):
+        by_source: dict[str, list[tuple[float, float | None, float]]] = {}
+        for record, cell in parts:
+            each = record["texts"] // len(record["sources"])
+            names = [name for name in record["sources"] for _ in range(each)]
+            ended = [
+                step if accuracy == 1 else math.inf
+                for step, accuracy in zip(cell["steps"], cell["accuracy"], strict=True)
+            ]
+            first = cell.get("first right", ended)  # the paper's recipe ends there
+            for name, *fit in zip(names, ended, first, cell["accuracy"], strict=True):
+                by_source.setdefault(name, []).append(tuple(fit))
+        by_source["all"] = [fit for fits in by_source.values() for fit in fits]
+        for name, fits in sorted(by_source.items(), key=lambda item: (item[0] == "all", item)):
+            steps = [ended for ended, _, _ in fits]
+            exact = sum(map(math.isfinite, steps))
+            share = share_of(exact, len(fits))
+            right = [math.inf if right is None else right for _, right, _ in fits]
+            accuracy = statistics.fmean(accuracy for _, _, accuracy in fits)
+            confirmed = [
+                str(sum(cell["confirmed"][dtype] for _, cell in parts))
+                for dtype in ("bfloat16", "float32")
+            ]
             lines.append(
-                f"| {c['recipe']} | {c['prefix']} | {name} | {len(solved)} of {len(steps)} "
-                f"| {share.low:.2f}–{share.high:.2f} | {steps_of(list(quarters))} | {max(solved)} |"
+                f"| {' | '.join(map(str, key))} | {name} | {exact} of {len(fits)} "
+                f"| {share.low:.2f}–{share.high:.2f} "
+                f"| {steps_of([at_share(steps, q) for q in (0.25, 0.5, 0.75)])} "
+                f"| {steps_of([at_share(right, 0.5)])} | {accuracy:.2f} "
+                f"| {' / '.join(confirmed) if name == 'all' else ''} |"
             )
-        confirmed = c["confirmed"]
-        lines += [
-            "", f"Plain transformers confirms {confirmed['bfloat16']} of the {c['exact']} exact in "
-            f"bfloat16 and {confirmed['float32']} in float32.",
-        ]  # fmt: skip
-    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
+    commits = ", ".join(sorted({record["commit"] for record in records}))
+    files = f"`benchmarks/results/real/`: {len(records)} files, each with its command"
+    return "\n".join([*lines, "", f"{files}; the last: {source(records[-1])} All: {commits}."])
+
+
+def at_share(values: list[float], share: float) -> float | None:
+    """Return the value that `share` of them do not exceed; None where it is infinite."""
+    value = sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return value if math.isfinite(value) else None
 
 
 def expected() -> str:
@@ -352,16 +381,18 @@ def expected() -> str:
             f"| `{name}` (built in) | {trained['parameters'] / 1e6:.1f}M | {of['length']} "
             f"| {of['exact']} of {of['texts']} | {steps_of(of['steps_quartiles'])} | | |"
         )
-    record, step = (
-        result("sink_three_sources.json"),
-        result("fit-step-smollm2-135m-avx512bf16.json"),
-    )
-    (cell,) = record["cells"]
-    solved = [n for n, a in zip(cell["steps"], cell["accuracy"], strict=True) if a == 1]
-    quarters = statistics.quantiles(solved, n=4, method="inclusive")
+    records = [json.loads(path.read_text()) for path in RESULTS.glob("real/16-fast-*.json")]
+    fits = [
+        step if accuracy == 1 else math.inf
+        for record in records
+        for cell in record["cells"]
+        for step, accuracy in zip(cell["steps"], cell["accuracy"], strict=True)
+    ]
+    step = result("fit-step-smollm2-135m-avx512bf16.json")
     lines.append(
-        f"| SmolLM2-135M | 135M | {record['length']} | {len(solved)} of {record['texts']} "
-        f"| {steps_of(list(quarters))} | {step['step_ms']['ours']:.0f} ms for {step['rows']} texts "
+        f"| SmolLM2-135M | 135M | {records[0]['length']} | {sum(map(math.isfinite, fits))} of "
+        f"{len(fits)} | {steps_of([at_share(fits, q) for q in (0.25, 0.5, 0.75)])} "
+        f"| {step['step_ms']['ours']:.0f} ms for {step['rows']} texts "
         f"of {step['length']} tokens | {step['peak_memory_bytes']['process'] / 1e9:.1f} GB |"
     )
     return "\n".join([
@@ -505,7 +536,7 @@ def encoder() -> str:
 
 
 DOCUMENTS = {
-    "docs/sink.md": (sinks, fronts, three_sources),
+    "docs/sink.md": (sinks, fronts, real_model),
     "docs/amortised.md": (amortised, encoder),
     "docs/reliability.md": (soak,),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),

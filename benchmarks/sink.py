@@ -11,7 +11,8 @@ end is counted as not exact; the median of the steps is over the exact ones alon
 `--prefix TEXT`, `--ids 7,8` and `--learned P` may each be given more than once, to compare what
 stands in front; `none` is nothing. P vectors are learned from the model's own samples, never from
 the texts that are fitted behind them; `--learned` also starts fits from what was learned with them.
-What stands in the result file for the same texts and steps is kept.
+What stands in the result file for the same texts and steps is kept. With `--seconds` a fit is
+stopped in time: texts in flight count as not exact, after the steps that they had ("stopped").
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -30,8 +32,10 @@ from record import RESULTS, provenance, write
 from transformers import AutoModelForCausalLM
 
 import prototok
+from prototok.fitting.fast_fit import FitEvent
+from prototok.fitting.front import front_of
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.recipe import recipe_of
+from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sink import sink_of
 from prototok.texts.files import chunks, read_text
@@ -51,7 +55,8 @@ def main() -> None:
     parser.add_argument("--learn-steps", type=int, default=200)
     parser.add_argument("--priors", type=Path, default=Path("priors"), help="learned once, kept")
     parser.add_argument("--max-steps", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, help="start no more fits after so many")
+    parser.add_argument("--cycle", type=int, help="updates of the first cosine of `fast`")
+    parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "sink.json")
     a = parser.parse_args()
     if not Path(a.model).exists() and Path(a.model) == FOLDER:
@@ -77,8 +82,18 @@ def main() -> None:
         if a.seconds is not None and time.monotonic() - started > a.seconds:
             return
         recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
-        fit = prototok.fast_fit(lm, pieces, recipe=recipe, progress=True, **options)
-        cells.append(_cell(name, fit, _confirmed(fit, lm)))
+        if a.cycle is not None and recipe.cycle is not None:
+            recipe = dataclasses.replace(recipe, cycle=a.cycle)
+        seen = Seen(pieces, None if a.seconds is None else started + a.seconds)
+        try:
+            fit = prototok.fast_fit(
+                lm, pieces, recipe=recipe, progress=True, callback=seen.note, **options
+            )  # fmt: skip
+            ended = list(range(len(pieces)))
+        except prototok.FitInterrupted as stopped:
+            fit, ended = stopped.result, stopped.texts
+        front = front_of(lm, options.get("prefix", "auto"), recipe, options.get("init"))[1]
+        cells.append(_cell(recipe, front, fit, _confirmed(fit, lm), ended, seen))
         print(_line(cells[-1]), flush=True)
         write(provenance() | settings | {"cells": cells}, a.out)
 
@@ -105,6 +120,28 @@ def main() -> None:
     print(json.dumps([{k: c[k] for k in ("recipe", "prefix", "exact")} for c in cells]))
 
 
+class Seen:
+    """What was seen of each text while it was fitted; at `end`, on the monotonic clock, it stops.
+
+    steps  updates made; right: most tokens right so far; first: the step at which all were
+    """
+
+    def __init__(self, pieces: list[list[int]], end: float | None) -> None:
+        self.lengths, self.end = [len(piece) for piece in pieces], end
+        self.steps, self.right = [0] * len(pieces), [0] * len(pieces)
+        self.first: list[int | None] = [None] * len(pieces)
+
+    def note(self, event: FitEvent) -> None:
+        """Take note of a look at the device."""
+        seen = zip(event.rows.tolist(), event.steps.tolist(), event.correct.tolist(), strict=True)
+        for row, step, right in seen:
+            self.steps[row], self.right[row] = step, max(self.right[row], right)
+            if right == self.lengths[row] and self.first[row] is None:
+                self.first[row] = step
+        if self.end is not None and time.monotonic() > self.end:
+            raise KeyboardInterrupt
+
+
 def _kept(path: Path, settings: dict) -> list[dict]:
     """Return the cells of a result file, where it is of the same texts and steps."""
     if not path.exists():
@@ -116,10 +153,12 @@ def _kept(path: Path, settings: dict) -> list[dict]:
 
 
 @torch.no_grad()
-def _confirmed(fit: prototok.FitResult, lm: prototok.FrozenLM) -> dict[str, int]:
+def _confirmed(fit: prototok.FitResult | None, lm: prototok.FrozenLM) -> dict[str, int]:
     """Count the exact texts that plain transformers decodes from the vectors alone, by dtype."""
-    counts = {}
+    counts = {"bfloat16": 0, "float32": 0}
     for dtype in (torch.bfloat16, torch.float32):
+        if fit is None:
+            break
         name = lm.identity.name
         folder = path_of(name) if name in BUILT_IN else name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -136,20 +175,37 @@ def _confirmed(fit: prototok.FitResult, lm: prototok.FrozenLM) -> dict[str, int]
     return counts
 
 
-def _cell(recipe: str, fit: prototok.FitResult, confirmed: dict[str, int]) -> dict:
-    solved = fit.steps[fit.exact]
+def _cell(
+    recipe: Recipe,
+    front: str,
+    fit: prototok.FitResult | None,
+    confirmed: dict[str, int],
+    ended: list[int],
+    seen: Seen,
+) -> dict:
+    """Return what is kept of a fit; a text that was not `ended` is not exact after its steps."""
+    steps, margin = list(seen.steps), [None] * len(seen.steps)
+    accuracy = [min(right, n - 1) / n for right, n in zip(seen.right, seen.lengths, strict=True)]
+    solved = []
+    for k, text in enumerate(ended):
+        steps[text], accuracy[text] = int(fit.steps[k, 0]), float(fit.accuracy[k, 0])
+        margin[text] = round(float(fit.margin[k, 0]), 2)
+        if fit.exact[k, 0]:
+            solved.append(steps[text])
     return {
-        "recipe": recipe,
-        "prefix": fit.tokens.provenance["prefix"],
-        "settings": json.loads(fit.tokens.provenance["recipe"]),
+        "recipe": recipe.name,
+        "prefix": front,
+        "settings": dataclasses.asdict(recipe),
         "commit": provenance()["commit"],
-        "exact": int(fit.exact.sum()),
+        "exact": len(solved),
         "confirmed": confirmed,
-        "margin": [round(m, 2) for m in fit.margin[:, 0].tolist()],
-        "steps of the exact": sorted(solved.tolist()),
-        "median": float(torch.median(solved.double())) if len(solved) else None,
-        "accuracy": fit.accuracy[:, 0].tolist(),
-        "steps": fit.steps[:, 0].tolist(),
+        "margin": margin,
+        "steps of the exact": sorted(solved),
+        "median": statistics.median_low(solved) if solved else None,
+        "accuracy": accuracy,
+        "steps": steps,
+        "first right": seen.first,
+        "stopped": [text for text in range(len(steps)) if text not in ended],
     }
 
 
