@@ -43,11 +43,11 @@ def prior_of(lm: FrozenLM, folder: Path) -> Prior:
     return Prior.load(path)
 
 
-def samples_of(lm: FrozenLM, folder: Path) -> torch.Tensor:
-    """Return (512, 128) ids that the model made up, to train on."""
+def samples_of(lm: FrozenLM, folder: Path, count: int = 512) -> torch.Tensor:
+    """Return what is in the folder, else (count, 128) ids that the model made up, to train on."""
     path = folder / "samples.npy"
     if not path.exists():
-        np.save(path, own_texts(lm, 512, 128, seed=1).numpy())
+        np.save(path, own_texts(lm, count, 128, seed=1).numpy())
     return torch.from_numpy(np.load(path))
 
 

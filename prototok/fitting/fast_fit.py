@@ -21,7 +21,7 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
-from prototok.fitting.learned.optimizer import LearnedOptimizer
+from prototok.fitting.learned.optimizer import LearnedOptimizer, shipped_optimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
@@ -79,7 +79,7 @@ def fast_fit(
             first updates, and `fast` takes over where its progress stops.
         init: where vectors start, from `prototok.learn_shared`; with "learned" the network, from
             `prototok.learn_optimizer`. None leaves it to the recipe: "fast" starts built-in models
-            from the prior they come with.
+            from the prior they come with, "learned" takes the network they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -102,6 +102,8 @@ def fast_fit(
     require_share(share, layout)
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
+    if init is None and settings.learned:
+        init = shipped_optimizer(lm)
     if init is not None:
         if not isinstance(init, Prior | LearnedOptimizer):
             raise ValueError(

@@ -36,7 +36,7 @@ from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
 
 _WIDTH, _DEPTH = 512, 3
-_RATE, _WARM_UP = 1e-3, 100  # of the AdamW that trains the network
+_RATE, _WARM_UP = 5e-4, 100  # of the AdamW that trains the network
 _KEEP_EVERY = 60.0  # seconds
 # Texts that are sampled from the model, and their length; windows are cut from them.
 _TEXTS, _LONG = 512, 128

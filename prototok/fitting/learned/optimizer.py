@@ -16,9 +16,11 @@ from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.prior import Prior
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
+from prototok.model.load import BUILT_IN, path_of
 from prototok.results.hub import OnHub
 from prototok.results.tensor_file import Origin, Shapes, read_tensors, write_tensors
 
+FILE = "optimizer.safetensors"
 _FORM = ("prototok.optimizer", 1)
 _START = ("mean", "std", "basis")  # tensors of the start; all others are the network's
 
@@ -42,7 +44,7 @@ class LearnedOptimizer(OnHub):
             f"{made.get('steps')} steps)"
         )
 
-    _file: ClassVar[str] = "optimizer.safetensors"
+    _file: ClassVar[str] = FILE
     _usage: ClassVar[str] = (
         'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
         'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
@@ -83,6 +85,14 @@ class LearnedOptimizer(OnHub):
         tensors.pop("prefix", None)
         start = Prior(mean, std, basis, origin.model, origin.provenance, origin.prefix)
         return cls(start, tensors)
+
+
+def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:
+    """Return the one in the package for the model that `lm` holds; None where there is none."""
+    if lm.identity.name not in BUILT_IN:
+        return None
+    path = Path(path_of(lm.identity.name)) / FILE
+    return LearnedOptimizer.load(path) if path.exists() else None
 
 
 def weights_of(network: UpdateNetwork) -> dict[str, Tensor]:
