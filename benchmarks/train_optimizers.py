@@ -3,7 +3,7 @@
     python benchmarks/train_optimizers.py tiny-neox tiny-llama --folder FOLDER
 
 Each learns from samples of its own model, which FOLDER keeps beside the state of the training: what
-was interrupted goes on when it is called again. The optimiser replaces the one in prototok/models.
+was interrupted goes on when it is called again. Optimisers are written to OUT/MODEL.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", default=BUILT_IN, metavar="MODEL")
     parser.add_argument("--folder", type=Path, required=True, help="samples and checkpoints")
+    parser.add_argument("--out", type=Path, default=Path(path_of(BUILT_IN[0])).parent,
+                        help="default: the models in the package")  # fmt: skip
     parser.add_argument("--steps", type=int, help="default: of each model its own")
     asked = parser.parse_args()
     if unknown := set(asked.models) - set(BUILT_IN):
@@ -43,7 +45,7 @@ def main() -> None:
             steps=asked.steps or STEPS[name], checkpoint=folder / "training.safetensors",
             progress=True,
         )  # fmt: skip
-        path = Path(path_of(name)) / FILE
+        path = asked.out / name / FILE
         trained.save(path)
         size = path.stat().st_size / 1e6
         print(f"{name}: {time.process_time() - start:.0f} CPU s, {size:.1f} MB in {path}")

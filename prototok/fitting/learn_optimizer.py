@@ -144,7 +144,8 @@ def learn_optimizer(
             if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
                 kept.save(network, optimizer, step + 1)
                 clock = time.monotonic()
-    start = replace(start, provenance=provenance, prefix=lm.prefix)
+    # Its model too: a prior of before may know it by an older fingerprint.
+    start = replace(start, model=lm.identity, provenance=provenance, prefix=lm.prefix)
     return LearnedOptimizer(start, weights_of(network))
 
 
