@@ -3,11 +3,13 @@
     python benchmarks/amortised.py tiny-neox --lengths 8 --seeds 0 1 2 --folder FOLDER
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 8 16 --folder FOLDER
     python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER    # the gradient alone
+    python benchmarks/amortised.py tiny-neox --shipped --folder FOLDER/tiny-neox
 
 Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
 comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser
 learns from samples of the model; windows of the text that occur in them are left out. Samples,
 prior and optimisers are kept in FOLDER, one folder a model, and made only where they are not there.
+With --shipped it is the optimiser in the package, and FOLDER that of train_optimizers.py.
 Times are CPU seconds of everything, the network and the verification included; they are kept only
 with --idle, on a machine that does nothing else.
 """
@@ -29,6 +31,7 @@ from record import provenance
 import prototok
 from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
+from prototok.fitting.learned.optimizer import shipped_optimizer
 from prototok.fitting.prior import shipped_prior
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
@@ -43,11 +46,11 @@ def prior_of(lm: FrozenLM, folder: Path) -> Prior:
     return Prior.load(path)
 
 
-def samples_of(lm: FrozenLM, folder: Path) -> torch.Tensor:
-    """Return (512, 128) ids that the model made up, to train on."""
+def samples_of(lm: FrozenLM, folder: Path, count: int = 512) -> torch.Tensor:
+    """Return what is in the folder, else (count, 128) ids that the model made up, to train on."""
     path = folder / "samples.npy"
     if not path.exists():
-        np.save(path, own_texts(lm, 512, 128, seed=1).numpy())
+        np.save(path, own_texts(lm, count, 128, seed=1).numpy())
     return torch.from_numpy(np.load(path))
 
 
@@ -66,6 +69,21 @@ def optimizer_of(
         ).save(path)  # fmt: skip
         print(f"{name}: {time.process_time() - start:.0f} CPU s of training")
     return LearnedOptimizer.load(path)
+
+
+def optimizers(
+    lm: FrozenLM, prior: Prior, samples: torch.Tensor, asked: argparse.Namespace
+) -> dict[str, LearnedOptimizer]:
+    """Return what is to be measured, by name."""
+    if not asked.shipped:
+        return {
+            f"learned, seed {seed}": optimizer_of(lm, prior, samples, seed, asked)
+            for seed in asked.seeds
+        }
+    found = shipped_optimizer(lm)
+    if found is None:
+        raise SystemExit(f"--shipped: none comes with {lm.identity.name}")
+    return {"learned, shipped": found}
 
 
 def unseen(lm: FrozenLM, text: str, samples: torch.Tensor, length: int, count: int) -> torch.Tensor:
@@ -112,6 +130,7 @@ def main() -> None:
     parser.add_argument("--reach", type=int)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shipped", action="store_true", help="the one in the package")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--idle", action="store_true", help="keep times")
@@ -130,12 +149,10 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
     for length in asked.lengths:
         targets = unseen(lm, text, samples, length, asked.count)
+        learned = optimizers(lm, prior, samples, asked)
         runs = {"fast": {"init": prior}} | {
-            f"learned, seed {seed}": {
-                "recipe": "learned", "init": optimizer_of(lm, prior, samples, seed, asked),
-            }
-            for seed in asked.seeds
-        }  # fmt: skip
+            name: {"recipe": "learned", "init": optimizer} for name, optimizer in learned.items()
+        }
         for name, options in runs.items():
             prototok.fast_fit(lm, targets[:8], progress=False, **options)  # warm
             start = time.process_time()
@@ -147,9 +164,11 @@ def main() -> None:
             if not asked.idle:
                 del cell["cpu_ms"]
             if name != "fast":
-                cell |= {"trained": asked.train_lengths, "reach": asked.reach,
-                         "training_steps": asked.steps}  # fmt: skip
-                name += f", trained on {asked.train_lengths}" + (
+                made = learned[name].start.provenance
+                lengths = list(map(int, made["lengths"].split(", ")))
+                cell |= {"trained": lengths, "reach": asked.reach,
+                         "training_steps": int(made["steps"])}  # fmt: skip
+                name += f", trained on {lengths}" + (
                     "" if asked.reach is None else f", reach {asked.reach}"
                 )
             cell |= {"model": model, "length": length, "recipe": name} | provenance()

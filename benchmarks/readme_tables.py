@@ -497,8 +497,9 @@ def amortised() -> str:
     for c in cells:
         low, high = c["solved_interval"]
         mine, theirs = (x["steps_quartiles"][1] for x in (c, fast[c["model"], c["length"]]))
+        how = f", {c['training_steps']} steps" if "training_steps" in c else ""
         lines.append(
-            f"| {c['model']} | {c['length']} | {c['recipe']} | {c['solved']}/{c['texts']} "
+            f"| {c['model']} | {c['length']} | {c['recipe']}{how} | {c['solved']}/{c['texts']} "
             f"| {low:.2f}–{high:.2f} | {steps_of(c['steps_quartiles'])} "
             f"| {'–' if c['steps_95'] is None else c['steps_95']} "
             f"| {theirs / mine:.1f}× |"

@@ -37,11 +37,13 @@ from prototok.fitting.engine.run import run
 from prototok.fitting.engine.runner import burst_of
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.fast_fit import FitEvent, fast_fit
-from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.fitting.learned.optimizer import shipped_optimizer
+from prototok.fitting.recipe import LEARNED, Recipe, recipe_of
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, load, path_of
 from prototok.model.shapes import load_shape
 from prototok.results.arrangement import Arrangement
+from prototok.results.fit_result import FitResult
 from prototok.texts.files import chunks, read_text
 
 BUILT_IN_LENGTHS = (8, 16)  # what the built-in models hold
@@ -68,6 +70,15 @@ class BenchSettings:
 
 
 @dataclass(frozen=True)
+class LearnedFit:
+    """The same texts, fitted by the optimiser that comes with a built-in model."""
+
+    exact: int
+    seconds_per_text: float
+    steps_median: float | None  # of the exact
+
+
+@dataclass(frozen=True)
 class Case:
     """One model at one length."""
 
@@ -79,6 +90,7 @@ class Case:
     mean_accuracy: float | None
     fit_seconds_per_text: float | None
     fit_steps_median: float | None
+    learned: LearnedFit | None
     step_seconds: float | None  # one step of the whole batch, for random weights
     timings: tuple[Timing, ...]
     ratio_batch_1: float  # one forward over the strongest autoregressive way, both at batch 1
@@ -161,8 +173,11 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None] = lambda line:
 
 
 def _recipe(settings: BenchSettings) -> Recipe:
-    """Return the recipe, cut short for the default run, which somebody waits for."""
-    recipe = recipe_of(settings.recipe)
+    """Return the recipe; the default run, which somebody waits for, cuts it short."""
+    return _cut_short(recipe_of(settings.recipe), settings)
+
+
+def _cut_short(recipe: Recipe, settings: BenchSettings) -> Recipe:
     if settings == BenchSettings():
         return dataclasses.replace(recipe, max_steps=min(recipe.max_steps, _MOST_STEPS))
     return recipe
@@ -187,7 +202,7 @@ def _measure(
 ) -> tuple[Case, list[bool]]:  # fmt: skip
     """Measure one model at one length; say as well which of the texts are exact."""
     arrangement = Arrangement.parse("e m*")
-    exact = accuracy = per_text = steps = step_seconds = None
+    exact = accuracy = per_text = steps = learned = step_seconds = None
     which: list[bool] = []
     front = lm
     if settings.shape is not None:
@@ -203,13 +218,12 @@ def _measure(
         step_seconds = _step_seconds(lm, targets, arrangement, look)
     else:
         pieces = _texts(lm, settings, length)
-        clock = time.perf_counter()
-        fit = fast_fit(lm, pieces, recipe=_recipe(settings), progress=None, callback=look)
-        per_text = (time.perf_counter() - clock) / len(pieces)
+        fit, per_text = _timed_fit(lm, pieces, _recipe(settings), look)
         which = fit.exact[:, 0].tolist()
-        exact, accuracy = sum(which), float(fit.accuracy.mean())
-        solved = fit.steps[fit.exact]
-        steps = float(solved.float().median()) if len(solved) else None
+        exact, accuracy, steps = sum(which), float(fit.accuracy.mean()), _median_steps(fit)
+        if settings.recipe == "fast" and shipped_optimizer(lm) is not None:
+            found, seconds = _timed_fit(lm, pieces, _cut_short(LEARNED, settings))
+            learned = LearnedFit(int(found.exact.sum()), seconds, _median_steps(found))
         row = int(fit.exact.flatten().int().argmax())
         vectors = fit.tokens.vectors(row)[None]
         front = lm.behind(fit.tokens.prefix)
@@ -230,6 +244,7 @@ def _measure(
         mean_accuracy=accuracy,
         fit_seconds_per_text=per_text,
         fit_steps_median=steps,
+        learned=learned,
         step_seconds=step_seconds,
         timings=tuple(timings),
         ratio_batch_1=_ratio(_fastest(one, 1), _fastest(others, 1)),
@@ -239,6 +254,21 @@ def _measure(
         break_even_decodes=per_text / gain if per_text is not None and gain > 0 else None,
     )
     return case, which
+
+
+def _timed_fit(
+    lm: FrozenLM, pieces: list[list[int]], recipe: Recipe,
+    look: Callable[[FitEvent], None] | None = None,
+) -> tuple[FitResult, float]:  # fmt: skip
+    """Fit the pieces; return the seconds of one as well."""
+    clock = time.perf_counter()
+    fit = fast_fit(lm, pieces, recipe=recipe, progress=None, callback=look)
+    return fit, (time.perf_counter() - clock) / len(pieces)
+
+
+def _median_steps(fit: FitResult) -> float | None:
+    solved = fit.steps[fit.exact]
+    return float(solved.float().median()) if len(solved) else None
 
 
 def _fastest(timings: Sequence[Timing], batch: int | None = None) -> Timing:

@@ -31,11 +31,12 @@ def figure(record: dict) -> str:
 
 
 def table(record: dict, wide: bool = False) -> str:
-    """Lay out the record for printing: equal length, each mode's longest, and every way.
+    """Lay out the record for printing: equal length, fits, each mode's longest, and every way.
 
     80 columns; `wide` shows every column.
     """
     blocks = ["At equal length, batch 1:", *_columns(_equal_length(record), wide)]
+    blocks += _with_and_without(record)
     if record["longest"]:
         blocks += ["", "Each mode at its own longest length (one forward against K = 1):"]
         blocks += _columns(_own_longest(record), wide)
@@ -46,8 +47,8 @@ def table(record: dict, wide: bool = False) -> str:
 
 
 def summary(record: dict) -> str:
-    """Return the table at equal length alone, with the machine and what its columns mean."""
-    lines = _columns(_equal_length(record), wide=False)
+    """Return equal length and fits alone, with the machine and what the columns mean."""
+    lines = _columns(_equal_length(record), wide=False) + _with_and_without(record)
     return "\n".join([*lines, "", *notes(record | {"longest": []}, wide=False)])
 
 
@@ -98,6 +99,29 @@ def _equal_length(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...
             )
         )
     return _EQUAL, rows
+
+
+def _with_and_without(record: dict) -> list[str]:
+    """Return the block that sets `fast` beside the optimiser of a built-in model, if it ran."""
+    rows: list[tuple[str, ...]] = [
+        ("model", "N", "fast: exact", "steps", "fit s", "learned: exact", "steps", "fit s")
+    ]
+    for c in record["cases"]:
+        learned = c.get("learned")  # not in a record of before
+        if learned is None:
+            continue
+        row = [c["model"], str(c["length"])]
+        for exact, steps, seconds in (
+            (c["exact"], c["fit_steps_median"], c["fit_seconds_per_text"]),
+            (learned["exact"], learned["steps_median"], learned["seconds_per_text"]),
+        ):
+            row += [
+                f"{exact}/{c['texts']}", "–" if steps is None else f"{steps:.0f}", f"{seconds:.3f}",
+            ]  # fmt: skip
+        rows.append(tuple(row))
+    if len(rows) == 1:
+        return []
+    return ["", "Fits without and with the learned optimiser of the model:", *_aligned(rows)]
 
 
 def _own_longest(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:

@@ -22,7 +22,7 @@ from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
 from prototok.fitting.learned.encoder import Init, parted
-from prototok.fitting.learned.optimizer import LearnedOptimizer
+from prototok.fitting.learned.optimizer import LearnedOptimizer, shipped_optimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
@@ -82,7 +82,8 @@ def fast_fit(
             `prototok.learn_optimizer`. An encoder, from `prototok.learn_encoder`, starts seed 0 of
             each text at its guess, other seeds near to it, a shared vector at the mean of the
             guesses; with "learned" pass both, (encoder, optimizer). None leaves it to the recipe:
-            "fast" starts built-in models from the prior they come with.
+            "fast" starts built-in models from the prior they come with, "learned" takes the network
+            they come with.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -106,6 +107,9 @@ def fast_fit(
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     encoder, common = parted(init)
+    has_network = isinstance(common, LearnedOptimizer)
+    if settings.learned and not has_network and (init is None or encoder is not None):
+        common = shipped_optimizer(lm) or common
     if common is not None:
         start_of(common).require_model(lm)
     if encoder is not None and not layout.is_pair:

@@ -40,7 +40,7 @@ from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts
 
 _WIDTH, _DEPTH = 512, 3
-_RATE = 1e-3  # of the AdamW that trains the network
+_RATE = 5e-4  # of the AdamW that trains the network
 
 
 @own_world
@@ -123,5 +123,6 @@ def learn_optimizer(
         return make
 
     train("learn optimizer", network, steps, _RATE, kept, begin, progress)
-    start = replace(start, provenance=provenance, prefix=lm.prefix)
+    # Its model too: a prior of before may know it by an older fingerprint.
+    start = replace(start, model=lm.identity, provenance=provenance, prefix=lm.prefix)
     return LearnedOptimizer(start, weights_of(network))

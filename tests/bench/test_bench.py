@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from prototok.bench.table import figure
 from prototok.bench.vllm import vllm_seconds
 from prototok.cli import main
 from prototok.model.frozen_lm import FrozenLM
+from prototok.model.load import load
 from prototok.report.svg import Dot, log_dots
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -61,6 +63,7 @@ def test_record_and_table(record: dict, tmp_path: Path) -> None:
     assert "break-even" in wide[1] and "break-even" not in lines[1]
     assert table.summary(record).splitlines()[:2] == lines[1:3]
     assert 1 < case["ceiling"] <= 3
+    assert case["learned"] is None  # another recipe was asked for
 
 
 def test_tables_fit_80_columns_and_explain_shares_above_one(record: dict) -> None:
@@ -72,6 +75,26 @@ def test_tables_fit_80_columns_and_explain_shares_above_one(record: dict) -> Non
     assert max(shares) > 100
     for share, line in zip(shares, above, strict=True):
         assert (share > 100) == line.endswith("(weights stay in a cache)")
+
+
+def test_fits_without_and_with_the_optimiser_of_a_built_in_model(
+    record: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [timing.Timing(**one) for one in record["cases"][0]["timings"]]
+    monkeypatch.setattr(measure, "time_all", lambda *arguments: timings)
+    lm, peak = load("tiny-neox", "cpu"), timing.Peak(1e12, 1e11)
+    settings = measure.BenchSettings(models=("tiny-neox",), texts=4)
+    case, exact = measure._measure(lm, "tiny-neox", 8, settings, peak)
+    assert case.learned is not None and exact == [True] * 4 and case.learned.exact == 4
+    assert 0 < case.learned.steps_median < 0.5 * case.fit_steps_median
+    assert case.learned.seconds_per_text > 0
+    shown = table.table(record | {"cases": [dataclasses.asdict(case)]}).splitlines()
+    title = shown.index("Fits without and with the learned optimiser of the model:")
+    header, row = shown[title + 1 : title + 3]
+    assert row.split()[:4] == ["tiny-neox", "8", "4/4", f"{case.fit_steps_median:.0f}"]
+    assert row.split()[5:7] == ["4/4", f"{case.learned.steps_median:.0f}"]
+    assert len(header) == len(row) <= 80
+    assert "learned optimiser" not in table.table(record)
 
 
 def test_json_takes_the_place_of_the_table(

@@ -18,9 +18,10 @@ from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool, training
+from prototok.fitting.learned.optimizer import FILE, shipped_optimizer
 from prototok.fitting.learned.pool import Pool
 from prototok.fitting.recipe import LEARNED
-from prototok.model.load import load
+from prototok.model.load import BUILT_IN, load, path_of
 from prototok.results.arrangement import Arrangement
 from tests.fitting.engine.test_lagging_polls import as_on_cuda
 from tests.support import small_llama
@@ -297,3 +298,24 @@ def test_a_recipe_of_ones_own_keeps_what_it_says(
     assert found.tokens.m is not None
     torch.testing.assert_close(found.tokens.m[0, 0], optimizer.start.mean[1])
     assert Recipe().learned == 0
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_models_bring_theirs(name: str) -> None:
+    """It is what is used where none is given, and worth having."""
+    lm = load(name)
+    shipped = shipped_optimizer(lm)
+    assert shipped is not None and shipped.model.fingerprint == lm.identity.fingerprint
+    assert (Path(path_of(name)) / FILE).stat().st_size < 10e6
+    ids = lm.encode((Path(path_of(name)) / "held_out.txt").read_text())
+    texts = [ids[i : i + 8] for i in range(0, 128, 8)]
+    fast = prototok.fast_fit(lm, texts, progress=False)
+    found = prototok.fast_fit(lm, texts, recipe="learned", progress=False)
+    assert bool(found.exact.all()) and bool(fast.exact.all())
+    assert float(found.steps.float().median()) < 0.5 * float(fast.steps.float().median())
+    named = prototok.fast_fit(lm, texts, recipe="learned", init=shipped, progress=False)
+    assert torch.equal(named.tokens.e, found.tokens.e)
+
+
+def test_other_models_bring_none(small_lm: FrozenLM) -> None:
+    assert shipped_optimizer(small_lm) is None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.network import UpdateNetwork
+from prototok.model.frozen_lm import FrozenLM
+from prototok.model.load import BUILT_IN, path_of
+
+FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +32,7 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
 
     form: ClassVar[tuple[str, int]] = ("prototok.optimizer", 1)
     _what: ClassVar[str] = "a learned optimiser"
-    _file: ClassVar[str] = "optimizer.safetensors"
+    _file: ClassVar[str] = FILE
     _usage: ClassVar[str] = (
         'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
         'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
@@ -44,3 +49,11 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
             _, along = shapes["along.weight"]
             reach = along // (2 * narrow + 2)
         return UpdateNetwork(hidden_size, width, depth, reach, device=device)
+
+
+def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:
+    """Return the one in the package for the model that `lm` holds; None where there is none."""
+    if lm.identity.name not in BUILT_IN:
+        return None
+    path = Path(path_of(lm.identity.name)) / FILE
+    return LearnedOptimizer.load(path) if path.exists() else None
