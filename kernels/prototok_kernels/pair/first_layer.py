@@ -214,13 +214,17 @@ def first_layer_spanned(
     errors are those of `first_layer`.
     """
     _check(e, m, group, length, layer, cos)
-    seen = layer.prefix_length + length
-    logits, span = _span(e, m, group, layer, cos[:seen], sin[:seen], plan.passes.taken)
+    seen, backend = layer.prefix_length + length, plan.passes.taken
+    tables = cos[:seen], sin[:seen]
     if plan.first_layer.taken == "triton":
         from prototok_kernels.pair.first_layer_triton import affine_scan
+        from prototok_kernels.pair.span_triton import span_by_triton
 
+        logits, span = span_by_triton(e, per_row(m, group), layer, *tables, backend)
         x, coef = affine_scan(logits.of_m, logits.of_e, logits.of_prefix, span)
-    elif logits.of_prefix is None:
+        return x, coef, span
+    logits, span = _span(e, m, group, layer, *tables, backend)
+    if logits.of_prefix is None:
         x, coef = AffineScan.apply(logits.of_m, logits.of_e, span)
     else:
         x, coef = ScanBehindPrefix.apply(logits.of_m, logits.of_e, logits.of_prefix, span)
