@@ -238,6 +238,23 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
         [a["logits"]] * (1 + a["NEED_GRAD"]), [a["gradient"]] * a["NEED_GRAD"],
     ),
     "_adamw_kernel": _named("param grad exp_avg exp_avg_sq", "param exp_avg exp_avg_sq"),
+    "pair_input_kernel": lambda a: (
+        [a["m"], a["e"]], [a["normed"], a["span"][:, :2], *[a["second"]] * a["SECOND"]],
+    ),
+    "pair_input_backward_kernel": lambda a: (
+        [a["m"], a["e"], a["grad_normed"], a["grad_span"][:, :2]]
+        + [a["grad_second"]] * a["SECOND"],
+        [a["grad_m"], a["grad_e"]],
+    ),
+    "pair_logits_kernel": lambda a: (
+        [a["qkv"], a["cos"], a["sin"]],
+        [a["a"], a["b"], a["apart"], a["u"] if a["P"] else a["values"]],
+    ),
+    "pair_logits_backward_kernel": lambda a: (
+        [a["qkv"], a["cos"], a["sin"], a["grad_a"], a["grad_b"], a["grad_apart"]]
+        + [a["grad_u"] if a["P"] else a["grad_values"]],
+        [a["grad"]],
+    ),
     "affine_scan_forward_kernel": lambda a: (
         [a[f"{name}_ptr"] for name in ("a", "b", "span", *["u"] * bool(a["P"]))],
         [a[f"{name}_ptr"] for name in ("x", "coef", "w", "sum")],

@@ -143,7 +143,7 @@ class Shape:
     def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
         """Return the shape of frozen blocks and of the head behind them (None: none)."""
         first = layers[0]
-        weights = [w for layer in layers for w in _matrices(layer)]
+        weights = (w for layer in layers for w in _matrices(layer))  # which may be made by and by
         return cls(
             blocks=len(layers),
             hidden_size=first.hidden_size,
