@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prototok_kernels.layers import (
     DecoderLayer,
+    LlamaLayer,
     NeoXLayer,
     bias_behind_norm,
     inner_activation,
@@ -176,9 +177,14 @@ class _AffineMLP(torch.autograd.Function):
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         ctx.layer, ctx.backend = layer, backend
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(
-            combined(scaled, projected), bias_behind_norm(layer), layer, backend
-        )
+        bias = bias_behind_norm(layer)
+        if backend == "triton":
+            from prototok_kernels.pair.combined_triton import combined_activation
+
+            gated = isinstance(layer, LlamaLayer)
+            inner = combined_activation(scaled, projected, bias, layer.activation, gated)
+        else:
+            inner = inner_activation(combined(scaled, projected), bias, layer, backend)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
@@ -187,11 +193,20 @@ class _AffineMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
-        z, bias = combined(scaled, projected), bias_behind_norm(layer)
-        grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer, ctx.backend)
-        grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
-        own = own_vectors(layer)
-        grad_normed = torch.bmm(scaled[:, :own], grad_z) @ inner_projection(layer)[0]
+        bias, own, grad_inner = bias_behind_norm(layer), own_vectors(layer), grad @ layer.down
+        if ctx.backend == "triton":
+            from prototok_kernels.pair.combined_triton import combined_activation_backward
+
+            grad_scaled, grad_projected = combined_activation_backward(
+                grad_inner, scaled, projected, own, bias, layer.activation,
+                isinstance(layer, LlamaLayer),
+            )  # fmt: skip
+        else:
+            z = combined(scaled, projected)
+            grad_z = inner_activation_backward(grad_inner, z, bias, layer, ctx.backend)
+            grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
+            grad_projected = torch.bmm(scaled[:, :own], grad_z)
+        grad_normed = grad_projected @ inner_projection(layer)[0]
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
         )
