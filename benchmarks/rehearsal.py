@@ -271,8 +271,8 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
         [a["a"], a["b"], a["apart"], a["u"] if a["P"] else a["values"]],
     ),
     "pair_logits_backward_kernel": lambda a: (
-        [a["qkv"], a["cos"], a["sin"], a["grad_a"], a["grad_b"], a["grad_apart"]]
-        + [a["grad_u"] if a["P"] else a["grad_values"]],
+        [a[name] for name in ("qkv", "cos", "sin", "grad_a", "grad_b", "grad_apart")]
+        + [a["grad_u" if a["P"] else "grad_values"]],
         [a["grad"]],
     ),
     "combined_activation_kernel": _named("coef vectors", "inner"),

@@ -204,7 +204,8 @@ class _Ends:
 
     def length(self, control: Tensor, t: Tensor) -> Tensor:
         """Return (P,) length of the polyline through the curve's points at t."""
-        points = bezier(self.ends.double(), control.double().to(self.ends.device), t.to(control))
+        t = t.to(self.ends.device, control.dtype)
+        points = bezier(self.ends.double(), control.double().to(self.ends.device), t)
         return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
 
     def head(self, vectors: Tensor, path: Tensor, need_grad: bool) -> tuple[Tensor, HeadOutput]:

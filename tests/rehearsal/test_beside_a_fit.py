@@ -41,7 +41,7 @@ def made_up(lm: FrozenLM, arrangement: str) -> FitResult:
         model=lm.identity, seeds=SEEDS, share=None, groups=None, provenance={}, prefix=lm.prefix,
     )  # fmt: skip
     ones = torch.ones(len(TEXTS), SEEDS, device="cpu")
-    many = {name: ones for name in ("accuracy", "margin", "loss", "seconds", "accuracy_in_batch")}
+    many = dict.fromkeys(("accuracy", "margin", "loss", "seconds", "accuracy_in_batch"), ones)
     counts = {name: ones.long() for name in ("correct", "steps", "seed")}
     targets = [torch.tensor(ids, device="cpu") for ids in TEXTS]
     return FitResult(tokens=tokens, targets=targets, exact=ones.bool(), **many, **counts)

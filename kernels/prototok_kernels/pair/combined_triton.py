@@ -7,6 +7,8 @@ reading it: so it is made anew in each kernel, and its gradient, too, is summed 
 Beside first_layer.py, not in it, so that a machine without triton never imports this file. Loops
 whose bound is known at launch only are `while` loops: see first_layer_triton.py.
 
+At most 128 spanning vectors: beyond, a tile of them would not fit (plan.py).
+
 Letters: B rows, N positions, S spanning vectors per row, I inner size of the MLP; SP: S padded for
 the tensor cores, BN and BI tiles of N and I.
 """
@@ -181,7 +183,8 @@ def combined_backward_vectors_kernel(
         start += BN
     s = tl.arange(0, SP)[:, None]
     to = grad_vectors + (row * OWN + s) * wide + column[None, :]
-    mask, dtype = (s < OWN) & inside[None, :], grad_vectors.dtype.element_ty
+    mask = (s < OWN) & inside[None, :]
+    dtype = grad_vectors.dtype.element_ty
     tl.store(to, total.to(dtype), mask=mask)
     if GATED:
         tl.store(to + INNER, total_up.to(dtype), mask=mask)
@@ -194,7 +197,7 @@ def _options(
     inner = wide // 2 if gated else wide
     full = vectors.dtype == torch.float32
     padded = max(16, triton.next_power_of_2(spanning))
-    most = max(16, min(32 if full else 64, 4096 // padded))
+    most = 64 if padded <= 64 and not full else 32
     return {
         "INNER": inner, "KIND": ACTIVATIONS[name], "GATED": gated, "HAS_BIAS": bias is not None,
         "SP": padded, "BN": min(most, max(16, triton.next_power_of_2(length))),
@@ -242,6 +245,8 @@ def combined_activation_backward(
     grad_coef = torch.empty_like(coef, dtype=torch.float32)
     grad_vectors = vectors.new_empty(rows, own, vectors.shape[-1])
     given = grad, coef, vectors, vectors if bias is None else bias
+    # The sums take the registers that more columns would.
+    o |= {"BI": min(32 if o["SP"] <= 64 else 16, o["BI"]), "num_stages": 2}
     with torch.cuda.device_of(vectors):
         combined_backward_coef_kernel[(rows, triton.cdiv(length, o["BN"]))](
             *given, grad_coef, spanning, length, **o

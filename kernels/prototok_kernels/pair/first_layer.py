@@ -169,16 +169,17 @@ class _AffineMLP(torch.autograd.Function):
         span: Tensor,  # (B, S, d)
         layer: DecoderLayer,
         backend: str,
+        combined_at_once: bool,  # by Triton
     ) -> Tensor:  # (B, N, d)
         centred = centred_for(span, layer)
         weight, own = inner_projection(layer)[0], own_vectors(layer)
         projected = projected_span(centred * layer.post_norm, weight, own)
         rms_inverse = rms_inverse_of(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
-        ctx.layer, ctx.backend = layer, backend
+        ctx.layer, ctx.backend, ctx.at_once = layer, backend, combined_at_once
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
         bias = bias_behind_norm(layer)
-        if backend == "triton":
+        if combined_at_once:
             from prototok_kernels.pair.combined_triton import combined_activation
 
             gated = isinstance(layer, LlamaLayer)
@@ -190,11 +191,11 @@ class _AffineMLP(torch.autograd.Function):
         return x if layer.down_bias is None else x.add_(layer.down_bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
         bias, own, grad_inner = bias_behind_norm(layer), own_vectors(layer), grad @ layer.down
-        if ctx.backend == "triton":
+        if ctx.at_once:
             from prototok_kernels.pair.combined_triton import combined_activation_backward
 
             grad_scaled, grad_projected = combined_activation_backward(
@@ -210,7 +211,7 @@ class _AffineMLP(torch.autograd.Function):
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
         )
-        return grad, grad_coef, grad_span, None, None
+        return grad, grad_coef, grad_span, None, None, None
 
 
 def first_layer_spanned(
@@ -271,8 +272,9 @@ def first_layer(
     if is_parallel(layer):
         return x
     backend = plan.passes.taken
-    if plan.first_mlp.taken == "span":
-        return _AffineMLP.apply(x, coef, span, layer, backend)
+    if plan.first_mlp.taken in ("combined", "span"):
+        at_once = plan.first_mlp.taken == "combined"
+        return _AffineMLP.apply(x, coef, span, layer, backend, at_once)
     x, normed = post_norm(x, None, layer, backend)
     return x + mlp(normed, layer, backend)
 

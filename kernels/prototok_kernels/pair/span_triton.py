@@ -1,8 +1,9 @@
 """The two vectors of [e, m, m, …, m] through their first layer, in a few Triton kernels.
 
 What `first_layer` does of them in plain torch, small operation by small operation, is here two
-kernels around products each way: `pair_input` makes of e and m what the products read, `pair_logits`
-of q, k and v what the scan reads. On a GPU each of those operations would cost a launch.
+kernels around products each way: `pair_input` makes of e and m what the products read, and
+`pair_logits` of q, k and v what the scan reads. On a GPU each of those operations would cost a
+launch.
 
 Beside first_layer.py, not in it, so that a machine without triton never imports this file. Loops
 whose bound is known at launch only are `while` loops: see first_layer_triton.py.
@@ -298,22 +299,23 @@ def pair_logits_kernel(
             to_e = tl.where(position == 0, itself, to_e)
         tl.store(b + out + position, to_e * scaling, mask=inside)
         start += BN
-    for j in range(P):
-        at = prefix + (kv * P + j) * SIZE
-        k1, k2, k0, _ = _head(at, k_norm, eps, False, SIZE, HALF, BLOCK_HALF, BLOCK_REST)
-        f1, f2, f0 = _feature(q1, q2, q0, k1, k2, k0)
-        g1, g2, g0 = _feature(p1, p2, p0, k1, k2, k0)
-        out = ((row * P + j) * heads + head) * length
-        start = 0
-        while start < length:
-            position = start + tile
-            inside = position < length
-            c, s = _table(cos, sin, P + position, table_row, inside, HALF, BLOCK_HALF)
-            to_key = tl.where(
-                position == 0, _products(g1, g2, g0, c, s), _products(f1, f2, f0, c, s)
-            )
-            tl.store(u + out + position, to_key * scaling, mask=inside)
-            start += BN
+    if P > 0:
+        for j in range(P):
+            at = prefix + (kv * P + j) * SIZE
+            k1, k2, k0, _ = _head(at, k_norm, eps, False, SIZE, HALF, BLOCK_HALF, BLOCK_REST)
+            f1, f2, f0 = _feature(q1, q2, q0, k1, k2, k0)
+            g1, g2, g0 = _feature(p1, p2, p0, k1, k2, k0)
+            out = ((row * P + j) * heads + head) * length
+            start = 0
+            while start < length:
+                position = start + tile
+                inside = position < length
+                c, s = _table(cos, sin, P + position, table_row, inside, HALF, BLOCK_HALF)
+                to_key = tl.where(
+                    position == 0, _products(g1, g2, g0, c, s), _products(f1, f2, f0, c, s)
+                )
+                tl.store(u + out + position, to_key * scaling, mask=inside)
+                start += BN
 
     column = tl.arange(0, BLOCK_SIZE)
     inside = column < SIZE
@@ -399,16 +401,16 @@ def pair_logits_backward_kernel(
             inside = position < length
             cosine, sine = _table(cos, sin, position, table_row, inside, HALF, BLOCK_HALF)
             g = tl.load(grad_a + at + position, mask=inside, other=0.0) * scaling
-            x1, x2, x0 = _sums(g, cosine, sine)
+            x1, x2, of_rest = _sums(g, cosine, sine)
             a1 += x1
             a2 += x2
-            a0 += x0
+            a0 += of_rest
             later = inside & (position >= 1)
             g = tl.load(grad_b + at + position, mask=later, other=0.0) * scaling
-            x1, x2, x0 = _sums(g, cosine, sine)
+            x1, x2, of_rest = _sums(g, cosine, sine)
             b1 += x1
             b2 += x2
-            b0 += x0
+            b0 += of_rest
             start += BN
         x1, x2, x0 = _of_query(a1, a2, a0, m1, m2, m0)
         y1, y2, y0 = _of_query(b1, b2, b0, e1, e2, e0)
@@ -434,31 +436,33 @@ def pair_logits_backward_kernel(
             e_grad0 += x0
             c_e = tl.load(cos + P * table_row + pair, mask=pair < HALF, other=0.0)
             s_e = tl.load(sin + P * table_row + pair, mask=pair < HALF, other=0.0)
-        for j in range(P):
-            k1, k2, k0, _ = _head(prefix + (kv * P + j) * SIZE, k_norm, eps, False, SIZE, HALF,
-                                  BLOCK_HALF, BLOCK_REST)  # fmt: skip
-            at = ((row * P + j) * heads + head) * length
-            g = tl.load(grad_u + at) * scaling
-            x1, x2, x0 = _of_query(g * c_e, g * s_e, g, k1, k2, k0)
-            p_grad1 += x1
-            p_grad2 += x2
-            p_grad0 += x0
-            f1, f2, f0 = none, none, 0.0
-            start = 0
-            while start < length:
-                position = start + tile
-                later = (position < length) & (position >= 1)
-                cosine, sine = _table(cos, sin, P + position, table_row, later, HALF, BLOCK_HALF)
-                g = tl.load(grad_u + at + position, mask=later, other=0.0) * scaling
-                x1, x2, x0 = _sums(g, cosine, sine)
-                f1 += x1
-                f2 += x2
-                f0 += x0
-                start += BN
-            x1, x2, x0 = _of_query(f1, f2, f0, k1, k2, k0)
-            q_grad1 += x1
-            q_grad2 += x2
-            q_grad0 += x0
+            for j in range(P):
+                k1, k2, k0, _ = _head(prefix + (kv * P + j) * SIZE, k_norm, eps, False, SIZE, HALF,
+                                      BLOCK_HALF, BLOCK_REST)  # fmt: skip
+                at = ((row * P + j) * heads + head) * length
+                g = tl.load(grad_u + at) * scaling
+                x1, x2, x0 = _of_query(g * c_e, g * s_e, g, k1, k2, k0)
+                p_grad1 += x1
+                p_grad2 += x2
+                p_grad0 += x0
+                f1, f2, f0 = none, none, 0.0
+                start = 0
+                while start < length:
+                    position = start + tile
+                    later = (position < length) & (position >= 1)
+                    cosine, sine = _table(
+                        cos, sin, P + position, table_row, later, HALF, BLOCK_HALF
+                    )
+                    g = tl.load(grad_u + at + position, mask=later, other=0.0) * scaling
+                    y1, y2, of_rest = _sums(g, cosine, sine)
+                    f1 += y1
+                    f2 += y2
+                    f0 += of_rest
+                    start += BN
+                x1, x2, x0 = _of_query(f1, f2, f0, k1, k2, k0)
+                q_grad1 += x1
+                q_grad2 += x2
+                q_grad0 += x0
         query = head * SIZE
         _store_head_gradient(
             grad + m_at + query, qkv + m_at + query, q_norm, q_scale, q_grad1, q_grad2, q_grad0,

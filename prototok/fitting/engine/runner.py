@@ -25,8 +25,8 @@ from prototok.model.frozen_lm import FrozenLM
 
 # Steps a window runs before it is captured: kernels are compiled and libraries set up by then.
 _WARM_UP = 2
-# Seconds between two looks at the flags on CUDA, at most: a row that is done waits one and a half of
-# them. And steps, however short: more would spare the host nothing.
+# Seconds between two looks at the flags on CUDA, at most: a row that is done waits one and a half
+# of them. And steps, however short: more would spare the host nothing.
 _LOOK_SECONDS, _LOOK_STEPS = 0.05, 32
 
 

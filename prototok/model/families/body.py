@@ -64,9 +64,14 @@ class DecoderBody:
         """Return the same body with vectors (P, d) in front of every input."""
         prefixes = keys_and_values(self.layers, vectors, *self.rotary(len(vectors)))
         layers = self.layers
-        behind = layers.behind(prefixes) if isinstance(layers, Upcast) else [
-            replace(layer, prefix=prefix) for layer, prefix in zip(layers, prefixes, strict=True)
-        ]
+        behind = (
+            layers.behind(prefixes)
+            if isinstance(layers, Upcast)
+            else [
+                replace(layer, prefix=prefix)
+                for layer, prefix in zip(layers, prefixes, strict=True)
+            ]
+        )
         return replace(self, layers=behind, bare=self)
 
     def upcast(self, dtype: torch.dtype) -> DecoderBody:

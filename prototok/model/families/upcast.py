@@ -15,8 +15,8 @@ from prototok_kernels.layers import DecoderLayer
 class Upcast(Sequence[DecoderLayer]):
     """Blocks cast to another dtype one at a time; nothing here holds what it has cast.
 
-    A narrow dtype fits into a wider one exactly, so these are the blocks of a whole copy to the bit.
-    They attend by torch: flash-attn computes in 16 bit alone.
+    A narrow dtype fits into a wider one exactly, so these are the blocks of a whole copy to the
+    bit. They attend by torch: flash-attn computes in 16 bit alone.
     """
 
     def __init__(

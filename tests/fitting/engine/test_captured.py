@@ -26,7 +26,7 @@ real_step = module.step
 
 
 class Patient(StepRunner):
-    """Steps without a graph that look as seldom and as late as captured ones of five milliseconds."""
+    """Steps without a graph that look as seldom and as late as captured ones of 5 ms."""
 
     burst, lags = CapturedStep.burst, CapturedStep.lags
     advances = 0
@@ -142,7 +142,8 @@ def fitted(
     ids = torch.randint(lm.vocab_size, (6, 2), generator=torch.Generator().manual_seed(0))
     with monkeypatch.context() as patched:
         for name, value in {
-            "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": fake.graph, "stream": fake.stream,
+            "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": fake.graph,
+            "stream": fake.stream,
             "current_stream": lambda device=None: fake.current[-1], "empty_cache": lambda: None,
             "graph_pool_handle": lambda: (0, 1), "synchronize": lambda device=None: None,
             "get_sync_debug_mode": lambda: fake.debug,
