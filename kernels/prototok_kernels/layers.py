@@ -102,12 +102,16 @@ class DecoderLayer:
         (H (P − 1), d): by how much the values of its other positions differ from those.
         """
         o = self.o.unflatten(1, (self.heads, -1))  # (d, H, c)
+        none = o.new_empty(0, len(o))
         if self.prefix is None:
-            return self._end_bias, o.new_empty(0, len(o))
+            return self._end_bias, none
         values = self.prefix[1].repeat_interleave(self.heads // self.kv_heads, dim=0)  # (H, P, c)
         first = values[:, 0].flatten() @ self.o.T
-        apart = torch.einsum("hpc,dhc->phd", values[:, 1:] - values[:, :1], o).flatten(0, 1)
-        return first if self._end_bias is None else first + self._end_bias, apart
+        end = first if self._end_bias is None else first + self._end_bias
+        if self.prefix_length == 1:
+            return end, none
+        steps = values[:, 1:] - values[:, :1]
+        return end, torch.einsum("hpc,dhc->phd", steps, o).flatten(0, 1)
 
     @property
     def _end_bias(self) -> Tensor | None:
