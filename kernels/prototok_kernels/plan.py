@@ -29,9 +29,9 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/log.md).
 CONSTANT_COST = 4
-# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
-# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
-FEW_ON_CUDA = 1 << 22
+# B N d below which the closed form's 30 to 65 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/log.md), not measured.
+FEW_ON_CUDA = 3 << 20
 # Spanning vectors that a tile of Triton's combined kernels takes, with their gradients.
 MOST_COMBINED = 128
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/log.md). Where blocks
