@@ -138,7 +138,9 @@ class FrozenLM:
         with _casting:  # so that threads that start together make it once
             if dtype not in self._twins:
                 self.require_unchanged(sampled=True)
-                body = self.body.upcast(dtype) if self._holds_all_of(dtype) else None
+                body = None
+                if isinstance(self.body, DecoderBody) and self._holds_all_of(dtype):
+                    body = self.body.upcast(dtype)
                 self._twins[dtype] = freeze(
                     self.source, self.identity, self.tokenizer, self.device, dtype, body
                 )
@@ -152,8 +154,7 @@ class FrozenLM:
         """
         wider = torch.promote_types(self.dtype, dtype) == dtype
         stored = all(weight.dtype == self.dtype for weight in self._weights)
-        own = isinstance(self.body, DecoderBody)
-        return own and wider and stored and self.device.type != "cpu"
+        return wider and stored and self.device.type != "cpu"
 
     @property
     def bare(self) -> FrozenLM:

@@ -218,9 +218,9 @@ class _Span(torch.autograd.Function):
             bases.baddbmm_(values.flatten(2), _pair(layer.o.T))
         z = None
         if is_parallel(layer):
-            weight, bias = inner_projection(layer)
-            z = F.linear(normed[1], weight)
-            inner = inner_activation(z, bias, layer, backend)
+            up, up_bias = inner_projection(layer)
+            z = F.linear(normed[1], up)
+            inner = inner_activation(z, up_bias, layer, backend)
             bases.baddbmm_(inner, _pair(layer.down.T))
         o = layer.o.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (H, c, d)
         for k, kind in enumerate(apart):
