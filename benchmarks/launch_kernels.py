@@ -145,6 +145,13 @@ def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:
 KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_head_kernel": head,
     "_adamw_kernel": optimiser,
+    "pair_input_kernel": block,
+    "pair_input_backward_kernel": block,
+    "pair_logits_kernel": block,
+    "pair_logits_backward_kernel": block,
+    "combined_activation_kernel": block,
+    "combined_backward_coef_kernel": block,
+    "combined_backward_vectors_kernel": block,
     "affine_scan_forward_kernel": block,
     "affine_backward_kernel": block,
     "scan_backward_kernel": block,

@@ -34,7 +34,7 @@ from prototok.common.memory import resident
 from prototok.fitting.driver import fit_groups
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
-from prototok.fitting.engine.runner import StepRunner, burst_of, step_runner
+from prototok.fitting.engine.runner import StepRunner, step_runner
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import FitEvent, one_forward
@@ -132,9 +132,10 @@ def main() -> None:
     recipe = dataclasses.replace(FAST, max_steps=a.max_steps)
     texts = texts_of(lm, a.text, a.texts, a.length)
     slots = min(a.slots, a.texts)
-    burst = burst_of(lm.device)
     reference = full_batch(lm, texts, recipe, slots)
-    reference.advance(5 * burst)
+    for _ in range(5):  # by then it is known how many steps a burst has
+        reference.advance(reference.burst)
+    burst = reference.burst
 
     followed = set(range(0, a.texts, -(-a.texts // a.singles))) if a.singles else set()
     losses: dict[int, list[float]] = defaultdict(list)

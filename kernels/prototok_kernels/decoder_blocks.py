@@ -16,6 +16,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,12 +50,19 @@ class DecoderBlocks:
         norm_bias: Tensor | None,  # (d,); None: RMSNorm
         bare: DecoderBlocks | None = None,  # the same without a prefix, whose packed weights serve
     ) -> None:
-        self.layers, self.norm, self.norm_bias = list(layers), norm, norm_bias
+        self.layers, self.norm, self.norm_bias = layers, norm, norm_bias
+        self.eps = layers[0].eps
         self._bare = bare
+
+    @cached_property
+    def _prefix(self) -> Tensor | None:  # (L, 2, K, P, c)
         fronts = [layer.prefix for layer in self.layers if layer.prefix is not None]
-        self._prefix = torch.stack(fronts) if fronts else None  # (L, 2, K, P, c)
-        self._weights = [weight for layer in self.layers for weight in layer.tensors]
-        self._weights += [norm] if norm_bias is None else [norm, norm_bias]
+        return torch.stack(fronts) if fronts else None
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        weights = [weight for layer in self.layers for weight in layer.tensors]
+        return weights + [self.norm] + ([] if self.norm_bias is None else [self.norm_bias])
 
     def __call__(
         self,
@@ -172,5 +180,4 @@ def decoder_blocks_ref(
             delta = parallel_block_end(projected, layer, cos, sin, backend)
         else:
             x, delta = decoder_block(x, delta, layer, cos, sin, backend)
-    eps = blocks.layers[0].eps
-    return residual_norm(x, delta, blocks.norm, blocks.norm_bias, eps, backend)[1]
+    return residual_norm(x, delta, blocks.norm, blocks.norm_bias, blocks.eps, backend)[1]

@@ -94,6 +94,30 @@ class DecoderLayer:
         values = (getattr(self, f.name) for f in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
 
+    @cached_property
+    def constant_vectors(self) -> tuple[Tensor | None, Tensor]:
+        """Return what the closed form of a first block adds everywhere, and its constant vectors.
+
+        (d,), or None for nothing: the biases, and the values of the prefix's first position. And
+        (H (P − 1), d): by how much the values of its other positions differ from those.
+        """
+        o = self.o.unflatten(1, (self.heads, -1))  # (d, H, c)
+        none = o.new_empty(0, len(o))
+        if self.prefix is None:
+            return self._end_bias, none
+        values = self.prefix[1].repeat_interleave(self.heads // self.kv_heads, dim=0)  # (H, P, c)
+        first = values[:, 0].flatten() @ self.o.T
+        end = first if self._end_bias is None else first + self._end_bias
+        if self.prefix_length == 1:
+            return end, none
+        steps = values[:, 1:] - values[:, :1]
+        return end, torch.einsum("hpc,dhc->phd", steps, o).flatten(0, 1)
+
+    @property
+    def _end_bias(self) -> Tensor | None:
+        """Return (d,) what is added to the stream at every position in front of the MLP's norm."""
+        return self.o_bias
+
     def _projection(self, start: int, heads: int) -> tuple[Tensor, Tensor | None]:
         part = slice(start * self.head_size, (start + heads) * self.head_size)
         return self.qkv[part], None if self.qkv_bias is None else self.qkv_bias[part]
@@ -130,6 +154,10 @@ class NeoXLayer(DecoderLayer):
     input_norm_bias: Tensor  # (d,)
     post_norm_bias: Tensor  # (d,)
     parallel: bool
+
+    @property
+    def _end_bias(self) -> Tensor | None:
+        return self.end_bias if self.parallel else self.o_bias
 
     @cached_property
     def end_bias(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -44,7 +44,7 @@ def _state_of(weight: Tensor) -> object:
     return object() if weight.is_inference() else (weight.data_ptr(), weight._version)
 
 
-def why_unpacked(weights: Sequence[Tensor]) -> str | None:
+def why_unpacked(weights: Iterable[Tensor]) -> str | None:
     """Return why the packed products do not take these weights, or None when they do."""
     for weight in weights:
         if weight.device.type != "cpu":

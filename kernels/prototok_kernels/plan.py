@@ -29,9 +29,11 @@ SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/dev/log.md).
 CONSTANT_COST = 4
-# B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
-# all positions does: counted by a rehearsal (docs/gpu.md), not measured.
-FEW_ON_CUDA = 1 << 22
+# B N d below which the closed form's 30 to 65 further launches cost a GPU more than one block at
+# all positions does: counted by a rehearsal (docs/dev/log.md), not measured.
+FEW_ON_CUDA = 3 << 20
+# Spanning vectors that a tile of Triton's combined kernels takes, with their gradients.
+MOST_COMBINED = 128
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where
 # blocks have packed products it is for tokens one by one alone. The second is of float32 on
 # AVX-512.
@@ -59,7 +61,8 @@ class Plan:
     attention     "torch"; "triton" (rotary in place, then torch's attention); "cpu"; "flash"
     first_layer   "in full" (at every position), or its closed form: "cpu" (one C++ op), or torch's
                   products around a scan by "triton" or "torch"
-    first_mlp     of a sequential block in closed form: "span" (products of S vectors), "positions"
+    first_mlp     of a sequential block in closed form: products of S vectors, "combined" and
+                  activated in one Triton kernel or, as "span", in two steps; or "positions"
     second_layer  its first products from the "span" of the first layer's output, or "in full"
     blocks        "cpu" (all blocks as one C++ op), or "one by one"
     decoder       of a forward without gradient: "cpu" (the C++ decoder), or "blocks"
@@ -144,7 +147,7 @@ class Shape:
     def of(cls, layers: Sequence[DecoderLayer], head: Tensor | None) -> Shape:
         """Return the shape of frozen blocks and of the head behind them (None: none)."""
         first = layers[0]
-        weights = [w for layer in layers for w in _matrices(layer)]
+        weights = (w for layer in layers for w in _matrices(layer))  # which may be made by and by
         return cls(
             blocks=len(layers),
             hidden_size=first.hidden_size,
@@ -217,6 +220,8 @@ def _plan_of(
     cost_of_span += CONSTANT_COST * shape.constants * length
     spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
+    fits = shape.spanning <= MOST_COMBINED
+    wide_span = None if fits else f"more than {MOST_COMBINED} spanning vectors fit no tile"
     few_on_cuda = kind == "cuda" and rows * length * shape.hidden_size < FEW_ON_CUDA
     no_pair = _against_closed_form(shape, length, pair) or (
         "its small operations cost more than N positions" if few_on_cuda else None
@@ -264,7 +269,11 @@ def _plan_of(
         passes=passes,
         attention=attention,
         first_layer=first_layer,
-        first_mlp=_choose(("span", no_pair, two_vectors, few_positions), ("positions",)),
+        first_mlp=_choose(
+            ("combined", no_pair, two_vectors, few_positions, no_triton, wide_span),
+            ("span", no_pair, two_vectors, few_positions),
+            ("positions",),
+        ),
         second_layer=_choose(
             (
                 "span", no_pair,

@@ -19,7 +19,6 @@ from prototok_kernels.attention import rotary
 from prototok_kernels.layers import DecoderLayer, decoder_block, input_norm, stacked_heads
 
 
-@torch.no_grad()
 def behind_prefix(
     layers: Sequence[DecoderLayer],  # without a prefix
     vectors: Tensor,  # (P, d), P ≥ 1
@@ -29,6 +28,21 @@ def behind_prefix(
     """Return the blocks with the keys and values that the vectors have in each, in their dtype.
 
     The weights are shared, not copied. Raises ValueError for vectors of another width.
+    """
+    found = keys_and_values(layers, vectors, cos, sin)
+    return [replace(layer, prefix=prefix) for layer, prefix in zip(layers, found, strict=True)]
+
+
+@torch.no_grad()
+def keys_and_values(
+    layers: Sequence[DecoderLayer],  # without a prefix
+    vectors: Tensor,  # (P, d), P ≥ 1
+    cos: Tensor,  # (≥ P, r)
+    sin: Tensor,  # (≥ P, r)
+) -> list[Tensor]:  # (2, K, P, c) of each block
+    """Return the keys, rotated, and the values that the vectors have in each block.
+
+    Raises ValueError for vectors of another width.
     """
     width = layers[0].hidden_size
     if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != width:
@@ -40,6 +54,6 @@ def behind_prefix(
         heads = stacked_heads(normed, layer)[0].unflatten(-1, (-1, layer.head_size))
         _, k, v = heads.transpose(0, 1).split([layer.heads, layer.kv_heads, layer.kv_heads])
         turned = rotary(k, cos[: len(vectors)].to(k.dtype), sin[: len(vectors)].to(k.dtype))
-        found.append(replace(layer, prefix=torch.stack([turned, v])))
+        found.append(torch.stack([turned, v]))
         x, delta = decoder_block(x, delta, layer, cos, sin, "torch")
     return found

@@ -34,7 +34,6 @@ from prototok.decoding.decode import decode_ids, require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import run
-from prototok.fitting.engine.runner import burst_of
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.fast_fit import FitEvent, fast_fit
 from prototok.fitting.learned.optimizer import shipped_optimizer
@@ -341,7 +340,7 @@ def _profiled(lm: FrozenLM, settings: BenchSettings) -> ProfiledSteps | None:
     """Return what profiles the steps that the settings name, None where they name none."""
     if settings.profile is None:
         return None
-    return ProfiledSteps(Capture(lm.device, None), settings.profile, burst_of(lm.device))
+    return ProfiledSteps(Capture(lm.device, None), settings.profile)
 
 
 def _step_seconds(
@@ -349,20 +348,21 @@ def _step_seconds(
     look: Callable[[FitEvent], None] | None,
 ) -> float:  # fmt: skip
     """Measure the median seconds of a fit step of all texts together."""
-    marks: list[float] = []
+    marks: list[tuple[float, int]] = []
 
     def mark(event: FitEvent) -> None:
-        marks.append(time.perf_counter())
+        marks.append((time.perf_counter(), int(event.steps.max())))
         if look is not None:
             look(event)
 
-    burst = burst_of(lm.device)
-    recipe = dataclasses.replace(recipe_of("paper"), max_steps=6 * burst)
+    steps = 6 if lm.device.type == "cpu" else 60
+    recipe = dataclasses.replace(recipe_of("paper"), max_steps=steps)
     groups = make_groups(targets, [0], None, None)
     setup = Setup(lm, OneForward(arrangement), recipe, "auto", len(targets))
     for _ in run(setup, groups, lambda finished: None, mark):
         pass
-    return statistics.median(b - a for a, b in itertools.pairwise(marks)) / burst
+    between = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
+    return statistics.median(seconds / made for seconds, made in between if made)
 
 
 def _name(dtype: torch.dtype) -> str:

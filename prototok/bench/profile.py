@@ -97,14 +97,16 @@ class Capture:
 class ProfiledSteps:
     """A callback of `fast_fit` that profiles its steps a … b−1, to the next look at the device."""
 
-    def __init__(self, capture: Capture, steps: tuple[int, int], burst: int) -> None:
-        self.capture, self.burst = capture, burst
+    def __init__(self, capture: Capture, steps: tuple[int, int]) -> None:
+        self.capture = capture
         self.first, self.end = steps
-        self.made = 0
+        self.made = self.last = 0
         self.over = False
 
     def __call__(self, event: FitEvent) -> None:
-        self.made += self.burst
+        latest = int(event.steps.max()) + 1  # a new bucket begins from zero
+        self.made += latest if latest < self.last else latest - self.last
+        self.last = latest
         if self.over:
             return
         if not self.capture.running and self.made >= self.first:

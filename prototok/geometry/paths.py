@@ -196,14 +196,16 @@ class _Ends:
     def part(self, at: list[int]) -> _Ends:
         """Return some of the paths."""
         targets = [self.targets[i] for i in at]
-        return _Ends(self.lm, self.inputs, self.pairs[at], self.ends[at], targets, self.backend)
+        ends = self.ends[torch.tensor(at, dtype=torch.int64, device="cpu").to(self.ends.device)]
+        return _Ends(self.lm, self.inputs, self.pairs[at], ends, targets, self.backend)
 
     def straight(self) -> Tensor:
         return (self.ends[:, 0] - self.ends[:, 1]).double().flatten(1).norm(dim=1).cpu()
 
     def length(self, control: Tensor, t: Tensor) -> Tensor:
         """Return (P,) length of the polyline through the curve's points at t."""
-        points = bezier(self.ends.double(), control.double().to(self.ends.device), t.to(control))
+        t = t.to(self.ends.device, control.dtype)
+        points = bezier(self.ends.double(), control.double().to(self.ends.device), t)
         return (points[:, 1:] - points[:, :-1]).flatten(2).norm(dim=2).sum(1).cpu()
 
     def head(self, vectors: Tensor, path: Tensor, need_grad: bool) -> tuple[Tensor, HeadOutput]:
@@ -254,15 +256,19 @@ def _fit_curves(
     best, best_accuracy = control.clone(), ends.accuracy(control, t, batch_size)
     active = best_accuracy.amin(1) < 1.0
     backend = ends.lm.plan(len(control), 1, ends.backend).update.taken
+    alive = here = active.new_empty(0, dtype=torch.int64)  # what is active, on the host and not
+    part = ends
     for step in range(1, settings.max_steps + 1):
-        alive = active.nonzero()[:, 0]
+        if int(active.sum()) != len(alive):
+            alive = active.nonzero()[:, 0]
+            here, part = alive.to(control.device), ends.part(alive.tolist())
         if not len(alive):
             break
         drawn = torch.rand(
             len(control), settings.samples, generator=generator, dtype=torch.float32, device="cpu"
         )[alive]
         grad = torch.zeros_like(control)
-        grad[alive] = _gradient(ends, control[alive], alive, drawn)
+        grad[here] = _gradient(part, control[here], torch.arange(len(alive), device="cpu"), drawn)
         adamw_rows_(
             control.flatten(1),
             grad.flatten(1),
@@ -273,20 +279,21 @@ def _fit_curves(
             backend=backend,
         )
         if step % settings.check_every == 0 or step == settings.max_steps:
-            seen = ends.part(alive.tolist()).accuracy(control[alive], t, batch_size)
-            better = seen.mean(1) > best_accuracy[alive].mean(1)
-            best[alive[better]], best_accuracy[alive[better]] = control[alive[better]], seen[better]
+            seen = part.accuracy(control[here], t, batch_size)
+            better = alive[seen.mean(1) > best_accuracy[alive].mean(1)]
+            best_accuracy[better] = seen[torch.isin(alive, better)]
+            there = better.to(control.device)
+            best[there] = control[there]
             active[alive[seen.amin(1) == 1.0]] = False
     return best.cpu(), best_accuracy, adam.step.cpu()
 
 
 def _gradient(ends: _Ends, control: Tensor, path: Tensor, t: Tensor) -> Tensor:
     """Return (A, slots, d): the gradient in the control points of the loss summed over t."""
-    leaf = control.detach().requires_grad_()
-    rows = bezier(ends.ends[path], leaf, t.to(control)).flatten(0, 1)
+    leaf, both = control.detach().requires_grad_(), ends.ends[path.to(control.device)]
+    rows = bezier(both, leaf, t.to(control)).flatten(0, 1)
     hidden, output = ends.head(rows, path.repeat_interleave(t.shape[1]), need_grad=True)
     (grad,) = torch.autograd.grad(hidden, leaf, output.grad_hidden)
-    both = ends.ends[path]
     moves = (both[:, 0] != both[:, 1]).any(-1, keepdim=True)  # not so a vector they share
     return grad * moves
 

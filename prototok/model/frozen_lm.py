@@ -75,7 +75,7 @@ class FrozenLM:
     @cached_property
     def embedding(self) -> Tensor:
         """(V, d) what the model feeds its first block for each token id."""
-        return self.body.embedding
+        return self.body.embedding.to(self.dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -138,10 +138,23 @@ class FrozenLM:
         with _casting:  # so that threads that start together make it once
             if dtype not in self._twins:
                 self.require_unchanged(sampled=True)
+                body = None
+                if isinstance(self.body, DecoderBody) and self._holds_all_of(dtype):
+                    body = self.body.upcast(dtype)
                 self._twins[dtype] = freeze(
-                    self.source, self.identity, self.tokenizer, self.device, dtype
+                    self.source, self.identity, self.tokenizer, self.device, dtype, body
                 )
             return self._twins[dtype]
+
+    def _holds_all_of(self, dtype: torch.dtype) -> bool:
+        """Return True if the weights here, as they are on the GPU, say all of the stored ones.
+
+        Then a wider twin is made of them block by block: a whole one of 8 billion parameters in
+        float32 would take 32 GB. On the CPU the C++ reads a twin's weights where they lie.
+        """
+        wider = torch.promote_types(self.dtype, dtype) == dtype
+        stored = all(weight.dtype == self.dtype for weight in self._weights)
+        return wider and stored and self.device.type != "cpu"
 
     @property
     def bare(self) -> FrozenLM:

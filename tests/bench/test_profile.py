@@ -10,7 +10,6 @@ import torch
 
 from prototok import FrozenLM, Recipe, cli, fast_fit
 from prototok.bench.profile import Capture, ProfiledSteps, Work, profile, step_range
-from prototok.fitting.engine.runner import burst_of
 
 
 def test_step_range() -> None:
@@ -60,7 +59,7 @@ def test_decoding_is_profiled(small_lm: FrozenLM) -> None:
 @pytest.mark.parametrize("end", [5, 10**6])
 def test_steps_of_a_fit_are_profiled(small_lm: FrozenLM, end: int) -> None:
     """From step a to step b, or to the end where the fit has fewer."""
-    watched = ProfiledSteps(Capture(small_lm.device, None), (3, end), burst_of(small_lm.device))
+    watched = ProfiledSteps(Capture(small_lm.device, None), (3, end))
     ids = torch.randint(small_lm.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
     recipe = Recipe(max_steps=8, margin=1e9)
     fast_fit(small_lm, ids, recipe=recipe, callback=watched, progress=False)
@@ -70,7 +69,7 @@ def test_steps_of_a_fit_are_profiled(small_lm: FrozenLM, end: int) -> None:
 
 
 def test_a_fit_that_ends_before_step_a_leaves_nothing(small_lm: FrozenLM) -> None:
-    watched = ProfiledSteps(Capture(small_lm.device, None), (50, 60), 1)
+    watched = ProfiledSteps(Capture(small_lm.device, None), (50, 60))
     fast_fit(small_lm, [[1, 2]], recipe=Recipe(max_steps=3), callback=watched, progress=False)
     watched.close()
     assert watched.capture.report() == "nothing was profiled: the work ended before its first step"

@@ -26,7 +26,7 @@ POINTERS_TO_WEIGHT_DTYPE = {"span_ptr", "x_ptr", "coef_ptr", "grad_x_ptr", "grad
 # As _tiles chooses for Pythia-160M (12 heads, d = 768), Llama-3.2-1B (32, 2048) and 64 heads.
 PYTHIA = {"P": 0, "D": 768, "HP": 16, "BN": 64, "BD": 128, "PRECISION": "tf32"}
 LLAMA_FP32 = {"P": 0, "D": 2048, "HP": 32, "BN": 32, "BD": 128, "PRECISION": "ieee"}
-WIDE_FP32 = {"P": 0, "D": 8192, "HP": 64, "BN": 16, "BD": 128, "PRECISION": "ieee"}
+WIDE_FP32 = {"P": 0, "D": 8192, "HP": 64, "BN": 16, "BD": 64, "PRECISION": "ieee"}
 SCAN = {"P": 0, "HAS_GRAD_COEF": True, "BN": 256}
 EVERYWHERE = [
     ("affine_scan_forward_kernel", "bf16", PYTHIA),
@@ -39,9 +39,9 @@ ONCE = [
     ("affine_backward_kernel", "fp32", WIDE_FP32),
     ("scan_backward_kernel", "bf16", {**SCAN, "HAS_GRAD_COEF": False}),
 ]
-# In fp32 behind a prefix a tile has half the columns.
+# In fp32 a program has 8 warps, and behind a prefix a tile a quarter of the columns.
 ONCE += [
-    (name, dtype, {**sizes, "P": 4} | ({"BD": 64} if dtype == "fp32" else {}))
+    (name, dtype, {**sizes, "P": 4} | ({"BD": 32} if dtype == "fp32" else {}))
     for name, dtype, sizes in ONCE
 ]
 
@@ -65,7 +65,8 @@ def main() -> None:
     for capability in map(int, sys.argv[1:]):
         for name, dtype, constexprs in EVERYWHERE + (ONCE if capability == 90 else []):
             target = GPUTarget("cuda", capability, 32)
-            binary = triton.compile(source(name, dtype, constexprs), target=target)
+            options = {"num_warps": 8 if dtype == "fp32" else 4}
+            binary = triton.compile(source(name, dtype, constexprs), target=target, options=options)
             with tempfile.TemporaryDirectory() as folder:
                 usage = resource_usage(binary.asm["cubin"], Path(folder))
             case = {"capability": capability, "dtype": dtype, "kernel": name}

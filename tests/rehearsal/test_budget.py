@@ -9,9 +9,9 @@ from rehearse import GPUS, SHAPES, rehearsed
 @pytest.mark.parametrize(
     ("shape", "launches", "gigabytes", "milliseconds"),
     [
-        ("pythia-160m", 558, 68.0, 34.0),
-        ("llama-3.2-1b", 643, 145.0, 138.5),
-        ("llama-3.1-8b", 983, 145.5, 198.0),
+        ("pythia-160m", 430, 68.0, 33.6),
+        ("llama-3.2-1b", 511, 141.0, 137.2),
+        ("llama-3.1-8b", 851, 143.5, 197.0),
     ],
 )
 def test_a_step_stays_within_its_budget(shape, launches, gigabytes, milliseconds):

@@ -15,18 +15,24 @@ from cubin import narrow_loads_in_loops, resource_usage
 from prototok.fitting.engine.step import step
 from rehearsal import Compilation, frozen_shape, rehearsal, slots_of
 
-SHAPES = (("pythia-160m", 256, 128), ("llama-3.2-1b", 64, 256), ("llama-3.1-8b", 16, 256))
+SHAPES = (
+    ("pythia-160m", 256, 128, 0), ("llama-3.2-1b", 64, 256, 0), ("llama-3.1-8b", 16, 256, 0),
+    ("llama-3.2-1b", 64, 256, 1),
+)  # fmt: skip
 
 # Loads of two bytes in loops that may stay. The scan's two bases are one row each beside H rows of
-# the span, a column a thread; its backward pass reads one row a head, backwards, in one turn.
-NARROW = {"affine_scan_forward_kernel": 2, "scan_backward_kernel": 2}
+# the span, a column a thread; its backward pass reads one row a head, backwards, in one turn. That
+# of the logits reads a few heads of q and v, an element a thread, once each.
+NARROW = {
+    "affine_scan_forward_kernel": 2, "scan_backward_kernel": 2, "pair_logits_backward_kernel": 10,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def compilations() -> list[Compilation]:
     with rehearsal() as seen:
-        for shape, rows, length in SHAPES:
-            lm = frozen_shape(shape)
+        for shape, rows, length, prefix in SHAPES:
+            lm = frozen_shape(shape, prefix)
             step(lm, slots_of(lm, "e m*", rows, length), rows)
     return list(seen.compilations)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prototok_kernels.layers import (
     DecoderLayer,
+    LlamaLayer,
     NeoXLayer,
     bias_behind_norm,
     inner_activation,
@@ -168,34 +169,49 @@ class _AffineMLP(torch.autograd.Function):
         span: Tensor,  # (B, S, d)
         layer: DecoderLayer,
         backend: str,
+        combined_at_once: bool,  # by Triton
     ) -> Tensor:  # (B, N, d)
         centred = centred_for(span, layer)
         weight, own = inner_projection(layer)[0], own_vectors(layer)
         projected = projected_span(centred * layer.post_norm, weight, own)
         rms_inverse = rms_inverse_of(x, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
-        ctx.layer, ctx.backend = layer, backend
+        ctx.layer, ctx.backend, ctx.at_once = layer, backend, combined_at_once
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, projected)
-        inner = inner_activation(
-            combined(scaled, projected), bias_behind_norm(layer), layer, backend
-        )
+        bias = bias_behind_norm(layer)
+        if combined_at_once:
+            from prototok_kernels.pair.combined_triton import combined_activation
+
+            gated = isinstance(layer, LlamaLayer)
+            inner = combined_activation(scaled, projected, bias, layer.activation, gated)
+        else:
+            inner = inner_activation(combined(scaled, projected), bias, layer, backend)
         ctx.mark_dirty(x)
         x.flatten(0, 1).addmm_(inner.flatten(0, 1), layer.down.T)
         return x if layer.down_bias is None else x.add_(layer.down_bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, projected = ctx.saved_tensors
-        z, bias = combined(scaled, projected), bias_behind_norm(layer)
-        grad_z = inner_activation_backward(grad @ layer.down, z, bias, layer, ctx.backend)
-        grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
-        own = own_vectors(layer)
-        grad_normed = torch.bmm(scaled[:, :own], grad_z) @ inner_projection(layer)[0]
+        bias, own, grad_inner = bias_behind_norm(layer), own_vectors(layer), grad @ layer.down
+        if ctx.at_once:
+            from prototok_kernels.pair.combined_triton import combined_activation_backward
+
+            grad_scaled, grad_projected = combined_activation_backward(
+                grad_inner, scaled, projected, own, bias, layer.activation,
+                isinstance(layer, LlamaLayer),
+            )  # fmt: skip
+        else:
+            z = combined(scaled, projected)
+            grad_z = inner_activation_backward(grad_inner, z, bias, layer, ctx.backend)
+            grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
+            grad_projected = torch.bmm(scaled[:, :own], grad_z)
+        grad_normed = grad_projected @ inner_projection(layer)[0]
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer
         )
-        return grad, grad_coef, grad_span, None, None
+        return grad, grad_coef, grad_span, None, None, None
 
 
 def first_layer_spanned(
@@ -214,13 +230,17 @@ def first_layer_spanned(
     errors are those of `first_layer`.
     """
     _check(e, m, group, length, layer, cos)
-    seen = layer.prefix_length + length
-    logits, span = _span(e, m, group, layer, cos[:seen], sin[:seen], plan.passes.taken)
+    seen, backend = layer.prefix_length + length, plan.passes.taken
+    tables = cos[:seen], sin[:seen]
     if plan.first_layer.taken == "triton":
         from prototok_kernels.pair.first_layer_triton import affine_scan
+        from prototok_kernels.pair.span_triton import span_by_triton
 
+        logits, span = span_by_triton(e, per_row(m, group), layer, *tables, backend)
         x, coef = affine_scan(logits.of_m, logits.of_e, logits.of_prefix, span)
-    elif logits.of_prefix is None:
+        return x, coef, span
+    logits, span = _span(e, m, group, layer, *tables, backend)
+    if logits.of_prefix is None:
         x, coef = AffineScan.apply(logits.of_m, logits.of_e, span)
     else:
         x, coef = ScanBehindPrefix.apply(logits.of_m, logits.of_e, logits.of_prefix, span)
@@ -252,8 +272,9 @@ def first_layer(
     if is_parallel(layer):
         return x
     backend = plan.passes.taken
-    if plan.first_mlp.taken == "span":
-        return _AffineMLP.apply(x, coef, span, layer, backend)
+    if plan.first_mlp.taken in ("combined", "span"):
+        at_once = plan.first_mlp.taken == "combined"
+        return _AffineMLP.apply(x, coef, span, layer, backend, at_once)
     x, normed = post_norm(x, None, layer, backend)
     return x + mlp(normed, layer, backend)
 

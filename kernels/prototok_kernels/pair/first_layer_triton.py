@@ -297,8 +297,10 @@ def _tiles(length: int, front: int, span: Tensor) -> dict[str, int]:
     return {
         "HP": padded,
         "BN": min(most, max(16, triton.next_power_of_2(length))),
-        # In fp32 the weights of a prefix take the registers of half the columns.
-        "BD": min(64 if front and wide else 128, max(16, triton.next_power_of_2(size))),
+        # In fp32 the weights of a prefix take the registers of most columns.
+        "BD": min(32 if front and wide else 128, max(16, triton.next_power_of_2(size))),
+        # And products in full take those of twice the threads.
+        "num_warps": 8 if wide else 4,
     }
 
 

@@ -6,6 +6,7 @@ looks meanwhile at the flags of the burst before. Letters: R rows, G groups.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from prototok.model.frozen_lm import FrozenLM
 
 # Steps a window runs before it is captured: kernels are compiled and libraries set up by then.
 _WARM_UP = 2
+# Seconds between two looks at the flags on CUDA, at most: a row that is done waits one and a half
+# of them. And steps, however short: more would spare the host nothing.
+_LOOK_SECONDS, _LOOK_STEPS = 0.05, 32
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,12 @@ class CapturedStep(StepRunner):
     one burst behind: `poll` gives the flags of the burst before the last, so that the device has
     work while the host looks. A group that is done or spent no longer changes, so its vectors can
     be read meanwhile; `changing` waits for such reads.
+
+    How many steps a burst has is decided once, by what the first burst took that was steady: of
+    replays alone, or of steps that will never be captured.
     """
 
-    burst = 10
+    burst = 4  # until then
     lags = True
 
     def __init__(self, lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
@@ -175,10 +182,28 @@ class CapturedStep(StepRunner):
         self.graphs: dict[tuple[Window, int], torch.cuda.CUDAGraph] = {}
         self.ran: Counter[tuple[Window, int]] = Counter()  # without a graph
         self.capturing = True
+        self.steady = self.decided = False
+        self.timed: tuple[torch.cuda.Event, torch.cuda.Event, int] | None = None
 
     def advance(self, steps: int) -> None:
         with torch.cuda.stream(self.stream):
+            if self.decided:
+                super().advance(steps)
+                return
+            self.steady, begin = True, self._now()
             super().advance(steps)
+            if self.timed is not None:
+                self._decide(*self.timed)  # that burst is through, or nearly; this one is queued
+            elif self.steady:
+                self.timed = begin, self._now(), steps
+
+    def _now(self) -> torch.cuda.Event:
+        return self.stream.record_event(torch.cuda.Event(enable_timing=True))
+
+    def _decide(self, begin: torch.cuda.Event, end: torch.cuda.Event, steps: int) -> None:
+        end.synchronize()
+        self.burst = burst_for(begin.elapsed_time(end) / 1e3 / steps)
+        self.timed, self.decided = None, True
 
     def best_of(self, group: int) -> list[Tensor]:
         torch.cuda.current_stream(self.lm.device).wait_event(self.changed)
@@ -200,8 +225,10 @@ class CapturedStep(StepRunner):
 
     def _step(self) -> None:
         key = self.slots.window, self.rows_per_forward
-        if key not in self.graphs and self.capturing and self.ran[key] >= _WARM_UP:
-            self._capture(key)
+        if key not in self.graphs and self.capturing:
+            self.steady = False
+            if self.ran[key] >= _WARM_UP:
+                self._capture(key)
         if key in self.graphs:
             self.graphs[key].replay()
         else:
@@ -280,6 +307,10 @@ def step_runner(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepRunner
     return _runner(lm.device)(lm, slots, rows_per_forward)
 
 
-def burst_of(device: torch.device) -> int:
-    """Return the steps between two looks at the flags on this device."""
-    return _runner(device).burst
+def burst_for(seconds: float) -> int:
+    """Return the steps between two looks at the flags on CUDA, where one takes so many seconds.
+
+    A power of two, so that a clock that runs a little differently decides alike.
+    """
+    most = min(_LOOK_SECONDS / max(seconds, 1e-6), float(_LOOK_STEPS))
+    return 1 << max(0, int(math.log2(most)) if most >= 1 else 0)

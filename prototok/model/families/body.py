@@ -6,19 +6,22 @@ part of a head, P vectors of a prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from prototok.model.families.rotary import RotaryTables
+from prototok.model.families.upcast import Upcast
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
-from prototok_kernels.prefix import behind_prefix
+from prototok_kernels.prefix import keys_and_values
 
 
 class Ends(NamedTuple):
@@ -36,7 +39,7 @@ class DecoderBody:
     """A model of the Llama or GPT-NeoX family as plain tensors."""
 
     family: str
-    layers: list[DecoderLayer]
+    layers: Sequence[DecoderLayer]
     embedding: Tensor  # (V, d)
     norm: Tensor  # (d,)
     norm_bias: Tensor | None  # (d,)
@@ -51,7 +54,7 @@ class DecoderBody:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding matrix, (…, d)."""
-        return self.embedding[ids]
+        return self.embedding[ids].to(self.norm.dtype)
 
     def flash(self) -> DecoderBody:
         """Return the same body, attending by the flash-attn package."""
@@ -59,10 +62,30 @@ class DecoderBody:
 
     def behind(self, vectors: Tensor) -> DecoderBody:
         """Return the same body with vectors (P, d) in front of every input."""
-        layers = behind_prefix(self.layers, vectors, *self.rotary(len(vectors)))
-        return replace(self, layers=layers, bare=self)
+        prefixes = keys_and_values(self.layers, vectors, *self.rotary(len(vectors)))
+        layers = self.layers
+        behind = (
+            layers.behind(prefixes)
+            if isinstance(layers, Upcast)
+            else [
+                replace(layer, prefix=prefix)
+                for layer, prefix in zip(layers, prefixes, strict=True)
+            ]
+        )
+        return replace(self, layers=behind, bare=self)
 
-    @property
+    def upcast(self, dtype: torch.dtype) -> DecoderBody:
+        """Return the body in a wider dtype, its blocks made of these one at a time (`Upcast`).
+
+        The embedding matrix stays as it is; the rows that are asked for are cast.
+        """
+        return replace(
+            self, layers=Upcast(self.layers, dtype), norm=self.norm.to(dtype), bare=None,
+            norm_bias=None if self.norm_bias is None else self.norm_bias.to(dtype),
+            head=None if self.head is None else self.head.to(dtype),
+        )  # fmt: skip
+
+    @cached_property
     def prefix_length(self) -> int:
         """P; 0 without a prefix."""
         return self.layers[0].prefix_length

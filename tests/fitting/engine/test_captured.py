@@ -26,9 +26,33 @@ real_step = module.step
 
 
 class Patient(StepRunner):
-    """Steps without a graph that look as seldom and as late as captured ones."""
+    """Steps without a graph that look as seldom and as late as captured ones of 5 ms."""
 
     burst, lags = CapturedStep.burst, CapturedStep.lags
+    advances = 0
+
+    def advance(self, steps: int) -> None:
+        super().advance(steps)
+        self.advances += 1
+        # One with a capture, one that is timed, one while that is read.
+        self.burst = CapturedStep.burst if self.advances < 3 else module.burst_for(5e-3)
+
+
+class Event:
+    """Of a device on which a step takes five milliseconds."""
+
+    clock = 0
+    at = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.timing, self.waited = enable_timing, False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.timing and end.timing and end.waited
+        return 5.0 * (end.at - self.at)
 
 
 class Stream:
@@ -40,8 +64,10 @@ class Stream:
 
     wait_event = wait_stream
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.at = Event.clock
+        return event
 
     def synchronize(self) -> None:
         self.waited.append("host")
@@ -83,6 +109,7 @@ class FakeCuda:
         if self.waits and (self.capturing or self.debug == "error"):
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.capturing is None:
+            Event.clock += 1
             real_step(lm, slots, rows)
             return
         if self.refuses:
@@ -97,6 +124,7 @@ class Graph:
     def replay(self) -> None:
         lm, slots, rows, window = self.what
         assert self.fake.current[-1] is self.stream and slots.window == window
+        Event.clock += 1
         real_step(lm, slots, rows)
         self.replays += 1
 
@@ -114,7 +142,8 @@ def fitted(
     ids = torch.randint(lm.vocab_size, (6, 2), generator=torch.Generator().manual_seed(0))
     with monkeypatch.context() as patched:
         for name, value in {
-            "Stream": Stream, "CUDAGraph": Graph, "graph": fake.graph, "stream": fake.stream,
+            "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": fake.graph,
+            "stream": fake.stream,
             "current_stream": lambda device=None: fake.current[-1], "empty_cache": lambda: None,
             "graph_pool_handle": lambda: (0, 1), "synchronize": lambda device=None: None,
             "get_sync_debug_mode": lambda: fake.debug,
@@ -200,3 +229,28 @@ def test_a_model_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> 
         found = fitted(monkeypatch, lm, CapturedStep, fake, None)
     assert not captures and fake.debug == "default"
     assert_same(found, fitted(monkeypatch, lm, Patient, FakeCuda(), None))
+
+
+def test_the_time_of_a_step_decides_how_long_a_burst_is() -> None:
+    """At most 50 ms and 32 steps, and a power of two; a step that takes longer is looked at."""
+    found = {ms: module.burst_for(1e-3 * ms) for ms in (0.0, 0.1, 1, 1.7, 5, 12, 34, 50.1, 138)}
+    assert found == {0.0: 32, 0.1: 32, 1: 32, 1.7: 16, 5: 8, 12: 4, 34: 1, 50.1: 1, 138: 1}
+
+
+def test_a_burst_is_timed_once_and_without_captures(
+    monkeypatch: pytest.MonkeyPatch, small_lm: FrozenLM
+) -> None:
+    """Decided by replays alone: warming up and capturing take longer than a step."""
+    decided: list[tuple[int, int]] = []
+    decide = CapturedStep._decide
+
+    def seen(runner: CapturedStep, begin: Event, end: Event, steps: int) -> None:
+        replays = sum(graph.replays for graph in fake.graphs)
+        decide(runner, begin, end, steps)
+        decided.append((replays, runner.burst))
+
+    monkeypatch.setattr(CapturedStep, "_decide", seen)
+    fake = FakeCuda()
+    fitted(monkeypatch, small_lm, CapturedStep, fake, None)
+    first = CapturedStep.burst
+    assert decided == [(3 * first - 2, 8)]  # two steps warmed up
