@@ -32,6 +32,9 @@ CONSTANT_COST = 4
 # B N d below which the closed form's 150 to 180 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/gpu.md), not measured.
 FEW_ON_CUDA = 1 << 22
+# Rows up to which one token is decoded by kernels that read a weight once for all of them: from
+# there on a row's multiplications take as long as the weights. Counted (docs/gpu.md), not measured.
+FEW_ROWS_ON_CUDA = 4
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where
 # blocks have packed products it is for tokens one by one alone. The second is of float32 on
 # AVX-512.
@@ -63,6 +66,8 @@ class Plan:
     second_layer  its first products from the "span" of the first layer's output, or "in full"
     blocks        "cpu" (all blocks as one C++ op), or "one by one"
     decoder       of a forward without gradient: "cpu" (the C++ decoder), or "blocks"
+    token         one more token of each row behind cached keys and values: "cpu" (the C++ decoder),
+                  "fused" (Triton's products with all that stands around them), or "one by one"
     head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
                   "torch", "triton" or "cpu"
     update        AdamW: "torch", "triton" or "cpu"
@@ -83,6 +88,7 @@ class Plan:
     second_layer: Choice
     blocks: Choice
     decoder: Choice
+    token: Choice
     head: Choice
     update: Choice
     products: Choice
@@ -283,6 +289,17 @@ def _plan_of(
                 else f"more than {few_for_decoder} positions",
             ),
             ("blocks",),
+        ),
+        token=_choose(
+            (
+                "cpu", run_elsewhere, no_cpp,
+                None if rows <= FEW_POSITIONS else f"more than {FEW_POSITIONS} rows",
+            ),
+            (
+                "fused", run_elsewhere, no_triton,
+                None if rows <= FEW_ROWS_ON_CUDA else f"more than {FEW_ROWS_ON_CUDA} rows",
+            ),
+            ("one by one",),
         ),
         head=head,
         # e and m are fp32, whatever the model is.
