@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
 
-@lru_cache(maxsize=64)
+class _Streams(threading.local):
+    """A thread's own, so that nothing of another is captured with what it captures."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_of_thread = _Streams()
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Return True if work on this device is queued on streams, and can be captured."""
+    return device.type == "cuda"
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+    streams: dict[torch.device, torch.cuda.Stream] = _of_thread.streams
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device, priority=-1)
+    return streams[device]
 
 
 @contextmanager
@@ -19,12 +36,15 @@ def urgent(device: torch.device) -> Iterator[None]:
     """Put what is queued on CUDA inside in front of what other streams have queued.
 
     It begins when the current stream is through, and the host must have read its results before
-    the block ends: nothing else waits for them.
+    the block ends: nothing else waits for them. Within another such block it does nothing.
     """
-    if device.type != "cuda":
+    if not on_cuda(device):
         yield
         return
-    stream = _stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, current = _stream(device), torch.cuda.current_stream(device)
+    if stream == current:
+        yield
+        return
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
