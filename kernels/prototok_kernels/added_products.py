@@ -82,20 +82,26 @@ def add_products_(x: Tensor, products: Sequence[Product]) -> None:
     Raises ValueError for a shape or dtype that does not fit, or where Triton does not run.
     """
     require("triton", x)
+    if not x.is_contiguous():
+        raise ValueError("x: must be contiguous, since it is written")
     for product in products:
         _check(x, *product)
     rows, outputs = x.shape
     if rows == 0:
         return
-    (inputs, weight, bias), (second_inputs, second_weight, second_bias) = products[0], products[-1]
+    (inputs, _, bias), (second_inputs, _, second_bias) = products[0], products[-1]
     second = second_inputs.shape[1] if len(products) == 2 else 0
     blocks = [triton.next_power_of_2(size) for size in (inputs.shape[1], max(1, second))]
     deep = blocks[0] + blocks[1] * (second > 0)
     block_out = outputs_a_program(outputs, deep * x.element_size())
+
+    def tensors(product: Product) -> list[Tensor]:
+        return [x if one is None else one.contiguous() for one in product]
+
     with torch.cuda.device_of(x):
         _added_product_kernel[(triton.cdiv(outputs, block_out),)](
-            x, inputs, weight, x if bias is None else bias, second_inputs, second_weight,
-            x if second_bias is None else second_bias, R=rows, OUT=outputs, SIZE=inputs.shape[1],
+            x, *tensors(products[0]), *tensors(products[-1]), R=rows, OUT=outputs,
+            SIZE=inputs.shape[1],
             SECOND_SIZE=second, HAS_BIAS=bias is not None, SECOND_HAS_BIAS=second_bias is not None,
             BLOCK_OUT=block_out, BLOCK=blocks[0], SECOND_BLOCK=blocks[1],
             num_warps=warps_of(block_out * deep), enable_fp_fusion=True,
@@ -106,16 +112,15 @@ def _check(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> No
     rows, outputs = x.shape
     size = inputs.shape[-1]
     for name, tensor, shape in (
-        ("x", x, (rows, outputs)),
         ("inputs", inputs, (rows, size)),
         ("weight", weight, (outputs, size)),
         ("bias", bias, (outputs,)),
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
+        if tensor.shape != shape or tensor.dtype != x.dtype:
             raise ValueError(
-                f"{name}: must be contiguous {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
+                f"{name}: must be {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
 

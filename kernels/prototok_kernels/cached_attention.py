@@ -2,8 +2,8 @@
 
 The token's q and k are normed (Qwen3) and rotated, k and v written to the cache, and q attends to
 what stands there and to the token itself. How far the cache is filled is a number on the device,
-so that a CUDA graph serves every position. Where few programs would read a long cache, each key-value
-head's positions are split among several, and a second launch merges what they found.
+so that a CUDA graph serves every position. Where few programs would read a long cache, the positions
+of each key-value head are split among several, and a second launch merges what they found.
 
 Letters: R rows, T positions of the cache, H heads, K key-value heads, G = H / K, c head size, r
 rotary size (r ≤ c), S splits of T.
@@ -128,7 +128,8 @@ if triton is not None:
             one = KV_HEADS * GROUP + kv_head + tl.arange(0, 1)
             mine = inside[None, :]
             k = _turned(qkv, k_norm, one, column, mine, c, s, eps, SIZE, HALF, NORMED).to(dtype)
-            v = tl.load(qkv + (one + KV_HEADS)[:, None] * SIZE + column[None, :], mask=mine, other=0)
+            of_value = qkv + (one + KV_HEADS)[:, None] * SIZE
+            v = tl.load(of_value + column[None, :], mask=mine, other=0.0)
             tl.store(keys + at * SIZE + column[None, :], k, mask=mine)
             tl.store(values + at * SIZE + column[None, :], v, mask=mine)
             highest = tl.sum(q * k.to(tl.float32), 1) * scaling
@@ -207,7 +208,7 @@ def cached_attention(
     """Put one token a row into the cache, and attend to it and to all before it.
 
     With a window a token sees that many positions, its own included. Heads, scaling, window and
-    norms are the layer's. Arithmetic is fp32; where the dtype is shorter its products are tf32, which
+    norms are the layer's. Arithmetic is fp32; where the dtype is shorter, products are tf32, which
     holds every number of it. No gradient.
 
     Raises ValueError for a shape or dtype that does not fit.

@@ -1,8 +1,8 @@
 """The most likely token behind each row, and the step to it: the end of a token's forward.
 
-The head's product keeps the best logit of every few outputs in place of the logits, where rows are
-few; a last launch finds the best of those, writes the id, puts its embedding into the stream and moves
-each row's counters on, so that the next token needs nothing of the host.
+Where rows are few, the head's product keeps the best logit of every few outputs in place of the
+logits. A last launch finds the best of those, writes the id, puts its embedding into the stream and
+moves each row's counters on, so that the next token needs nothing of the host.
 
 Letters: R rows, d hidden size, V vocabulary, P candidates a row.
 """
@@ -128,17 +128,17 @@ if triton is not None:
 def best_logits(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return candidates for each row's largest logit: values (R, P) fp32 and ids (R, P) int32.
 
-    h is (R, d), weight (V, d). One Triton launch, which reads the weight once for all rows and writes
-    no logits; the first of those alike is kept. R is to be small.
+    h is (R, d), weight (V, d). One Triton launch, which reads the weight once for all rows and
+    writes no logits; the first of those alike is kept. R is to be small.
 
     Raises ValueError for a shape or dtype that does not fit, or where Triton does not run.
     """
     require("triton", h)
     rows, size = h.shape
     vocabulary = len(weight)
-    if weight.shape[1:] != (size,) or weight.dtype != h.dtype or not weight.is_contiguous():
+    if weight.shape[1:] != (size,) or weight.dtype != h.dtype:
         raise ValueError(
-            f"weight: must be contiguous (V, {size}) of {h.dtype} like h, saw "
+            f"weight: must be (V, {size}) of {h.dtype} like h, saw "
             f"{tuple(weight.shape)} of {weight.dtype}"
         )
     block = triton.next_power_of_2(size)
@@ -150,8 +150,8 @@ def best_logits(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return best, index
     with torch.cuda.device_of(h):
         _best_logit_kernel[(programs,)](
-            h.contiguous(), weight, best, index, R=rows, D=size, V=vocabulary, TILES=_TILES,
-            BLOCK_ROWS=triton.next_power_of_2(rows), BLOCK_OUT=block_out, BLOCK=block,
+            h.contiguous(), weight.contiguous(), best, index, R=rows, D=size, V=vocabulary,
+            TILES=_TILES, BLOCK_ROWS=triton.next_power_of_2(rows), BLOCK_OUT=block_out, BLOCK=block,
             num_warps=warps_of(block_out * block), enable_fp_fusion=True,
         )  # fmt: skip
     return best, index
@@ -191,9 +191,7 @@ def take_next_(
         )  # fmt: skip
 
 
-def take_next_ref_(
-    stream: Stream, scores: Tensor, index: Tensor | None, embedding: Tensor
-) -> None:
+def take_next_ref_(stream: Stream, scores: Tensor, index: Tensor | None, embedding: Tensor) -> None:
     """Compute the same in plain torch."""
     token = scores.argmax(dim=1)
     if index is not None:

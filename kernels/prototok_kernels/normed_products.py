@@ -1,4 +1,4 @@
-"""Products of one token's few rows with the norm in front and the activation behind, in one launch.
+"""Products of one token's few rows with the norm in front and the activation behind: one launch.
 
 What a token costs is one reading of the weights. A program holds a tile of them, all of their depth,
 in its registers, so that all of its loads are under way at once; the norm of the row, which every
@@ -20,7 +20,7 @@ from torch import Tensor
 from prototok_kernels.activation import ACTIVATIONS, activation
 from prototok_kernels.backend import require
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, inner_projection
-from prototok_kernels.residual_norm import Norm, two_residual_norms, residual_norm
+from prototok_kernels.residual_norm import Norm, residual_norm, two_residual_norms
 
 try:
     import triton
@@ -185,11 +185,9 @@ def normed_products(
     programs = sum(-(-product.outputs // block_out) for product in products)
 
     def tensors(product: NormedProduct, out: Tensor) -> tuple[Tensor, ...]:
-        weight, bias = product.norm
-        return (
-            weight, weight if bias is None else bias, product.weight,
-            weight if product.bias is None else product.bias, out,
-        )  # fmt: skip
+        norm, norm_bias = product.norm
+        given = (norm, norm_bias, product.weight, product.bias)
+        return *(norm if one is None else one.contiguous() for one in given), out
 
     def kind(product: NormedProduct) -> str | None:
         return None if product.activation is None else ACTIVATIONS[product.activation]
@@ -221,9 +219,9 @@ def _check(x: Tensor, product: NormedProduct, centred: bool) -> None:
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype != x.dtype or not tensor.is_contiguous():
+        if tensor.shape != shape or tensor.dtype != x.dtype:
             raise ValueError(
-                f"{name}: must be contiguous {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
+                f"{name}: must be {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
                 f"{tuple(tensor.shape)} of {tensor.dtype}"
             )
 

@@ -34,6 +34,9 @@ CONSTANT_COST = 4
 FEW_ON_CUDA = 3 << 20
 # Spanning vectors that a tile of Triton's combined kernels takes, with their gradients.
 MOST_COMBINED = 128
+# Rows up to which one token is decoded by kernels that read a weight once for all of them: from
+# there on a row's multiplications take as long as the weights. Counted (docs/gpu.md), not measured.
+FEW_ROWS_ON_CUDA = 4
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where
 # blocks have packed products it is for tokens one by one alone. The second is of float32 on
 # AVX-512.
@@ -66,6 +69,8 @@ class Plan:
     second_layer  its first products from the "span" of the first layer's output, or "in full"
     blocks        "cpu" (all blocks as one C++ op), or "one by one"
     decoder       of a forward without gradient: "cpu" (the C++ decoder), or "blocks"
+    token         one more token of each row behind cached keys and values: "cpu" (the C++ decoder),
+                  "fused" (Triton's products with all that stands around them), or "one by one"
     head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
                   "torch", "triton" or "cpu"
     update        AdamW: "torch", "triton" or "cpu"
@@ -86,6 +91,7 @@ class Plan:
     second_layer: Choice
     blocks: Choice
     decoder: Choice
+    token: Choice
     head: Choice
     update: Choice
     products: Choice
@@ -292,6 +298,17 @@ def _plan_of(
                 else f"more than {few_for_decoder} positions",
             ),
             ("blocks",),
+        ),
+        token=_choose(
+            (
+                "cpu", run_elsewhere, no_cpp,
+                None if rows <= FEW_POSITIONS else f"more than {FEW_POSITIONS} rows",
+            ),
+            (
+                "fused", run_elsewhere, no_triton,
+                None if rows <= FEW_ROWS_ON_CUDA else f"more than {FEW_ROWS_ON_CUDA} rows",
+            ),
+            ("one by one",),
         ),
         head=head,
         # e and m are fp32, whatever the model is.

@@ -17,12 +17,14 @@ from transformers.utils import logging
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.common.arguments import hint, is_count
 from prototok.common.per_thread import PerThread
+from prototok.common.recent import Recent
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, require_frozen, twin_of
 from prototok_kernels.decoder import POSITIONS
 from prototok_kernels.layers import inner_projection
+from prototok_kernels.plan import Plan
 
 CACHES = ("engine", "dynamic", "static")
 
@@ -136,8 +138,8 @@ def engine(lm: FrozenLM, mem: Tensor, length: int, first: Tensor | None, backend
     """
     rows, leading, _ = mem.shape
     plan = lm.plan(rows, 1, backend)  # of one token
-    if plan.decoder.taken != "cpu":
-        decoder = _static_decoder(lm, rows, leading + length, plan.passes.taken)
+    if plan.token.taken != "cpu":
+        decoder = _static_decoder(lm, rows, leading + length, plan)
         return decoder.generate(mem, length, first)
     few = cpu_decoder(lm, rows, leading + length, leading)
     ids = torch.empty(length, rows, dtype=torch.int64, device="cpu")
@@ -181,9 +183,10 @@ def _body(lm: FrozenLM) -> DecoderBody:
 
 
 _twins: WeakKeyDictionary[FrozenLM, PreTrainedModel] = WeakKeyDictionary()
-# What a thread's last call with a model used; the next one, a fit's verification above all, is
-# alike. It holds the key-value cache of the call.
+# What a thread's last calls with a model used, by model; the next one, a fit's verification above
+# all, is like one of them. Each holds a key-value cache and a CUDA graph; so many bytes of caches.
 _decoders = PerThread()
+_DECODERS, _CACHES = 4, 1 << 28
 
 
 def _twin(lm: FrozenLM) -> PreTrainedModel:
@@ -192,12 +195,14 @@ def _twin(lm: FrozenLM) -> PreTrainedModel:
     return _twins[lm]
 
 
-def _static_decoder(lm: FrozenLM, rows: int, positions: int, backend: str) -> StaticDecoder:
-    """Return a decoder with room for `positions`: that of the last call where it fits."""
-    front = _body(lm).prefix_length
-    capacity = -(-(front + positions) // POSITIONS) * POSITIONS
-    found: StaticDecoder | None = _decoders.of.get(lm)
-    wanted = (rows, capacity, backend)
-    if found is None or (found.rows, found.capacity, found.backend) != wanted:
-        found = _decoders.of[lm] = StaticDecoder(_body(lm), lm, rows, capacity, backend)
-    return found
+def _static_decoder(lm: FrozenLM, rows: int, positions: int, plan: Plan) -> StaticDecoder:
+    """Return a decoder with room for `positions`: that of an earlier call where one fits."""
+    body = _body(lm)
+    capacity = -(-(body.prefix_length + positions) // POSITIONS) * POSITIONS
+    kept: Recent[StaticDecoder] = _decoders.of.get(lm) or Recent(
+        _DECODERS, _CACHES, lambda decoder: decoder.cache_bytes
+    )
+    _decoders.of[lm] = kept
+    return kept.get(
+        (rows, capacity, plan.passes.taken), lambda: StaticDecoder(body, lm, rows, capacity, plan)
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prototok.autoregressive.generate import generate
 from prototok.common.shown import shapes
+from prototok.decoding.replay import on_the_host
 from prototok.fitting.engine.setup import Setup
 from prototok.model.frozen_lm import FrozenLM
 
@@ -86,12 +87,17 @@ def _in_one_dtype(
 @torch.no_grad()
 def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor:
     """Return (N,) target logit − best other logit, with the text before each target given."""
-    vectors, ids = mem[None].to(lm.device, lm.dtype), targets.to(lm.device)
-    inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
-    logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)
-    own = logits.gather(1, ids[:, None])
-    best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
-    return (own[:, 0] - best_other).cpu()
+
+    def compute(vectors: Tensor, ids: Tensor) -> list[Tensor]:
+        inputs_embeds = torch.cat([vectors, lm.embed(ids[:-1])[None]], dim=1)
+        logits = lm.logits(inputs_embeds, backend)[0, len(mem) - 1 :].float()  # (N, V)
+        own = logits.gather(1, ids[:, None])
+        best_other = logits.scatter(1, ids[:, None], float("-inf")).amax(dim=1)
+        return [own[:, 0] - best_other]
+
+    key = ("margins with the text given", len(mem), len(targets), backend)
+    given = [mem[None].to(lm.device, lm.dtype), targets.to(lm.device)]
+    return on_the_host(lm, key, compute, given)[0]
 
 
 def cache_of(lm: FrozenLM) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
+# A thread's own, so that nothing of another is captured with what it captures.
+_of_thread = threading.local()
 
-@lru_cache(maxsize=64)
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+    streams: dict[torch.device, torch.cuda.Stream] = _of_thread.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device, priority=-1)
+    return streams[device]
 
 
 @contextmanager
@@ -19,12 +24,15 @@ def urgent(device: torch.device) -> Iterator[None]:
     """Put what is queued on CUDA inside in front of what other streams have queued.
 
     It begins when the current stream is through, and the host must have read its results before
-    the block ends: nothing else waits for them.
+    the block ends: nothing else waits for them. Within another such block it does nothing.
     """
     if device.type != "cuda":
         yield
         return
-    stream = _stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, current = _stream(device), torch.cuda.current_stream(device)
+    if stream == current:
+        yield
+        return
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

@@ -5,6 +5,7 @@ Letters: R rows, N targets, L input positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -14,15 +15,18 @@ from torch import Tensor
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
 from prototok.common.shown import shapes
+from prototok.common.urgent import urgent
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
+from prototok.decoding.replay import on_the_host
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
-from prototok_kernels.plan import Plan
+
+Scores = list[Tensor]  # (R, N) each
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,28 @@ def decode_vectors(
     backend: str,
 ) -> Decoded:
     """Run one forward for rows of one length; the results are on the CPU."""
-    with named_range("decode", lm.device):
-        inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        plan = lm.plan(inputs_embeds.shape[0], inputs_embeds.shape[1], backend)
-        decoder = _passed(lm, inputs_embeds, plan)
-        if decoder:
-            states, weight, by = decoder.logits(), None, plan.update.taken  # fp32, as these are
-        else:
-            states, weight, by = lm.hidden(inputs_embeds, backend), lm.body.head, plan.head.taken
+    plan = lm.plan(len(vectors), arrangement.input_length(length), backend)
+    given = [] if targets is None else [targets.to(lm.device)]
+
+    def score(states: Tensor, weight: Tensor | None, by: str, given: Sequence[Tensor]) -> Scores:
         states = states[:, arrangement.offset :][:, :length]
-        if targets is None:
-            targets = _head(states, weight, None, by).predicted.view(states.shape[:2])
-        head = _head(states, weight, targets.to(lm.device), by)
-        ids, margin, loss = (
-            t.view(targets.shape).cpu() for t in (head.predicted, head.margin, head.loss)
-        )
-        return Decoded(ids, margin, loss)
+        shape = states.shape[:2]
+        targets = given[0] if given else _head(states, weight, None, by).predicted.view(shape)
+        head = _head(states, weight, targets, by)
+        return [t.view(shape) for t in (head.predicted, head.margin, head.loss)]
+
+    def compute(vectors: Tensor, layout: Tensor, *given: Tensor) -> Scores:
+        states = lm.hidden(vectors[:, layout], backend)
+        return score(states, lm.body.head, plan.head.taken, given)
+
+    with named_range("decode", lm.device):
+        if plan.decoder.taken == "cpu":
+            logits = _passed(lm, vectors, arrangement, length).logits()  # fp32, as e and m are
+            return Decoded(*score(logits, None, plan.update.taken, given))
+        key = ("scores", len(given), len(vectors), arrangement, length, backend)
+        with urgent(lm.device):  # the copies to the device, too
+            inputs = _inputs(lm, vectors, arrangement, length)
+            return Decoded(*on_the_host(lm, key, compute, [*inputs, *given]))
 
 
 @torch.no_grad()
@@ -79,30 +89,34 @@ def decode_ids(
     backend: str,
 ) -> Tensor:
     """Run the same forward for its ids (R, N) alone, on the CPU."""
-    with named_range("decode", lm.device):
-        inputs_embeds = _inputs(lm, vectors, arrangement, length)
-        plan = lm.plan(inputs_embeds.shape[0], inputs_embeds.shape[1], backend)
-        decoder = _passed(lm, inputs_embeds, plan)
-        if decoder:
-            return decoder.ids()[:, arrangement.offset :][:, :length].cpu()
-        states = lm.hidden(inputs_embeds, backend)[:, arrangement.offset :][:, :length]
+    plan = lm.plan(len(vectors), arrangement.input_length(length), backend)
+
+    def compute(vectors: Tensor, layout: Tensor) -> Scores:
+        states = lm.hidden(vectors[:, layout], backend)[:, arrangement.offset :][:, :length]
         head = _head(states, lm.body.head, None, plan.head.taken)
-        return head.predicted.view(states.shape[:2]).cpu()
+        return [head.predicted.view(states.shape[:2])]
+
+    with named_range("decode", lm.device):
+        if plan.decoder.taken == "cpu":
+            ids = _passed(lm, vectors, arrangement, length).ids()
+            return ids[:, arrangement.offset :][:, :length]
+        key = ("ids", len(vectors), arrangement, length, backend)
+        with urgent(lm.device):
+            inputs = _inputs(lm, vectors, arrangement, length)
+            return on_the_host(lm, key, compute, inputs)[0]
 
 
-def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Tensor:
-    """Lay the vectors out as inputs (R, L, d)."""
-    layout = arrangement.layout(length).to(lm.device)
-    return vectors.to(lm.device, lm.dtype)[:, layout]
+def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Tensor]:
+    """Return the vectors as the model reads them, and which of them each position has."""
+    return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
 
 
-def _passed(lm: FrozenLM, inputs_embeds: Tensor, plan: Plan) -> Decoder | None:
-    """Return the C++ decoder behind its pass over the inputs, where the plan takes it."""
-    if plan.decoder.taken != "cpu":
-        return None
-    rows, length, _ = inputs_embeds.shape
-    decoder = cpu_decoder(lm, rows, length, length)
-    decoder.pass_(inputs_embeds, 0)
+def _passed(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Decoder:
+    """Return the C++ decoder behind its pass over the inputs."""
+    rows, positions = len(vectors), arrangement.input_length(length)
+    decoder = cpu_decoder(lm, rows, positions, positions)
+    vectors, layout = _inputs(lm, vectors, arrangement, length)
+    decoder.pass_(vectors[:, layout], 0)
     return decoder
 
 

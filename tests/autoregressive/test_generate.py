@@ -28,7 +28,8 @@ def loaded(name: str, dtype: str = "float32") -> FrozenLM:
 def on_static_decoder(lm: FrozenLM, mem: Tensor, length: int) -> Tensor:
     """What a CUDA graph replays, run without one."""
     assert isinstance(lm.body, DecoderBody)
-    return StaticDecoder(lm.body, lm, len(mem), 64, "torch").generate(mem, length)
+    plan = lm.plan(len(mem), 1, "torch")
+    return StaticDecoder(lm.body, lm, len(mem), 64, plan).generate(mem, length)
 
 
 def vectors(lm: FrozenLM, rows: int, k: int = 2, seed: int = 3) -> Tensor:
@@ -84,7 +85,7 @@ def test_decoders_keep_nothing_of_the_last_call() -> None:
     one, other = vectors(lm, 2), vectors(lm, 2, seed=4)
     assert isinstance(lm.body, DecoderBody)
     for decode in (
-        StaticDecoder(lm.body, lm, 2, 64, "torch").generate,
+        StaticDecoder(lm.body, lm, 2, 64, lm.plan(2, 1, "torch")).generate,
         functools.partial(generate, lm),
     ):
         expected = decode(one, 20)

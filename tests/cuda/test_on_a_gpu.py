@@ -50,7 +50,7 @@ def test_the_static_decoder_generates_what_transformers_does(name: str) -> None:
     mem = torch.randn(2, 1, lm.hidden_size, generator=torch.Generator().manual_seed(0)).cuda()
     for capacity in (16, 16, 32):
         wanted = greedy(twin_of(lm, torch.float32), 12, "dynamic", inputs_embeds=mem).cpu()
-        decoder = StaticDecoder(lm.body, lm, 2, capacity, "triton")
+        decoder = StaticDecoder(lm.body, lm, 2, capacity, lm.plan(2, 1))
         for _ in range(2):
             assert torch.equal(decoder.generate(mem, 12), wanted)
         assert decoder.graph is not None

@@ -48,3 +48,12 @@ def instruction_set(request) -> str:
     if request.param not in _cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     return request.param
+
+
+@pytest.fixture(params=["triton"])
+def triton_device(request) -> str:
+    """Where a kernel runs that is Triton's alone."""
+    missing = unavailable(*CASES[request.param])
+    if missing:
+        pytest.skip(missing)
+    return CASES[request.param][1]

@@ -47,8 +47,8 @@ def taken(plan: Plan) -> dict[str, str]:
 def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
     assert taken(planned()) == {
         "passes": "cpu", "attention": "cpu", "first_layer": "cpu", "first_mlp": "span",
-        "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "head": "packed",
-        "update": "cpu", "products": "avx512bf16",
+        "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "token": "cpu",
+        "head": "packed", "update": "cpu", "products": "avx512bf16",
     }  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""One forward of a shape that comes again and again: on CUDA a graph, in front of what else runs.
+
+Decoding or verifying one text queues some 150 launches for a millisecond of work, so that it waits for
+the host. A shape that came often enough is captured, and from then on is one launch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prototok.common.graphs import captured, has_graphs
+from prototok.common.per_thread import PerThread
+from prototok.common.recent import Recent
+from prototok.common.urgent import urgent
+from prototok.model.families.body import DecoderBody
+from prototok.model.frozen_lm import FrozenLM
+
+# Times that a shape runs without a graph first: a capture costs the host about as much as these,
+# and many shapes never come so often.
+_EAGER = 3
+# Shapes that a thread remembers of a model, graphs or not. Graphs share their memory.
+_SHAPES = 8
+_forwards = PerThread()
+
+Compute = Callable[..., Sequence[Tensor]]
+
+
+@dataclass
+class _Forward:
+    """A shape: how often it ran without a graph, and its graph with what that reads and writes."""
+
+    ran: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    given: list[Tensor] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
+    tables: list[Tensor] = field(default_factory=list)
+
+    def capture(
+        self, body: DecoderBody, compute: Compute, given: Sequence[Tensor],
+        beside: torch.cuda.CUDAGraph | None,
+    ) -> None:  # fmt: skip
+        self.given = [tensor.clone() for tensor in given]  # outside of what graphs share
+
+        def queue() -> None:
+            self.results = list(compute(*self.given))
+
+        # Tables that grow for longer inputs are let go when they do; the graph goes on reading
+        # these, and another thread may make them grow meanwhile.
+        self.tables = [*body.rotary(0)]
+        self.graph = captured(queue, body.embedding.device, beside)
+        self.tables += body.rotary(0)
+
+    def replay(self, given: Sequence[Tensor]) -> list[Tensor]:
+        assert self.graph is not None
+        for static, new in zip(self.given, given, strict=True):
+            static.copy_(new)
+        self.graph.replay()
+        return self.results
+
+
+def on_the_host(
+    lm: FrozenLM, key: Hashable, compute: Compute, given: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return what compute(*given) gives, on the CPU.
+
+    On CUDA it runs on a stream of high priority, and from the fourth time on with one key as a
+    graph, with the same bits. A forward of transformers, which may wait for the device, always runs
+    as it is.
+
+    Args:
+        lm: the model; what is kept is let go with it.
+        key: everything that `compute` depends on but its arguments' values, their shapes included.
+        compute: may not wait for the device; must not be kept, since it holds the model.
+        given: tensors on the model's device.
+    """
+    with urgent(lm.device):
+        if not has_graphs(lm.device) or not isinstance(lm.body, DecoderBody):
+            return [result.cpu() for result in compute(*given)]
+        kept: Recent[_Forward] = _forwards.of.setdefault(lm, Recent(_SHAPES))
+        forward = kept.get(key, _Forward)
+        if forward.graph is None and forward.ran == _EAGER:
+            others = (one.graph for one in kept.values())
+            beside = next((graph for graph in others if graph is not None), None)
+            try:
+                forward.capture(lm.body, compute, given, beside)
+            except RuntimeError as error:
+                why = str(error).strip().split("\n")[0]
+                warnings.warn(f"decoding runs without a CUDA graph, slower ({why})", stacklevel=3)
+                kept.clear()  # as a rule there is no memory
+                forward = kept.get(key, lambda: _Forward(ran=_EAGER + 1))  # never tried again
+        if forward.graph is not None:
+            return [result.cpu() for result in forward.replay(given)]
+        forward.ran += 1
+        return [result.cpu() for result in compute(*given)]
