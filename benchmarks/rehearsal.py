@@ -254,6 +254,26 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
     ),
     "_activation_kernel": lambda a: ([a["z"], *[a["grad"]] * a["BACKWARD"]], [a["out"]]),
     "_rotary_kernel": _rotary,
+    "_normed_product_kernel": lambda a: (
+        [a[name] for name in ("x", "norm", *["norm_bias"] * a["CENTRED"], "weight")]
+        + [a["bias"]] * a["HAS_BIAS"] + [a["second_weight"]] * bool(a["SECOND_OUT"])
+        + [a["second_bias"]] * (a["SECOND_OUT"] > 0 and a["SECOND_HAS_BIAS"]),
+        [a["out"], *[a["second_out"]] * bool(a["SECOND_OUT"])],
+    ),
+    "_added_product_kernel": lambda a: (
+        [a["x"], a["inputs"], a["weight"], *[a["bias"]] * a["HAS_BIAS"]]
+        + [a["second_inputs"], a["second_weight"]] * bool(a["SECOND_SIZE"])
+        + [a["second_bias"]] * (a["SECOND_SIZE"] > 0 and a["SECOND_HAS_BIAS"]),
+        [a["x"]],
+    ),
+    # The whole cache, though only what is filled is read.
+    "_cached_attention_kernel": lambda a: (
+        [a["qkv"], a["keys"], a["values"]],
+        [a["out"], *[a["best"], a["total"]] * (a["SPLITS"] > 1)],
+    ),
+    "_merge_kernel": _named("mixed best total", "out"),
+    "_best_logit_kernel": _named("h weight", "best index"),
+    "_next_token_kernel": lambda a: ([a["scores"], *[a["index"]] * a["INDEXED"], a["x"]], [a["x"]]),
     "_head_kernel": lambda a: (
         [a["logits"]] * (1 + a["NEED_GRAD"]), [a["gradient"]] * a["NEED_GRAD"],
     ),

@@ -2,8 +2,8 @@
 
 The token's q and k are normed (Qwen3) and rotated, k and v written to the cache, and q attends to
 what stands there and to the token itself. How far the cache is filled is a number on the device,
-so that a CUDA graph serves every position. Where few programs would read a long cache, the positions
-of each key-value head are split among several, and a second launch merges what they found.
+so that a CUDA graph serves every position. Where few programs would read a long cache, each
+key-value head's positions are split among several, and a second launch merges what they found.
 
 Letters: R rows, T positions of the cache, H heads, K key-value heads, G = H / K, c head size, r
 rotary size (r ≤ c), S splits of T.

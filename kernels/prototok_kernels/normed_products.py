@@ -1,7 +1,7 @@
 """Products of one token's few rows with the norm in front and the activation behind: one launch.
 
-What a token costs is one reading of the weights. A program holds a tile of them, all of their depth,
-in its registers, so that all of its loads are under way at once; the norm of the row, which every
+What a token costs is one reading of the weights. A program holds a tile of them, whole depth, in
+its registers, so that all of its loads are under way at once; the norm of the row, which every
 program makes again, and bias and activation cost nothing beside that. Two products that read the
 same rows (q, k, v and the MLP's first of a parallel GPT-NeoX block) share the launch.
 

@@ -59,20 +59,19 @@ class StaticDecoder:
             x=new(rows, lm.hidden_size, dtype=lm.dtype), ids=new(capacity, rows),
             written=new(rows), position=new(rows),
         )  # fmt: skip
-        self.blocks = []
+        self.caches = []
         for layer in body.layers:
             keys, values = (new(*shape, dtype=lm.dtype) for _ in range(2))
             if layer.prefix is not None:
                 keys[:, :, : body.prefix_length] = layer.prefix[0]
                 values[:, :, : body.prefix_length] = layer.prefix[1]
-            cache = Cache(keys, values, self.stream.position, *tables)
-            self.blocks.append((layer, cache, products_of(layer)))
+            self.caches.append(Cache(keys, values, self.stream.position, *tables))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def cache_bytes(self) -> int:
         """Return the bytes that keys and values take."""
-        return sum(cache.keys.nbytes + cache.values.nbytes for _, cache, _ in self.blocks)
+        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
 
     @torch.inference_mode()
     def generate(self, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:
@@ -130,7 +129,8 @@ class StaticDecoder:
         add_ = add_products_ref_
         if self.fused:
             project, add_ = normed_products, add_products_
-        for layer, cache, (before, behind) in self.blocks:
+        for layer, cache in zip(self.body.layers, self.caches, strict=True):
+            before, behind = products_of(layer)
             if is_parallel(layer):
                 qkv, inner = project(x, (before, behind), self.eps)
                 mixed = cached_attention(qkv, cache, layer, self.attends)

@@ -1,7 +1,7 @@
 """One forward of a shape that comes again and again: on CUDA a graph, in front of what else runs.
 
-Decoding or verifying one text queues some 150 launches for a millisecond of work, so that it waits for
-the host. A shape that came often enough is captured, and from then on is one launch.
+Decoding or verifying one text queues some 150 launches for a millisecond of work, so that it waits
+for the host. A shape that came often enough is captured, and from then on is one launch.
 """
 
 from __future__ import annotations
