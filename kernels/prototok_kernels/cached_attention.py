@@ -246,6 +246,7 @@ def cached_attention(
             _merge_kernel[(rows * heads,)](
                 partial, best, total, out, SPLITS=splits, SIZE=size,
                 BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

@@ -188,6 +188,7 @@ def take_next_(
             stream.x, stream.ids, stream.written, stream.position, scores.shape[1],
             len(embedding), D=size, INDEXED=index is not None, BLOCK=block,
             BLOCK_D=triton.next_power_of_2(size), num_warps=min(16, max(1, block // 256)),
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

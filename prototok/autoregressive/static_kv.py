@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prototok.common.graphs import captured, has_graphs
-from prototok.common.urgent import urgent
+from prototok.common.graphs import captured
+from prototok.common.urgent import on_cuda, urgent
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
 from prototok_kernels.added_products import add_products_, add_products_ref_
@@ -96,7 +96,7 @@ class StaticDecoder:
             stream.position.add_(1)
         stream.x.copy_(last)
         token = self._next
-        if has_graphs(self.device) and length > start:
+        if on_cuda(self.device) and length > start:
             token = self._captured().replay
         for _ in range(start, length):
             token()

@@ -8,11 +8,6 @@ from typing import Any
 import torch
 
 
-def has_graphs(device: torch.device) -> bool:
-    """Return True if work on this device can be captured."""
-    return device.type == "cuda"
-
-
 def captured(
     queue: Callable[[], object], device: torch.device, beside: torch.cuda.CUDAGraph | None = None
 ) -> torch.cuda.CUDAGraph:

@@ -12,6 +12,11 @@ import torch
 _of_thread = threading.local()
 
 
+def on_cuda(device: torch.device) -> bool:
+    """Return True if work on this device is queued on streams, and can be captured."""
+    return device.type == "cuda"
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
     streams: dict[torch.device, torch.cuda.Stream] = _of_thread.__dict__
     if device not in streams:
@@ -26,7 +31,7 @@ def urgent(device: torch.device) -> Iterator[None]:
     It begins when the current stream is through, and the host must have read its results before
     the block ends: nothing else waits for them. Within another such block it does nothing.
     """
-    if device.type != "cuda":
+    if not on_cuda(device):
         yield
         return
     stream, current = _stream(device), torch.cuda.current_stream(device)

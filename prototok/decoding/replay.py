@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prototok.common.graphs import captured, has_graphs
+from prototok.common.graphs import captured
 from prototok.common.per_thread import PerThread
 from prototok.common.recent import Recent
-from prototok.common.urgent import urgent
+from prototok.common.urgent import on_cuda, urgent
 from prototok.model.families.body import DecoderBody
 from prototok.model.frozen_lm import FrozenLM
 
@@ -79,21 +79,25 @@ def on_the_host(
         given: tensors on the model's device.
     """
     with urgent(lm.device):
-        if not has_graphs(lm.device) or not isinstance(lm.body, DecoderBody):
+        if not on_cuda(lm.device) or not isinstance(lm.body, DecoderBody):
             return [result.cpu() for result in compute(*given)]
         kept: Recent[_Forward] = _forwards.of.setdefault(lm, Recent(_SHAPES))
         forward = kept.get(key, _Forward)
         if forward.graph is None and forward.ran == _EAGER:
-            others = (one.graph for one in kept.values())
-            beside = next((graph for graph in others if graph is not None), None)
             try:
-                forward.capture(lm.body, compute, given, beside)
+                forward.capture(lm.body, compute, given, _one_of(kept))
             except RuntimeError as error:
                 why = str(error).strip().split("\n")[0]
                 warnings.warn(f"decoding runs without a CUDA graph, slower ({why})", stacklevel=3)
                 kept.clear()  # as a rule there is no memory
                 forward = kept.get(key, lambda: _Forward(ran=_EAGER + 1))  # never tried again
         if forward.graph is not None:
-            return [result.cpu() for result in forward.replay(given)]
+            # The next replay writes the results in place.
+            return [result.to("cpu", copy=True) for result in forward.replay(given)]
         forward.ran += 1
         return [result.cpu() for result in compute(*given)]
+
+
+def _one_of(kept: Recent[_Forward]) -> torch.cuda.CUDAGraph | None:
+    """Return a graph, whose memory the next one may use as well."""
+    return next((one.graph for one in kept.values() if one.graph is not None), None)

@@ -14,11 +14,15 @@ from triton.compiler import ASTSource
 from cubin import narrow_loads_in_loops, resource_usage
 from prototok.fitting.engine.step import step
 from rehearsal import Compilation, frozen_shape, rehearsal, slots_of
+from rehearsed_tokens import token
 
 SHAPES = (
     ("pythia-160m", 256, 128, 0), ("llama-3.2-1b", 64, 256, 0), ("llama-3.1-8b", 16, 256, 0),
     ("llama-3.2-1b", 64, 256, 1),
 )  # fmt: skip
+
+# Shape, rows and N of decoders; a long cache is read in splits.
+TOKENS = (("pythia-160m", 1, 256), ("llama-3.2-1b", 1, 2048), ("llama-3.1-8b", 4, 256))
 
 # Loads of two bytes in loops that may stay. The scan's two bases are one row each beside H rows of
 # the span, a column a thread; its backward pass reads one row a head, backwards, in one turn. That
@@ -34,7 +38,8 @@ def compilations() -> list[Compilation]:
         for shape, rows, length, prefix in SHAPES:
             lm = frozen_shape(shape, prefix)
             step(lm, slots_of(lm, "e m*", rows, length), rows)
-    return list(seen.compilations)
+    tokens = [c for one in TOKENS for c in token(*one).compilations]
+    return list(dict.fromkeys([*seen.compilations, *tokens]))
 
 
 def variants(compilations: list[Compilation]) -> list[Compilation]:
@@ -76,4 +81,4 @@ def test_every_launch_compiles(compilations, architecture, tmp_path, monkeypatch
         if binary.metadata.shared > 99 << 10:
             wrong.append(f"{c.name} {dict(c.constants)} shares {binary.metadata.shared} bytes")
     assert not wrong, "\n".join(wrong)
-    assert len(names) >= 9
+    assert len(names) >= 15
