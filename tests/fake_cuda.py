@@ -111,6 +111,6 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         monkeypatch.setattr(torch.cuda, name, value)
     for module in (urgent, static_kv, replay):
         monkeypatch.setattr(module, "on_cuda", lambda device: True)
-    urgent._of_thread.__dict__.clear()
+    urgent._of_thread.streams.clear()
     yield fake
-    urgent._of_thread.__dict__.clear()
+    urgent._of_thread.streams.clear()

@@ -30,9 +30,9 @@ try:
 except ImportError:
     triton = None
 
-# Weights that a program holds, bytes, and programs that a launch should have: four for each
-# processor. Both keep enough loads under way to fill the bandwidth.
-_TILE, _PROGRAMS = 1 << 14, 512
+# Weights that a program holds, bytes, the most outputs they are for, and programs that a launch
+# should have: four for each processor. All keep enough loads under way to fill the bandwidth.
+_TILE, _MOST_OUTPUTS, _PROGRAMS = 1 << 14, 8, 512
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ class NormedProduct:
 
 def products_of(layer: DecoderLayer) -> tuple[NormedProduct, NormedProduct]:
     """Return what a block projects behind its two norms: q, k and v, and what its `down` reads."""
-    first, second = layer.input_norm, layer.post_norm
-    neox = isinstance(layer, NeoXLayer)
+    first = second = None
+    if isinstance(layer, NeoXLayer):
+        first, second = layer.input_norm_bias, layer.post_norm_bias
+    gated = isinstance(layer, LlamaLayer)
     return (
+        NormedProduct((layer.input_norm, first), layer.qkv, layer.qkv_bias),
         NormedProduct(
-            (first, layer.input_norm_bias if neox else None), layer.qkv, layer.qkv_bias
-        ),
-        NormedProduct(
-            (second, layer.post_norm_bias if neox else None), *inner_projection(layer),
-            layer.activation, isinstance(layer, LlamaLayer),
+            (layer.post_norm, second), *inner_projection(layer), layer.activation, gated
         ),
     )  # fmt: skip
 
@@ -149,7 +148,7 @@ if triton is not None:
 
 def outputs_a_program(outputs: int, size: int) -> int:
     """Return how many outputs a program makes, of a launch's `outputs`, each of `size` bytes."""
-    most = max(1, min(8, _TILE // size, outputs // _PROGRAMS))
+    most = max(1, min(_MOST_OUTPUTS, _TILE // size, outputs // _PROGRAMS))
     return 1 << (most.bit_length() - 1)
 
 
@@ -230,10 +229,11 @@ def normed_products_ref(
     x: Tensor, products: Sequence[NormedProduct], eps: float, passes: str = "torch"
 ) -> list[Tensor]:
     """Compute the same by torch's products; `passes`: the backend of norms and activations."""
-    if len(products) == 2:
-        normed = two_residual_norms(x, None, products[0].norm, products[1].norm, eps, passes)[1:]
+    norms = [product.norm for product in products]
+    if len(norms) == 2:
+        _, *normed = two_residual_norms(x, None, norms[0], norms[1], eps, passes)
     else:
-        normed = residual_norm(x, None, *products[0].norm, eps, passes)[1:]
+        _, *normed = residual_norm(x, None, *norms[0], eps, passes)
     outs = []
     for product, h in zip(products, normed, strict=True):
         out = F.linear(h, product.weight, product.bias)

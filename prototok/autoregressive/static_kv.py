@@ -13,6 +13,7 @@ H heads, H_kv key-value heads, c head size, r rotated part of a head, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -125,10 +126,11 @@ class StaticDecoder:
     def _forward(self) -> None:
         """Run `x` (R, d) at `position` through all blocks, in place."""
         x = self.stream.x
-        project = partial(normed_products_ref, passes=self.passes)
-        add_ = add_products_ref_
-        if self.fused:
-            project, add_ = normed_products, add_products_
+        project: Callable[..., list[Tensor]] = normed_products
+        add_ = add_products_
+        if not self.fused:
+            project = partial(normed_products_ref, passes=self.passes)
+            add_ = add_products_ref_
         for layer, cache in zip(self.body.layers, self.caches, strict=True):
             before, behind = products_of(layer)
             if is_parallel(layer):

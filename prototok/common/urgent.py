@@ -8,8 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-# A thread's own, so that nothing of another is captured with what it captures.
-_of_thread = threading.local()
+
+class _Streams(threading.local):
+    """A thread's own, so that nothing of another is captured with what it captures."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_of_thread = _Streams()
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -18,7 +25,7 @@ def on_cuda(device: torch.device) -> bool:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    streams: dict[torch.device, torch.cuda.Stream] = _of_thread.__dict__
+    streams: dict[torch.device, torch.cuda.Stream] = _of_thread.streams
     if device not in streams:
         streams[device] = torch.cuda.Stream(device, priority=-1)
     return streams[device]

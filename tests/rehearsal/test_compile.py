@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import triton
+from rehearsed_tokens import token
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cubin import narrow_loads_in_loops, resource_usage
 from prototok.fitting.engine.step import step
 from rehearsal import Compilation, frozen_shape, rehearsal, slots_of
-from rehearsed_tokens import token
 
 SHAPES = (
     ("pythia-160m", 256, 128, 0), ("llama-3.2-1b", 64, 256, 0), ("llama-3.1-8b", 16, 256, 0),

@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from rehearse import GPUS
+from rehearsed_tokens import token
 
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.autoregressive.verify import _margins
@@ -13,8 +15,6 @@ from prototok.decoding import decode, replay
 from prototok.results.arrangement import Arrangement
 from prototok_kernels.plan import FEW_ROWS_ON_CUDA
 from rehearsal import DEVICE, frozen, rehearsal
-from rehearse import GPUS
-from rehearsed_tokens import token
 from zoo import OWN
 
 
