@@ -20,9 +20,13 @@ from torch import Tensor
 
 from prototok_kernels.activation import activation
 from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
+from prototok_kernels.added_products import add_products_
 from prototok_kernels.attention import attention
+from prototok_kernels.cached_attention import Cache, cached_attention
 from prototok_kernels.layers import LlamaLayer, NeoXLayer
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
+from prototok_kernels.next_token import Stream, best_logits, take_next_
+from prototok_kernels.normed_products import NormedProduct, normed_products, products_of
 from prototok_kernels.pair.first_layer import first_layer
 from prototok_kernels.plan import Shape, plan_of
 from prototok_kernels.residual_norm import residual_norm
@@ -142,6 +146,46 @@ def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:
     torch.autograd.grad(mixed.float().sum(), qkv)
 
 
+def token(size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    """A token of a decoder: both families' products, a cache in splits, and the head."""
+    d, inner, heads, kv_heads = size.width, size.inner, size.heads, size.kv_heads
+
+    def weight(*shape: int) -> Tensor:
+        return normal(*shape, device=device, dtype=dtype)
+
+    x, zeros, ones = weight(1, d), weight(d) * 0, torch.ones(d, device=device, dtype=dtype)
+    qkv_rows = (heads + 2 * kv_heads) * size.head_size
+    layer = LlamaLayer(
+        input_norm=ones, qkv=weight(qkv_rows, d), o=weight(d, d), post_norm=ones,
+        down=weight(d, inner), gate_up=weight(2 * inner, d), heads=heads, kv_heads=kv_heads,
+        head_size=size.head_size, scaling=size.head_size**-0.5, eps=1e-5, activation="silu",
+    )  # fmt: skip
+    before, behind = products_of(layer)
+    positions = 1024  # two splits
+    keys, values = weight(2, 1, kv_heads, positions, size.head_size)
+    angle = torch.outer(
+        torch.arange(positions, device=device), torch.rand(size.head_size // 2, device=device)
+    ).repeat(1, 2)
+    at, written = (torch.full((1,), n, device=device) for n in (positions - 1, 0))
+    (qkv,) = normed_products(x, [before], layer.eps)
+    cache = Cache(keys, values, at, angle.cos(), angle.sin())
+    mixed = cached_attention(qkv, cache, layer, "triton")
+    add_products_(x, [(mixed, layer.o, None)])
+    (h,) = normed_products(x, [behind], layer.eps)
+    add_products_(x, [(h, layer.down, None)])
+    # A parallel block: two products in one launch, at its begin and at its end.
+    pair = [
+        NormedProduct((ones, zeros), layer.qkv, zeros.new_zeros(qkv_rows)),
+        NormedProduct((ones, zeros), layer.down.T.contiguous(), None, "gelu"),
+    ]
+    _, h = normed_products(x, pair, layer.eps)
+    add_products_(x, [(mixed, layer.o, zeros), (h, layer.down, zeros)])
+    table = weight(size.vocabulary, d)
+    scores, index = best_logits(x, table)
+    stream = Stream(x, at.new_zeros(1, 1), written, at)
+    take_next_(stream, scores, index, table, "triton")
+
+
 KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_head_kernel": head,
     "_adamw_kernel": optimiser,
@@ -159,6 +203,12 @@ KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_residual_norm_backward_kernel": passes,
     "_activation_kernel": passes,
     "_rotary_kernel": passes,
+    "_normed_product_kernel": token,
+    "_added_product_kernel": token,
+    "_cached_attention_kernel": token,
+    "_merge_kernel": token,
+    "_best_logit_kernel": token,
+    "_next_token_kernel": token,
 }
 
 

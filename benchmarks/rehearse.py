@@ -1,4 +1,4 @@
-"""What a step should cost on a GPU, estimated from a rehearsal: no GPU is needed, nothing is timed.
+"""What a step and a token should cost on a GPU, estimated by a rehearsal, without one or a clock.
 
     python benchmarks/rehearse.py                  the tables
     python benchmarks/rehearse.py --docs           and into docs/gpu.md
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rehearsed_tokens import token_lines
 
 from prototok.common.clock import once
 from prototok.fitting.engine.step import step
@@ -227,6 +228,7 @@ def main() -> None:
         return
     tables = {
         "steps": steps_table(steps), "parts": parts_table(steps), "products": products_table(steps),
+        "tokens": rows_of(token_lines((GPUS[0], GPUS[2]))),
     }  # fmt: skip
     print("\n\n".join(tables.values()))
     if a.docs:

@@ -1,4 +1,4 @@
-"""The KV-cached decoder through its graph, with stand-ins for torch.cuda, and by its own kernels."""
+"""The KV-cached decoder through its graph, on stand-ins for torch.cuda, and by its own kernels."""
 
 from __future__ import annotations
 
@@ -63,15 +63,16 @@ def test_replays_are_the_eager_decoder_bit_for_bit(name, fake_cuda, monkeypatch)
 def test_few_decoders_are_kept_and_one_model_does_not_outlive_itself(fake_cuda):  # noqa: F811
     lm = prototok.load(small_llama(max_position_embeddings=600), device="cpu", dtype="float64")
 
-    def graphs_for(*lengths: int) -> int:
+    def graphs_for(lm: FrozenLM, *lengths: int) -> int:
         before = len(fake_cuda.graphs)
         for length in lengths:
             generate(lm, vectors(lm, 1), length)
         return len(fake_cuda.graphs) - before
 
-    assert graphs_for(3, 100, 5, 101, 60) == 2  # room for 64 and 128 positions
-    assert graphs_for(3, 100, 150, 200) == 2
-    assert graphs_for(300, 3) == 2 and graphs_for(100, 150) == 2  # the oldest had to go
+    assert graphs_for(lm, 3, 100, 5, 101, 60) == 2  # room for 64 and 128 positions
+    assert graphs_for(lm, 3, 100, 150, 200) == 2
+    # Four are kept: the largest takes the place of the first, which takes that of the second.
+    assert graphs_for(lm, 300, 150, 200) == 1 and graphs_for(lm, 3, 300, 100) == 2
     tracked = [weakref.ref(graph) for graph in fake_cuda.graphs]
     fake_cuda.graphs.clear()
     gc.collect()

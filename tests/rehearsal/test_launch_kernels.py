@@ -23,4 +23,4 @@ def test_every_kernel_is_launched(size, monkeypatch):
             launch(launch_kernels.SIZES[size], DEVICE, torch.bfloat16)
     launched = Counter(one.name for one in seen.launches if one.kind == "triton")
     assert set(launched) == set(launch_kernels.KERNELS)
-    assert size != "real" or launched.total() <= 48, launched
+    assert size != "real" or launched.total() <= 60, launched
