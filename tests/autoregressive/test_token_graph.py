@@ -122,23 +122,23 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("mistral, window shorter than the text", 2), ("qwen3, tied", 1),
-        ("gpt-neox, parallel", 1), ("gpt-neox, full rotary, tied, no attention bias", 5),
+        ("mistral, window shorter than the text", 2), ("gpt-neox, parallel", 1),
+        ("gpt-neox, full rotary, tied, no attention bias", 5),
     ],
 )  # fmt: skip
 def test_the_kernels_decode_what_torch_does(name, rows, monkeypatch):
     """Few rows by few launches, and more of them by torch's products around the same attention."""
     few_programs(monkeypatch)
     lm = loaded(name)
-    mem = vectors(lm, rows)
+    mem = vectors(lm, rows, k=5 if "window" in name else 1)
     decoder = decoder_of(lm, rows, "triton")
     assert decoder.fused == (rows <= 4)
     wanted = decoder_of(lm, rows, "torch")
-    assert torch.equal(decoder.generate(mem, 6), wanted.generate(mem, 6))
+    assert torch.equal(decoder.generate(mem, 3), wanted.generate(mem, 3))
     for ours, theirs in zip(decoder.caches, wanted.caches, strict=True):
-        for name in ("keys", "values"):
-            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
-    assert decoder.stream.position.tolist() == [2 + 6 - 1] * rows
+        for part in ("keys", "values"):
+            torch.testing.assert_close(getattr(ours, part), getattr(theirs, part))
+    assert decoder.stream.position.tolist() == [mem.shape[1] + 3 - 1] * rows
 
 
 @KERNELS
