@@ -11,6 +11,7 @@ from prototok_kernels.backend import Machine, require
 from prototok_kernels.plan import (
     FEW_POSITIONS,
     FEW_POSITIONS_FP32,
+    FEW_ROWS_ON_CUDA,
     SMALL_TEXT,
     Plan,
     Shape,
@@ -93,6 +94,17 @@ def test_cuda_takes_triton() -> None:
     assert "small operations" in str(few.first_layer)
     flash = dataclasses.replace(NEOX, flash=True)
     assert taken(planned(flash, GPU, device="cuda"))["attention"] == "flash"
+
+
+def test_few_rows_of_one_token_are_fused_on_cuda() -> None:
+    for rows, expected in ((1, "fused"), (FEW_ROWS_ON_CUDA, "fused"), (5, "one by one")):
+        plan = planned(machine=GPU, device="cuda", rows=rows, length=1)
+        assert taken(plan)["token"] == expected
+    assert "more than 4 rows" in str(plan.token)
+    for changes in ({"backend": "torch"}, {"shape": dataclasses.replace(LLAMA, blocks=0)}):
+        options = {"machine": GPU, "device": "cuda", "rows": 1} | changes
+        assert taken(planned(**options))["token"] == "one by one"
+    assert taken(planned(rows=FEW_POSITIONS + 1, length=1))["token"] == "one by one"
 
 
 def test_an_explicit_request_is_met_or_refused() -> None:
@@ -204,12 +216,12 @@ def test_few_positions_go_through_the_decoder() -> None:
 def test_a_plan_prints_a_line_and_a_reason_for_every_part() -> None:
     for plan in (planned(), planned(Shape()), planned(NEOX, GPU, device="cuda")):
         lines = str(plan).splitlines()
-        assert len(lines) == 1 + len(plan.choices()) == 11
+        assert len(lines) == 1 + len(plan.choices()) == 12
         for line, (name, choice) in zip(lines[1:], plan.choices().items(), strict=True):
             assert line.startswith(name) and choice.reason
             assert all(why for _, why in choice.others)
             assert choice.taken not in dict(choice.others)
-        assert plan.summary().count(",") == 9
+        assert plan.summary().count(",") == 10
 
 
 def test_an_op_takes_a_decision_and_no_request() -> None:
