@@ -32,7 +32,7 @@ except ImportError:
 
 # Weights that a program holds, bytes, the most outputs they are for, and programs that a launch
 # should have: four for each processor. All keep enough loads under way to fill the bandwidth.
-_TILE, _MOST_OUTPUTS, _PROGRAMS = 1 << 14, 8, 512
+_TILE, _MOST_OUTPUTS, _PROGRAMS = 1 << 14, 4, 512
 
 
 @dataclass(frozen=True)
