@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def fit_to_shards(
     )  # fmt: skip
     prefix = behind.prefix
     front = list(prefix.ids) if prefix is not None and prefix.ids is not None else None
-    total = len(texts) if hasattr(texts, "__len__") else None
+    total = len(texts) if isinstance(texts, Sized) else None
     under_way = _UnderWay()
     with Progress(total, "fit", progress) as bar:
         for number, lot in enumerate(_lots(behind, texts, layout, length, shard)):
