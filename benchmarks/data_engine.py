@@ -9,9 +9,9 @@ full slots, times the steps a text took here. Nothing is timed there, and verifi
 apart: three decodings of each text alone, launched one by one without a graph, at an assumed 8 µs a
 launch of the host.
 
-The long run: `prototok dataset` in processes of its own on texts that the model made up, once in
-peace and once with SIGKILL at random moments and --resume after each. Both must have written the
-same vectors, bit for bit, and the same records but for their seconds.
+The long run: `prototok dataset` in processes of its own, once in peace and once with SIGKILL at
+random moments and --resume after each. Both must have written the same vectors, bit for bit, and
+the same records but for their seconds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import prototok
 from prototok import FrozenLM, Shards
 from prototok.common.memory import resident
-from prototok.fitting.learn_shared import own_texts
-from prototok.model.load import BUILT_IN, path_of
+from prototok.model.load import path_of
 from prototok.texts.files import read_text
 
 OUT = RESULTS / "data_engine.json"
@@ -81,9 +81,10 @@ def rate(name: str, length: int, count: int) -> dict[str, Any]:
 
 def on_gpu(name: str, length: int, steps: float) -> dict[str, Any]:
     """Estimate by a rehearsal what a text costs on a GPU that takes `steps` steps here."""
+    from rehearse import GPUS
+
     from prototok.fitting.engine.step import step
     from rehearsal import frozen, rehearsal, slots_of
-    from rehearse import GPUS
 
     config = AutoConfig.from_pretrained(path_of(name))
     rows = GPU_POSITIONS // length
@@ -98,7 +99,8 @@ def on_gpu(name: str, length: int, steps: float) -> dict[str, Any]:
     step_us = [1e6 * s * steps / rows for s in seconds]
     verify_us = 1e6 * DECODINGS * forward * LAUNCH
     return {
-        "rows": rows, "launches_a_step": len(seen.launches), "ms_a_step": [1000 * s for s in seconds],
+        "rows": rows, "launches_a_step": len(seen.launches),
+        "ms_a_step": [1000 * s for s in seconds],
         "us_of_steps_a_text": step_us, "us_of_verification_a_text": verify_us,
         "texts_an_hour": [3600e6 / (us + verify_us) for us in step_us],
         "texts_an_hour_steps_alone": [3600e6 / us for us in step_us],
@@ -106,44 +108,55 @@ def on_gpu(name: str, length: int, steps: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def long_run(texts: int, kills: int, length: int, shard: int, seed: int) -> dict[str, Any]:
-    """Fit texts in peace and under kills; return memory over the run and what the kills left."""
+def long_run(
+    texts: int, limit: int, kills: int, length: int, shard: int, seed: int
+) -> dict[str, Any]:
+    """Fit texts in peace, and the first `limit` of them under kills, at the same time.
+
+    Return memory over the run, and which shards differ.
+    """
     name = "tiny-neox"
-    lm = prototok.load(name, device="cpu")
-    samples = own_texts(lm, -(-texts * length // 128), 128, seed=1)
-    ids = samples.unfold(1, length, length).flatten(0, 1)[:texts].tolist()
+    ids = windows(prototok.load(name, device="cpu"), length, texts).tolist()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         pq.write_table(pa.table({"ids": ids}), folder / "texts.parquet")
         command = [sys.executable, "-m", "prototok", "dataset", "texts.parquet", "--column", "ids"]
         command += ["--model", name, "--shard", str(shard), "--device", "cpu", "--resume", "-o"]
         memory: list[dict[str, float]] = []
-        watch(start([*command, "straight"], folder), folder / "straight", memory)
+        process = start([*command, "straight"], folder)
+        watcher = threading.Thread(target=watch, args=(process, folder / "straight", memory))
+        watcher.start()
         draw = random.Random(seed)
         sent = 0
         while True:
-            process = start([*command, "killed"], folder)
-            if sent < kills:
-                if interrupted(process, folder / "killed", draw):
-                    sent += 1
-                    continue
-            elif process.wait():
+            process = start([*command, "killed", "--limit", str(limit)], folder)
+            if sent < kills and interrupted(process, folder / "killed", draw):
+                sent += 1
+                continue
+            if process.wait():
                 raise SystemExit("the run that was killed did not end well")
-            break
+            if sent == kills:
+                break
+        watcher.join()
         straight, killed = Shards(folder / "straight"), Shards(folder / "killed")
-        apart = [a.number for a, b in zip(straight, killed, strict=True) if not same(a, b)]
-        found = straight.summary()
+        if not straight.complete or len(killed) != -(-limit // shard):
+            raise SystemExit("the run that nobody disturbed did not end well")
+        pairs = zip(straight[: len(killed)], killed, strict=True)
+        apart = [a.number for a, b in pairs if not same(a, b)]
+        found, again = straight.summary(), killed.summary()
     rise = [m["mib"] for m in memory]
     return {
         "model": name, "length": length, "texts": found.texts, "shard": shard,
         "exact": found.exact, "refused": found.refused, "shards": found.shards, "memory": memory,
         "mib_after_first_shard": rise[0], "mib_at_the_end": rise[-1], "mib_most": max(rise),
-        "kills": sent, "shards_that_differ": apart,
+        "kills": sent, "killed_texts": again.texts, "killed_shards": again.shards,
+        "shards_that_differ": apart,
     }  # fmt: skip
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    options: dict[str, Any] = {"stderr": subprocess.DEVNULL, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, **options)
 
 
 def watch(process: subprocess.Popen, folder: Path, memory: list[dict[str, float]]) -> None:
@@ -158,8 +171,6 @@ def watch(process: subprocess.Popen, folder: Path, memory: list[dict[str, float]
             memory.append({"shards": done, "mib": pages * page / (1 << 20)})
             print(memory[-1], flush=True)
         time.sleep(0.2)
-    if process.returncode:
-        raise SystemExit("the run that nobody disturbed did not end well")
 
 
 def interrupted(process: subprocess.Popen, folder: Path, draw: random.Random) -> bool:
@@ -188,14 +199,16 @@ def same(a: prototok.results.shards.Shard, b: prototok.results.shards.Shard) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--long", type=int, help="texts of the long run, instead of the rates")
+    parser.add_argument("--length", type=int, default=4, help="tokens a text of the long run")
     parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--killed", type=int, help="its texts that are fitted under kills, too")
     parser.add_argument("--shard", type=int, default=1024, help="of the long run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     a = parser.parse_args()
     record: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {}
     if a.long:
-        found = long_run(a.long, a.kills, 4, a.shard, a.seed)
+        found = long_run(a.long, a.killed or a.long, a.kills, a.length, a.shard, a.seed)
         record["long"] = provenance() | found
         last = {key: found[key] for key in ("texts", "kills", "shards_that_differ", "mib_most")}
     else:
