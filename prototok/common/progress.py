@@ -82,7 +82,7 @@ class Progress:
     def _made(self, done: int, note: str | Callable[[], str]) -> str:
         said = note if isinstance(note, str) else note()
         before, since = self.first or (done, 0.0)
-        if not self.steady or not before < done < self.total:
+        if not self.steady or self.total is None or not before < done < self.total:
             return said
         left = (time.monotonic() - since) / (done - before) * (self.total - done)
         return f"{said}, about {duration(left)} left"

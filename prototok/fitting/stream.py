@@ -29,6 +29,7 @@ from prototok.decoding.decode import require_length
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.fast_fit import fast_fit, start_of
 from prototok.fitting.front import front_of
+from prototok.fitting.learned.encoder import parted
 from prototok.fitting.recipe import recipe_of
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
@@ -101,6 +102,9 @@ def _require(
     for name in options:
         if name not in OPTIONS:
             raise ValueError(f"{name}: fit_stream has no such option" + hint(name, OPTIONS))
+    _, common = parted(options.get("init"))
+    if common is not None:
+        start_of(common).require_model(lm)
     batch_size_of(options.get("batch_size", "auto"))
     lm.plan(1, 1, options.get("backend", "auto"))  # refuses a backend that cannot be had
 
@@ -113,7 +117,8 @@ def fit_to_shards(
     recipe = recipe_of(options.get("recipe", "fast"))
     layout = Arrangement.parse(options.get("arrangement", "e m*"))
     init = options.get("init")
-    start = None if init is None else start_of(init)
+    _, common = parted(init)
+    start = None if common is None else start_of(common)
     behind, _ = front_of(lm, options.get("prefix", "auto"), recipe, start)
     place.begin(
         {
@@ -224,6 +229,8 @@ def _digest_of(init: Any) -> str | None:
     """Hash what fits start from, as its file would be."""
     if init is None:
         return None
+    if isinstance(init, tuple | list):  # an encoder and an optimiser
+        return "-".join(str(_digest_of(part)) for part in init)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "init.safetensors"
         init.save(path)
