@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +51,7 @@ def dataset(
         batch_size=batch_size,
     )  # fmt: skip
     files = files_of(sources)
+    _keep_caches_small()
     from prototok.fitting.recipe import recipe_of
     from prototok.results.arrangement import Arrangement
     from prototok.results.shards import ShardFolder
@@ -67,6 +69,16 @@ def dataset(
         lm = load(model, device, dtype)
         rows = (row for file in files for row in read_rows(file, column))
         _fit(lm, itertools.islice(rows, limit), place, length, shard, options)
+
+
+def _keep_caches_small() -> None:
+    """Let torch's CPU library keep few of the products that it compiled.
+
+    It compiles one for each shape, so for each number of rows in flight, and would hold 1024 of
+    them in each of two caches, a gigabyte. Torch reads both names when it loads, which is later.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def _fit(
