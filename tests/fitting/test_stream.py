@@ -7,6 +7,8 @@ import gc
 import itertools
 import json
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,6 +339,31 @@ def test_every_shard_is_a_fit_that_can_be_decoded(straight: Path, small_lm: Froz
     decoded = prototok.decode(small_lm, tokens)
     for row, ids, exact in zip(decoded, TEXTS[3:6], shard.load().exact[:, 0], strict=True):
         assert not exact or row[: len(ids)].tolist() == ids
+
+
+EARLY = """
+import os, sys
+from prototok.cli import main
+from prototok.commands import dataset
+real = dataset._keep_caches_small
+def checked():
+    assert "torch" not in sys.modules
+    real()
+    print([os.environ[n] for n in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")])
+    raise SystemExit(0)
+dataset._keep_caches_small = checked
+main(["dataset", "a.txt", "-o", "F"])
+"""
+
+
+def test_caches_are_limited_before_torch_reads_how_large_they_are(tmp_path: Path) -> None:
+    """Else memory grows by a gigabyte; what the user has set stays."""
+    (tmp_path / "a.txt").write_text("a\n")
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"LRU_CACHE_CAPACITY": "9", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "['64', '9']"), done.stderr
 
 
 def test_the_command_reads_files_of_every_kind_and_goes_on(
