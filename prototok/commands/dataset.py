@@ -20,7 +20,10 @@ _SOURCES = (
     "Files, folders or quoted globs: .txt has a text a line, .jsonl and .parquet a column of texts "
     "or token ids."
 )
-_INIT = "A file of `prototok learn`: an optimizer with --recipe learned, else a prior."
+_INIT = (
+    "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
+    "Given twice: an encoder and an optimizer."
+)
 
 
 def dataset(
@@ -32,7 +35,7 @@ def dataset(
     limit: Annotated[int | None, typer.Option(help="Read only this many texts.")] = None,
     shard: Annotated[int, typer.Option(help="Texts a shard.")] = 4096,
     recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
-    init: Annotated[Path | None, typer.Option(help=_INIT)] = None,
+    init: Annotated[list[Path] | None, typer.Option(help=_INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     seeds: Annotated[int, typer.Option(help="Initialisations a text.")] = 1,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
