@@ -1,17 +1,18 @@
-"""Kill sweeps, fits and measurements of capacity with SIGKILL at random moments; see what is left.
+"""Kill sweeps, fits, data sets and measurements of capacity with SIGKILL; see what is left.
 
-    python benchmarks/kills.py --sweep 40 --fit 30 --capacity 30
+    python benchmarks/kills.py --sweep 40 --fit 30 --capacity 30 --dataset 30
 
 A sweep of short fits runs with two workers, and another one where it is done too soon; SIGKILL
 goes to the driver (one time in three) or to a worker, most often while shards are being written,
-otherwise while processes are starting. `prototok fit --resume` and `prototok capacity --resume`
-get it at a moment drawn from the time that they take, and are started again until they end, then
-anew. These two are forked from a process that has torch already, so that few of the kills meet an
-import.
+otherwise while processes are starting. `prototok fit --resume`, `prototok capacity --resume` and
+`prototok dataset --resume` get it at a moment drawn from the time that they take, and are started
+again until they end, then anew. These are forked from a process that has torch already, so that few
+of the kills meet an import.
 
 After every kill each file that has its name must be whole, what was seen before must still be
 there, and nothing may be there twice. In the end the result must be that of a run that nobody
-disturbed: the same texts, each as exact. `prototok sweep verify` must find no problem.
+disturbed: the same texts, each as exact; of a data set the same vectors, bit for bit. `prototok
+sweep verify` must find no problem.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import prototok
 from prototok import FitResult
 from prototok.cli import main as prototok_main
 from prototok.common.files import is_temporary
+from prototok.results.shards import Shard, ShardRecord, Shards
 from prototok.sweep.files import sha256_of
 from prototok.sweep.run_folder import RunFolder
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--sweep", type=int, default=40, help="kills of a sweep")
     parser.add_argument("--fit", type=int, default=30, help="kills of prototok fit")
     parser.add_argument("--capacity", type=int, default=30, help="kills of prototok capacity")
+    parser.add_argument("--dataset", type=int, default=30, help="kills of prototok dataset")
     parser.add_argument("--texts", type=int, default=200, help="of the sweep; twice as many units")
     parser.add_argument("--workers", type=int, default=2, help="of the sweep")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,7 +68,7 @@ def main() -> None:
     draw = random.Random(a.seed)
     torch.set_num_threads(1)  # a child that is forked has no threads of its parent's
     result: dict[str, dict] = {}
-    asked = {"fit": a.fit, "capacity": a.capacity, "sweep": a.sweep}
+    asked = {"fit": a.fit, "capacity": a.capacity, "dataset": a.dataset, "sweep": a.sweep}
     for name, kills in asked.items():
         if not kills:
             continue
@@ -229,6 +232,31 @@ def judge_capacity(place: Path, straight: Path, seen: Seen) -> None:
             seen.problems.append(f"part {name} was kept and is not in the whole")
 
 
+def look_at_dataset(place: Path, seen: Seen) -> None:
+    parts: dict[str, object] = {}
+    if (place / "F" / "fit.json").exists():
+        with telling(seen, place / "F"):
+            for shard in Shards(place / "F"):
+                shard.load()
+                parts[str(shard.number)] = contents(shard)
+    keep(seen, parts, over=False)
+
+
+def judge_dataset(place: Path, straight: Path, seen: Seen) -> None:
+    look_at_dataset(place, seen)
+    ours, theirs = Shards(place / "F"), Shards(straight / "F")
+    if sorted(os.listdir(place / "F")) != sorted(os.listdir(straight / "F")):
+        seen.problems.append(f"the folder holds {sorted(os.listdir(place / 'F'))}")
+    elif [contents(shard) for shard in ours] != [contents(shard) for shard in theirs]:
+        seen.problems.append("other shards than of the run that nobody disturbed")
+
+
+def contents(shard: Shard) -> tuple[ShardRecord, list, list]:
+    """What a shard holds, but for seconds."""
+    vectors = [part.flatten().tolist() for part in shard.vectors.values()]
+    return shard.record, vectors, shard.records.drop_columns(["seconds"]).to_pylist()
+
+
 @contextlib.contextmanager
 def telling(seen: Seen, path: Path) -> Iterator[None]:
     """Note a file that has its name and cannot be read."""
@@ -247,6 +275,11 @@ COMMANDS = {
     "capacity": Command(
         ["capacity", str(BOOK), "-o", "c.csv", "--texts", "4", "--longest", "5", "--device", "cpu"],
         look_at_capacity, judge_capacity,
+    ),
+    "dataset": Command(
+        ["dataset", str(BOOK), "-o", "F", "--length", "1", "--limit", "24", "--shard", "4",
+         "--device", "cpu"],
+        look_at_dataset, judge_dataset,
     ),
 }  # fmt: skip
 

@@ -536,7 +536,52 @@ def encoder() -> str:
     return "\n".join([*lines, "", "\n\n".join(sources)])
 
 
+def data_engine() -> str:
+    """Rates here, what a GPU may do, and the long run; each where it has been measured."""
+    path = RESULTS / "data_engine.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    lines = [] if record else ["Not measured yet; `python benchmarks/data_engine.py` does."]
+    if "rates" in record:
+        rates = record["rates"]
+        lines += [
+            "| model | N | exact | steps a text | CPU ms a text | texts an hour | bytes a text "
+            "| GPU: rows at once | ms a step | µs a text, steps | µs a text, verified "
+            "| texts an hour |",
+            "|---" * 12 + "|",
+        ]
+        for c in rates["cells"]:
+            g = c["gpu"]
+            lines.append(
+                f"| {c['model']} | {c['length']} | {c['exact']}/{c['texts']} "
+                f"| {c['steps_a_text']:.0f} | {c['cpu_ms_a_text']:.1f} | {c['texts_an_hour']:,.0f} "
+                f"| {c['bytes_a_text']:,.0f} | {g['rows']} | {g['ms_a_step'][0]:.1f} "
+                f"| {g['us_of_steps_a_text'][0]:.0f} "
+                f"| {g['us_of_steps_a_text'][0] + g['us_of_verification_a_text']:,.0f} "
+                f"| {g['texts_an_hour'][0]:,.0f} |"
+            )
+        gpu = rates["cells"][0]["gpu"]["gpus"][0]
+        lines += [
+            "", f"GPU: an estimate for {gpu} by a rehearsal (docs/gpu.md), nothing was run there. "
+            "Steps are those of full slots; verification is three decodings a text, alone and "
+            "without a graph, at an assumed 8 µs a launch.",
+            "", f"`{rates['command']}`: {source(rates)}",
+        ]  # fmt: skip
+    if "long" in record:
+        one = record["long"]
+        apart = len(one["shards_that_differ"])
+        lines += [
+            "", f"{one['texts']:,} texts of {one['length']} tokens ({one['model']}, shards of "
+            f"{one['shard']}), {one['exact']:,} exact: {one['mib_after_first_shard']:.0f} MiB "
+            f"resident after the first shard, {one['mib_at_the_end']:.0f} after the last, "
+            f"{one['mib_most']:.0f} at most. {one['killed_texts']:,} of them again under "
+            f"{one['kills']} kills: {apart} of {one['killed_shards']} shards differ.",
+            "", f"`{one['command']}`: {source(one)}",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
 DOCUMENTS = {
+    "docs/scaling.md": (data_engine,),
     "docs/sink.md": (sinks, fronts, real_model),
     "docs/amortised.md": (amortised, encoder),
     "docs/reliability.md": (soak,),

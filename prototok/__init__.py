@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prototok.fitting.learned.optimizer import LearnedOptimizer as LearnedOptimizer
     from prototok.fitting.prior import Prior as Prior
     from prototok.fitting.recipe import Recipe as Recipe
+    from prototok.fitting.stream import fit_stream as fit_stream
     from prototok.geometry.paths import connect as connect
     from prototok.geometry.paths import interpolate as interpolate
     from prototok.model.frozen_lm import FrozenLM as FrozenLM
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from prototok.results.fit_result import FitInterrupted as FitInterrupted
     from prototok.results.fit_result import FitResult as FitResult
     from prototok.results.proto_tokens import ProtoTokens as ProtoTokens
+    from prototok.results.shards import Shards as Shards
 
 _HOME = {
     "autoregressive": "prototok.autoregressive",
@@ -46,12 +48,14 @@ _HOME = {
     "Prior": "prototok.fitting.prior",
     "ProtoTokens": "prototok.results.proto_tokens",
     "Recipe": "prototok.fitting.recipe",
+    "Shards": "prototok.results.shards",
     "capacity": "prototok.fitting.capacity",
     "connect": "prototok.geometry.paths",
     "decode": "prototok.decoding.decode",
     "encode": "prototok.fitting.encode",
     "export": "prototok.exporting.export",
     "fast_fit": "prototok.fitting.fast_fit",
+    "fit_stream": "prototok.fitting.stream",
     "information": "prototok.decoding.information",
     "interpolate": "prototok.geometry.paths",
     "learn_encoder": "prototok.fitting.learn_encoder",

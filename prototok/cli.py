@@ -14,6 +14,7 @@ import typer
 
 from prototok.bench.command import bench
 from prototok.commands.completion import completion
+from prototok.commands.dataset import dataset
 from prototok.commands.decode import decode
 from prototok.commands.encode import encode
 from prototok.commands.env import env
@@ -38,7 +39,7 @@ from prototok.sweep.cli import app as sweep_app
 
 # `prototok completion` instead of typer's, which guesses the shell and runs Python at every Tab.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-for command in (fit, decode, encode, export, bench, demo, env, completion):
+for command in (fit, dataset, decode, encode, export, bench, demo, env, completion):
     app.command()(command)
 app.add_typer(learn_app, name="learn")
 app.add_typer(sweep_app, name="sweep")

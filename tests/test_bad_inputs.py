@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def fitted() -> prototok.FitResult:
 
 def fit(**options: Any) -> object:
     return prototok.fast_fit(**({"lm": lm(), "texts": [[3, 4]]} | options))
+
+
+def fit_stream(**options: Any) -> object:
+    with tempfile.TemporaryDirectory() as home:
+        given = {"lm": lm(), "texts": [[3, 4]], "folder": Path(home) / "F", "shard": 1}
+        try:
+            return prototok.fit_stream(**(given | options))
+        finally:
+            assert not list(Path(home).iterdir())
 
 
 def decode(**options: Any) -> object:
@@ -98,7 +108,8 @@ def load(**options: Any) -> object:
 
 
 FUNCTIONS: dict[str, Callable[..., object]] = {
-    "fast_fit": fit, "decode": decode, "information": information, "capacity": capacity,
+    "fast_fit": fit, "fit_stream": fit_stream, "decode": decode, "information": information,
+    "capacity": capacity,
     "learn_shared": learn_shared, "autoregressive.fit": mem, "autoregressive.generate": generate,
     "interpolate": interpolate, "connect": connect, "nearest_tokens": nearest, "pca": components,
     "load": load, "Recipe": Recipe, "BezierSettings": BezierSettings, "Source": Source,
@@ -109,6 +120,10 @@ Table = dict[str, dict[str, dict[str, tuple[Any, ...]]]]
 API: Table = {
     "numbers that count nothing": {
         "fast_fit": {"length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6]},
+        "fit_stream": {
+            "length": NO_COUNTS, "shard": (*NO_COUNTS, None), "batch_size": NO_COUNTS,
+            "seeds": NO_COUNTS[:6],
+        },
         "decode": {"length": NO_COUNTS, "batch_size": NO_COUNTS},
         "information": {"length": NO_COUNTS},
         "capacity": {"batch_size": NO_COUNTS, "restarts": (-1, 1.5, "3", True, NAN)},
@@ -127,6 +142,7 @@ API: Table = {
         "BezierSettings": {"max_steps": NO_COUNTS, "samples": NO_COUNTS, "check_every": NO_COUNTS},
     },
     "texts that are none": {
+        "fit_stream": {"texts": ("one string", b"bytes", 7, None, {"a": 1}, object())},
         "fast_fit": {"texts": NO_TEXTS}, "information": {"texts": NO_TEXTS},
         "capacity": {"texts": NO_TEXTS}, "autoregressive.fit": {"texts": NO_TEXTS},
         "learn_shared": {"texts": tuple(t for t in NO_TEXTS if t is not None)},
@@ -146,10 +162,12 @@ API: Table = {
     },
     "backends that are none": {
         name: {"backend": NO_BACKENDS}
-        for name in ("fast_fit", "decode", "information", "capacity", "autoregressive.fit",
+        for name in ("fast_fit", "fit_stream", "decode", "information", "capacity",
+                     "autoregressive.fit",
                      "autoregressive.generate", "interpolate", "connect", "learn_shared")
     },
     "recipes": {
+        "fit_stream": {"recipe": NO_RECIPES},
         "fast_fit": {"recipe": NO_RECIPES}, "capacity": {"recipe": NO_RECIPES},
         "autoregressive.fit": {"recipe": NO_RECIPES},
         "Recipe": {
@@ -168,6 +186,10 @@ API: Table = {
             "share": ("both", "", 3, True), "arrangement": ("m e*", "", None, 3, "e0 m*", "e m*+9"),
             "group_size": (1, 0), "init": ("prior", 3),
             "seeds": ([], [1, 1], [1.5], ["a"], None, {}),
+        },
+        "fit_stream": {
+            "arrangement": ("m e*", "", None, 3), "init": ("prior", 3), "share": ("m",),
+            "recipes": ("fast",), "group_size": (1,), "on_text": (print,),
         },
         "information": {"bos": ("maybe", None, True)},
         "autoregressive.fit": {"first": ("third", None, 1)},
@@ -221,6 +243,7 @@ def test_a_bad_argument_is_one_sentence(function: str, argument: str, value: Any
 
 
 FIT = ("fit", "book.txt", "-o", "F", "--device", "cpu")
+DATASET = ("dataset", "book.txt", "-o", "F", "--device", "cpu")
 SWEEP = ("sweep", "plan", "table3", "-o", "R", "--preset", "small")
 COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "prototok fit": [
@@ -238,6 +261,18 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         (*FIT, "--model", ""), (*FIT, "--device", "tpu"), (*FIT, "--device", "cuda:99"),
         (*FIT, "--dtype", "float7"), (*FIT, "--dtype", "int8"), (*FIT, "--revision", "main"),
         (*FIT, "--resume", "--overwrite"),
+    ],
+    "prototok dataset": [
+        ("dataset",), ("dataset", "book.txt"), ("dataset", "none.txt", "-o", "F"),
+        ("dataset", "*.csv", "-o", "F"), ("dataset", "bad.yaml", "-o", "F"),
+        ("dataset", "full", "-o", "F"), ("dataset", "bad.parquet", "-o", "F", "--device", "cpu"),
+        (*DATASET[:2], "-o", "book.txt"), (*DATASET[:2], "-o", "book.txt/x"),
+        (*DATASET[:2], "-o", "full"), (*DATASET[:2], "-o", "."), (*DATASET[:2], "-o", "made"),
+        (*DATASET, "--length", "0"), (*DATASET, "--shard", "0"), (*DATASET, "--shard", "x"),
+        (*DATASET, "--limit", "-1"), (*DATASET, "--recipe", "x"), (*DATASET, "--seeds", "0"),
+        (*DATASET, "--arrangement", "m e*"), (*DATASET, "--batch-size", "0"),
+        (*DATASET, "--model", "tiny-lama"), (*DATASET, "--device", "tpu"),
+        (*DATASET, "--init", "none"), (*DATASET, "--resume", "--overwrite"),
     ],
     "prototok decode": [
         ("decode",), ("decode", "none"), ("decode", "full"), ("decode", "book.txt"),

@@ -22,6 +22,7 @@ from prototok.report import build as report_build
 from prototok.report.build import build
 from prototok.report.results import read
 from prototok.results.fit_folder import FitFolder
+from prototok.results.shards import ShardFolder, Shards
 from prototok.sweep import schema
 from prototok.sweep.files import RunNotWritable
 from prototok.sweep.run_folder import RunFolder
@@ -121,6 +122,32 @@ def test_a_fit_stops_with_what_it_kept_and_goes_on(
     assert sorted(os.listdir()) == ["F"]
 
 
+def test_shards_stop_at_a_full_disk_and_go_on(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (disk.parent / "lines.txt").write_text("a\nb\nc\nd\ne\n")
+    command = ["dataset", "../lines.txt", "-o", "F", "--length", "1", "--shard", "2"]
+    real, kept = ShardFolder.commit, []
+
+    def commit(self: ShardFolder, number: int, *rest: object) -> None:
+        if number == 1:
+            fill(disk, leave=2 * PAGE)
+        real(self, number, *rest)  # type: ignore[arg-type]
+        kept.append(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardFolder, "commit", commit)
+        assert cli(*command) == 3
+    said = capsys.readouterr().err
+    assert "out: F cannot be written any more (" in said and said.count("\n") == 1
+    assert "; 1 shards are in it, and --resume goes on from there" in said
+    assert no_half_written(disk)
+    assert sorted(os.listdir("F")) == ["00000000", "fit.json"]
+    (disk / "filler").unlink()
+    assert cli(*command, "--resume") == 0
+    assert Shards("F").summary().texts == 5
+
+
 def test_what_is_full_from_the_start_is_told_before_the_model_loads(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -131,7 +158,8 @@ def test_what_is_full_from_the_start_is_told_before_the_model_loads(
     monkeypatch.setattr("prototok.sweep.local.run_local", None)
     for command in (
         ("fit", "../book.txt", "-o", "F"), ("capacity", "../book.txt", "-o", "c.csv"),
-        ("sweep", "run", "run"), ("sweep", "plan", "table3", "-o", "R", "--preset", "small"),
+        ("dataset", "../book.txt", "-o", "D"), ("sweep", "run", "run"),
+        ("sweep", "plan", "table3", "-o", "R", "--preset", "small"),
         ("bench", "-o", "b.json"), ("profile", "--trace", "t.json"),
         ("report", "run", "-o", "r.html"),
     ):  # fmt: skip
@@ -266,6 +294,7 @@ def test_what_may_not_be_written_is_told_and_can_be_read(
         for command in (
             ("fit", "../book.txt", "-o", "F", "--overwrite"), ("fit", "../book.txt", "-o", "G"),
             ("capacity", "../book.txt", "-o", "c.csv"), ("sweep", "run", "run"),
+            ("dataset", "../book.txt", "-o", "D"),
             ("sweep", "plan", "table3", "-o", "R", "--preset", "small"), ("bench", "-o", "b.json"),
             ("profile", "--trace", "t.json"), ("report", "run", "-o", "r.html"),
             ("decode", "F", "--out", "d.txt"), ("sweep", "compact", "run"),

@@ -37,6 +37,7 @@ from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior
 from prototok.results.fit_folder import FitFolder
+from prototok.results.shards import ShardFolder, Shards
 from prototok.sweep import schema
 from prototok.sweep.experiments import settings_of
 from prototok.sweep.run_folder import RunFolder
@@ -111,6 +112,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = dataclasses.replace(UNIT, length=3)
     run.add("figure2", {"texts": 1}, [UNIT, other], pa.Table.from_pylist([], schema=schema.TEXTS))
     run.fail(other.key, "because", 1)
+    texts = [[3, 4], [], [6, 7]]
+    prototok.fit_stream(lm, texts, folder / "shards", shard=3, recipe=recipe, progress=False)
     return folder
 
 
@@ -308,6 +311,46 @@ def test_units_with_any_field(data: st.DataObject) -> None:
     if said is None:
         unit = Unit.parse(spec)
         assert unit.key and unit.group() and unit.positions >= 1
+
+
+SHARD_FILES = (
+    "fit.json", "00000000/shard.json", "00000000/fits.parquet",
+    "00000000/proto_tokens.safetensors",
+)  # fmt: skip
+
+
+def look_at_shards(folder: Path) -> None:
+    """Read all that there is; then go on with it."""
+    read_or_refuse(lambda: Shards(folder).summary())
+    for read in (lambda s: s.vectors, lambda s: s.records, lambda s: s.load()):
+        read_or_refuse(lambda read=read: [read(shard) for shard in Shards(folder)])
+    place = ShardFolder(folder, resume=True)
+    read_or_refuse(lambda: place.require_same(0, 3, "another"))
+    read_or_refuse(lambda: place.begin({"shard": 3}))
+
+
+@pytest.mark.parametrize("name", SHARD_FILES)
+@QUICK
+@given(damage=DAMAGE)
+def test_damaged_shards(name: str, damage: tuple, made: Path) -> None:
+    place = made / "damaged-shards"
+    shutil.copytree(made / "shards", place, dirs_exist_ok=True)
+    whole = (made / "shards" / name).read_bytes()
+    (place / name).write_bytes(damaged(whole, damage))
+    look_at_shards(place)
+
+
+@pytest.mark.parametrize("name", [n for n in SHARD_FILES if n.endswith(".json")])
+@QUICK
+@given(data=st.data())
+def test_shards_with_any_json(name: str, data: st.DataObject, made: Path) -> None:
+    place = made / "damaged-shards"
+    shutil.copytree(made / "shards", place, dirs_exist_ok=True)
+    content = json.loads((made / "shards" / name).read_text())
+    field = data.draw(st.sampled_from(sorted(content)))
+    content[field] = data.draw(ANY_JSON)
+    (place / name).write_text(json.dumps(content))
+    look_at_shards(place)
 
 
 @pytest.mark.parametrize("name", ["../../thesis", "a/b", "", "x" * 65])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,28 @@ def test_capacity_says_where_its_fits_are(
     lines = capsys.readouterr().err.splitlines()
     assert "2 still growing" in lines[0] and "step 0 of 30, accuracy" in lines[0]
     assert any(" left" in line and " GB" in line for line in lines[1:])
+
+
+def test_a_total_that_is_not_known_is_left_out(
+    small_lm: FrozenLM, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On every view; and a list has a total, an iterator has none."""
+    monkeypatch.setattr(progress._Lines, "every", 0.0)
+    options = {"recipe": Recipe(max_steps=3), "shard": 2, "progress": True}
+    prototok.fit_stream(small_lm, iter([*TEXTS, [5]]), tmp_path / "F", **options)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("fit: 0 after 0 s, 2 rows under way, step 0, ")
+    assert last.startswith("fit: 3 after ") and " of 3 exact, " in last and " texts/h, " in last
+    prototok.fit_stream(small_lm, TEXTS, tmp_path / "G", **options)
+    assert "fit: 2/2 after " in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress._Terminal, "every", 0.0)
+    prototok.fit_stream(small_lm, iter(TEXTS), tmp_path / "H", **(options | {"progress": None}))
+    assert "2/?" in capsys.readouterr().err
+    pytest.importorskip("IPython")
+    assert progress._Notebook(None, "fit")._drawn(3, "").startswith("<progress></progress> fit 3, ")
 
 
 def test_a_terminal_has_a_bar_over_a_line(

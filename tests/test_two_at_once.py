@@ -64,6 +64,8 @@ def cli(*arguments: str) -> int:
     [
         ("results.fit_folder", "FitFolder", "F", "F",
          ["fit", "book.txt", "-o", "F", "--length", "1", "--limit", "2"]),
+        ("results.shards", "ShardFolder", "F", "F",
+         ["dataset", "book.txt", "-o", "F", "--length", "1", "--limit", "2"]),
         ("fitting.capacity_file", "CapacityFile", "c.csv", "c.csv.unfinished",
          ["capacity", "book.txt", "-o", "c.csv", "--texts", "1", "--longest", "4"]),
     ],

@@ -24,14 +24,16 @@ class _View(Protocol):
 
 
 class Progress:
-    """Shows `done` of `total`, and a note.
+    """Shows `done` of `total`, and a note; a total that is not known is None.
 
     `shown`: None shows a bar on a terminal or in a notebook only, True insists on lines elsewhere,
     False is quiet. `steady`: one piece of the work takes about as long as another, so that what is
     done tells how long the rest may take; it is said behind the note.
     """
 
-    def __init__(self, total: int, what: str, shown: bool | None, steady: bool = False) -> None:
+    def __init__(
+        self, total: int | None, what: str, shown: bool | None, steady: bool = False
+    ) -> None:
         self.view: _View | None = None
         self.total, self.steady = total, steady
         self.first: tuple[int, float] | None = None  # what was done at the first update, and when
@@ -80,7 +82,7 @@ class Progress:
     def _made(self, done: int, note: str | Callable[[], str]) -> str:
         said = note if isinstance(note, str) else note()
         before, since = self.first or (done, 0.0)
-        if not self.steady or not before < done < self.total:
+        if not self.steady or self.total is None or not before < done < self.total:
             return said
         left = (time.monotonic() - since) / (done - before) * (self.total - done)
         return f"{said}, about {duration(left)} left"
@@ -98,12 +100,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _of(done: int, total: int | None) -> str:
+    return str(done) if total is None else f"{done}/{total}"
+
+
 class _Terminal:
     """A bar over a line of notes; both go when the work is over."""
 
     every, stays = 0.2, False
 
-    def __init__(self, total: int, what: str) -> None:
+    def __init__(self, total: int | None, what: str) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.progress import (
@@ -139,7 +145,7 @@ class _Notebook:
 
     every, stays = 0.5, True
 
-    def __init__(self, total: int, what: str) -> None:
+    def __init__(self, total: int | None, what: str) -> None:
         from IPython.display import HTML
 
         self.total, self.what, self.page = total, what, HTML
@@ -152,11 +158,9 @@ class _Notebook:
 
     def _drawn(self, done: int, note: str) -> str:
         spent = time.monotonic() - self.started
-        says = f"{self.what} {done}/{self.total}, {spent:.0f} s"
-        return (
-            f'<progress value="{done}" max="{self.total}"></progress> '
-            f"{html.escape(says + (f', {note}' if note else ''))}"
-        )
+        says = f"{self.what} {_of(done, self.total)}, {spent:.0f} s"
+        how_far = "" if self.total is None else f' value="{done}" max="{self.total}"'
+        return f"<progress{how_far}></progress> {html.escape(says + (f', {note}' if note else ''))}"
 
     def show(self, done: int, note: str) -> None:
         self.handle.update(self.page(self._drawn(done, note)))
@@ -170,7 +174,7 @@ class _Lines:
 
     every, stays = 30.0, False
 
-    def __init__(self, total: int, what: str) -> None:
+    def __init__(self, total: int | None, what: str) -> None:
         self.total, self.what = total, what
         self.started = time.monotonic()
 
@@ -180,7 +184,7 @@ class _Lines:
     def show(self, done: int, note: str) -> None:
         spent = time.monotonic() - self.started
         print(
-            f"{self.what}: {done}/{self.total} after {spent:.0f} s, {note}",
+            f"{self.what}: {_of(done, self.total)} after {spent:.0f} s, {note}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

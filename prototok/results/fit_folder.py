@@ -20,7 +20,14 @@ from prototok.common.files import remove_orphans
 from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.results.fit_result import FitResult, join, require_writable
-from prototok.results.unfinished import Unfinished, digest_of, name_of, require_one_of, require_same
+from prototok.results.unfinished import (
+    Unfinished,
+    digest_of,
+    name_of,
+    remove_files,
+    require_one_of,
+    require_same,
+)
 
 _FORM = ("prototok.unfinished_fit", 1)
 
@@ -156,14 +163,7 @@ class FitFolder:
 
 
 def _remove(text: Path) -> None:
-    """Remove a kept text file by file, as a user may have put others there."""
-    if not text.is_dir():
-        return
-    remove_orphans(text)
-    for name in ("fits.parquet", "proto_tokens.safetensors"):
-        (text / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        text.rmdir()
+    remove_files(text, ("fits.parquet", "proto_tokens.safetensors"))
 
 
 def plan_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +134,12 @@ class FitResult:
         """Return a data frame, one row a (text, seed), with the target ids."""
         return self._table().to_pandas()
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        columns: Mapping[str, Sequence | pa.Array] | None = None,
+    ) -> None:
         """Write `proto_tokens.safetensors` and `fits.parquet` into a folder.
 
         Both are written whole and flushed to the disk before the first of them gets its name, the
@@ -144,6 +149,7 @@ class FitResult:
         Args:
             folder: to write to; it is made where it is missing.
             overwrite: replace an earlier fit even if that one has more texts.
+            columns: more columns for `fits.parquet`, a value a (text, seed); `load` leaves them.
 
         Raises:
             ValueError: the folder is a file, holds something else than a fit, or a larger fit.
@@ -163,7 +169,8 @@ class FitResult:
         try:
             with whole(folder / _FITS) as fits, whole(folder / _TOKENS) as tokens:
                 self.tokens.save(tokens)
-                pq.write_table(self._table(_sha256_of(tokens)), fits, write_page_checksum=True)
+                table = self._table(_sha256_of(tokens), columns)
+                pq.write_table(table, fits, write_page_checksum=True)
                 flush(fits)
             remove_orphans(folder)
         except BaseException:
@@ -213,15 +220,18 @@ class FitResult:
             measured["seed"] = seeds_of(tokens.provenance, tokens.seeds).expand(shape).clone()
         return cls(tokens=tokens, targets=targets, history=None, **measured)
 
-    def _table(self, sha256: str | None = None) -> pa.Table:
+    def _table(
+        self, sha256: str | None = None, more: Mapping[str, Sequence | pa.Array] | None = None
+    ) -> pa.Table:
         texts, seeds = self.accuracy.shape
-        columns: dict[str, list] = {
+        columns: dict[str, Sequence | pa.Array] = {
             "text": [t for t in range(texts) for _ in range(seeds)],
             "seed": self.seed.flatten().tolist(),
             "length": self.tokens.lengths.repeat_interleave(seeds).tolist(),
         }
         columns |= {name: getattr(self, name).flatten().tolist() for name in _MEASURED}
         columns["targets"] = [self.targets[t].tolist() for t in range(texts) for _ in range(seeds)]
+        columns |= more or {}
         metadata = {b"prototok": json.dumps(self.tokens.provenance), _SEEDS: b"as given"}
         if sha256 is not None:
             metadata[_SHA256] = json.dumps(sha256)

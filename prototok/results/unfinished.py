@@ -64,6 +64,16 @@ class Unfinished:
         """Return True if something was begun here and has not been cleared."""
         return self._plan_file.is_file()
 
+    def plan(self) -> dict[str, Any]:
+        """Return what is being done; ValueError where its file is damaged or of another kind."""
+        try:
+            found = parse_json(self._plan_file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"out: {self._plan_file} is damaged ({error})") from None
+        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != self.form:
+            raise ValueError(f"out: {self._plan_file} is not of an unfinished fit of this prototok")
+        return found
+
     def begin(self, plan: dict[str, Any]) -> None:
         """Go on with what is there, or begin anew where nothing is.
 
@@ -71,7 +81,7 @@ class Unfinished:
             ValueError: what is there is not what `plan` describes, or is damaged.
         """
         if self.is_there():
-            require_same(self._plan(), plan, self.place)
+            require_same(self.plan(), plan, self.place)
         else:
             self.empty()  # of what was left when that was cut short
             self.folder.mkdir(exist_ok=True)
@@ -92,7 +102,7 @@ class Unfinished:
     def empty(self) -> None:
         """Remove the plan and the parts, the plan first: without it they count for nothing."""
         if self.is_there():
-            self._plan()
+            self.plan()
             self._plan_file.unlink()
         for path in self.parts():
             self.remove(path)
@@ -109,14 +119,16 @@ class Unfinished:
     def _plan_file(self) -> Path:
         return self.folder / _PLAN
 
-    def _plan(self) -> dict[str, Any]:
-        try:
-            found = parse_json(self._plan_file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"out: {self._plan_file} is damaged ({error})") from None
-        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != self.form:
-            raise ValueError(f"out: {self._plan_file} is not of an unfinished fit of this prototok")
-        return found
+
+def remove_files(part: Path, names: Sequence[str]) -> None:
+    """Remove a part that is a folder file by file, as a user may have put others there."""
+    if not part.is_dir():
+        return
+    remove_orphans(part)
+    for name in names:
+        (part / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        part.rmdir()
 
 
 def require_one_of(resume: bool, overwrite: bool) -> None:

@@ -23,8 +23,9 @@ from prototok.sweep.files import require_place
 from prototok.sweep.models import load_model, tokenizer_of
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.settings import Settings, read_config
-from prototok.sweep.unit import Unit, text_id
+from prototok.sweep.unit import Unit
 from prototok.texts.sources import Source, TargetText, continuations, target_texts
+from prototok.texts.targets import text_id
 
 SIX = (
     "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "EleutherAI/pythia-1.4b",

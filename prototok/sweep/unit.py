@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,8 +129,3 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "changes": lambda v: isinstance(v, dict), "dtype": _is_text, "alone": _is_truth,
     "timed": _is_truth,
 }  # fmt: skip
-
-
-def text_id(ids: Sequence[int]) -> str:
-    """Hash token ids to 16 hexadecimal digits: what units call a text."""
-    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from prototok.common.arguments import hint, is_count
-from prototok.common.json import parse_json
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sample import sample
 from prototok.texts.files import read_text
+from prototok.texts.rows import Unreadable, read_rows
 
 KINDS = ("held-out", "folder", "dataset", "random", "generated")
 _FREQUENT = 100_000  # words of a list that are drawn from
@@ -275,37 +273,12 @@ def documents(path: str, column: str) -> Iterator[str]:
     if not files:
         raise ValueError(f"source: {path} has no .parquet or .jsonl files")
     for file in files:
-        yield from _parquet(file, column) if file.suffix == ".parquet" else _lines(file, column)
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    try:
-        with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise ValueError(f"source: {path} has no column {column!r} (it has {names})")
-            kind = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f"source: column {column!r} of {path} holds {kind}, not text")
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
-                yield from (text for text in batch[column].to_pylist() if text)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"source: {path} is not Parquet ({error})") from error
-
-
-def _lines(path: Path, column: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = parse_json(line)[column]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"source: line {number} of {path} is no JSON with {column!r} ({error!r})"
-                ) from None
+        for text in read_rows(file, column):
+            if isinstance(text, Unreadable):
+                raise ValueError(f"source: {text.why}")
             if text is not None and not isinstance(text, str):
-                kind = type(text).__name__
                 raise ValueError(
-                    f"source: {column!r} in line {number} of {path} is {kind}, not text"
+                    f"source: column {column!r} of {file} holds {type(text).__name__}, not text"
                 )
             if text:
                 yield text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,14 +37,24 @@ def targets_of(lm: FrozenLM, texts: Texts, length: int | None = None) -> list[Te
     if not listed:
         raise ValueError("texts: the list is empty")
     cut = None if length is None else int(length)
-    return [_target(lm, i, text, cut) for i, text in enumerate(listed)]
+    return [target_of(lm, i, text, cut) for i, text in enumerate(listed)]
 
 
-def _target(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
+def text_id(ids: Sequence[int]) -> str:
+    """Hash token ids to 16 hexadecimal digits: what records call a text."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def target_of(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
+    """Return the target ids of text `i` as `targets_of` does, or raise ValueError that names it."""
     if isinstance(text, str):
         if not text:
             raise ValueError(f"texts: text {i} is empty")
-        ids = torch.tensor(lm.encode(text), dtype=torch.int64, device="cpu")
+        try:
+            encoded = lm.encode(text)
+        except TypeError:  # tokenizers take no half of a surrogate pair
+            raise ValueError(f"texts: text {i} is not valid Unicode") from None
+        ids = torch.tensor(encoded, dtype=torch.int64, device="cpu")
     else:
         try:
             raw = torch.as_tensor(text, device="cpu")

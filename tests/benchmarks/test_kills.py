@@ -12,9 +12,10 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kills.py"
 
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--fit", "2", "--capacity", "2", "--sweep", "2"]
-    command += ["--texts", "8", "--workers", "1", "--out", "k.json"]
+    command += ["--dataset", "2", "--texts", "8", "--workers", "1", "--out", "k.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "k.json").read_text())
-    assert found["kills"] == 6 and found["sweep"]["units_seen_done_before_a_kill"] > 0
-    assert [found[what]["problems"] for what in ("fit", "capacity", "sweep")] == [[], [], []]
+    assert found["kills"] == 8 and found["sweep"]["units_seen_done_before_a_kill"] > 0
+    kinds = ("fit", "capacity", "dataset", "sweep")
+    assert [found[what]["problems"] for what in kinds] == [[], [], [], []]

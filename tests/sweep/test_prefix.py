@@ -12,9 +12,10 @@ import prototok
 from prototok.sweep import schema
 from prototok.sweep.experiments import expand, settings_of
 from prototok.sweep.run_folder import RunFolder
-from prototok.sweep.unit import Unit, text_id
+from prototok.sweep.unit import Unit
 from prototok.sweep.verify import verify
 from prototok.sweep.work import Worker
+from prototok.texts.targets import text_id
 
 IDS = (5, 17)
 

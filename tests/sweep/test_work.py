@@ -16,9 +16,10 @@ from prototok.sweep.lots import Lots, shard_of, to_do
 from prototok.sweep.models import load_model, split
 from prototok.sweep.run_folder import RunFolder
 from prototok.sweep.settings import recipe_of_unit
-from prototok.sweep.unit import Unit, text_id
+from prototok.sweep.unit import Unit
 from prototok.sweep.verify import verify
 from prototok.sweep.work import Worker
+from prototok.texts.targets import text_id
 
 TEXTS = ("It was a dark and stormy night", "Call me Ishmael, said he", "The very idea of it")
 QUICK = {"recipe": "fast", "changes": {"max_steps": 150}}
