@@ -134,7 +134,9 @@ def test_bad_arguments_are_named(small_lm: FrozenLM, prior: Prior) -> None:
         prototok.learn_shared(small_lm, [[1, 2, 3]], length=3)
     with pytest.raises(ValueError, match="^length: 0 is not"):
         prototok.learn_shared(small_lm, length=0)
-    with pytest.raises(ValueError, match="^init: str is neither a Prior nor a LearnedOptimizer"):
+    with pytest.raises(
+        ValueError, match="^init: str is not a Prior, a LearnedOptimizer, an Encoder"
+    ):
         prototok.fast_fit(small_lm, [[1, 2]], init="m")
     other = load(small_llama(num_hidden_layers=3), dtype="float32")
     with pytest.raises(ValueError, match="^init: fitted on"):

@@ -98,7 +98,7 @@ class Encoder(KeptNetwork[EncoderNetwork]):
         found = []
         for first in range(0, len(targets), _ROWS):
             part = targets[first : first + _ROWS]
-            lengths = torch.tensor([len(ids) for ids in part], device=lm.device)
+            lengths = torch.tensor([len(ids) for ids in part], dtype=torch.int64, device=lm.device)
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.device)
             found.append(placed(self.start, network(rows[ids], lengths).cpu()))
         return torch.cat(found)

@@ -32,8 +32,9 @@ class EncoderNetwork(nn.Module):
         super().__init__()
         self.longest = longest
         here: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        self.register_buffer("scale", torch.ones((), **here))
-        self.register_buffer("token_scale", torch.ones((), **here))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
+        scale = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("token_scale", scale)
         self.first = nn.Linear(longest * (hidden_size + 1), width, **here)
         self.blocks = nn.ModuleList(ResidualBlock(width, here) for _ in range(depth))
         self.norm = nn.LayerNorm(width, **here)

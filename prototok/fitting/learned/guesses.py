@@ -43,7 +43,7 @@ class Guesses:
         """Guess e and m of fresh texts, decode, and descend on the mean loss of the tokens."""
         lm, network, rows = self.setup.lm, self.network, self.window.rows
         ids = corpus.draw(rows, self.length, generator).to(lm.device)
-        lengths = torch.full((rows,), self.length, device=lm.device)
+        lengths = torch.full((rows,), self.length, dtype=torch.int64, device=lm.device)
         half = lm.dtype == torch.bfloat16
         # Without the cache: inside another autocast it would keep the weights of the first step.
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
