@@ -76,9 +76,14 @@ def _feature(q1, q2, q0, k1, k2, k0):
 
 
 @triton.jit
-def _products(f1, f2, f0, c, s):
-    """⟨R q, k⟩ by the positions of the rows of c and s."""
-    return tl.sum(f1[None, :] * c + f2[None, :] * s, 1) + f0
+def _products(f1, f2, f0, c, s, WIDE: tl.constexpr):
+    """⟨R q, k⟩ by the positions of the rows of c and s.
+
+    WIDE is for fp32 weights: large logits that nearly cancel lose what fp32 sums round away.
+    """
+    if WIDE:
+        f1, f2, c = f1.to(tl.float64), f2.to(tl.float64), c.to(tl.float64)
+    return (tl.sum(f1[None, :] * c + f2[None, :] * s, 1) + f0).to(tl.float32)
 
 
 @triton.jit
@@ -120,6 +125,7 @@ def pair_logits_kernel(
     scaling,
     eps,
     P: tl.constexpr,
+    WIDE: tl.constexpr,
     NORMED: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,  # r / 2
@@ -161,8 +167,8 @@ def pair_logits_kernel(
         position = start + tile
         inside = position < length
         c, s = _table(cos, sin, position, table_row, inside, HALF, BLOCK_HALF)
-        tl.store(a + out + position, _products(a1, a2, a0, c, s) * scaling, mask=inside)
-        to_e = _products(b1, b2, b0, c, s)
+        tl.store(a + out + position, _products(a1, a2, a0, c, s, WIDE) * scaling, mask=inside)
+        to_e = _products(b1, b2, b0, c, s, WIDE)
         if P > 0:
             to_e = tl.where(position == 0, itself, to_e)
         tl.store(b + out + position, to_e * scaling, mask=inside)
@@ -180,7 +186,9 @@ def pair_logits_kernel(
                 inside = position < length
                 c, s = _table(cos, sin, P + position, table_row, inside, HALF, BLOCK_HALF)
                 to_key = tl.where(
-                    position == 0, _products(g1, g2, g0, c, s), _products(f1, f2, f0, c, s)
+                    position == 0,
+                    _products(g1, g2, g0, c, s, WIDE),
+                    _products(f1, f2, f0, c, s, WIDE),
                 )
                 tl.store(u + out + position, to_key * scaling, mask=inside)
                 start += BN

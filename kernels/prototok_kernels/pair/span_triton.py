@@ -211,7 +211,8 @@ class _Span(torch.autograd.Function):
             pair_logits_kernel[(rows, heads)](
                 qkv, *_of_heads(layer, qkv), cos, sin, a, b, u if front else a,
                 apart if front else values, apart, rows, heads, layer.kv_heads, length,
-                cos.stride(0), layer.scaling, layer.eps, **_launch_of_heads(layer, cos),
+                cos.stride(0), layer.scaling, layer.eps, WIDE=qkv.dtype == torch.float32,
+                **_launch_of_heads(layer, cos),
             )  # fmt: skip
         bases = span[:, :2].transpose(0, 1)  # (2, B, d)
         if not front:
