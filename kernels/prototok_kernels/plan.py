@@ -37,10 +37,12 @@ MOST_COMBINED = 128
 # Rows up to which one token is decoded by kernels that read a weight once for all of them: from
 # there on a row's multiplications take as long as the weights. Counted (docs/gpu.md), not measured.
 FEW_ROWS_ON_CUDA = 4
-# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md). Where
-# blocks have packed products it is for tokens one by one alone. The second is of float32 on
-# AVX-512.
+# Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md); the second
+# is of float32 on AVX-512. Where blocks have packed products it is for tokens one by one.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
+# d over the positions up to which it is so even then, where it shares out among all threads what
+# blocks give one thread a row: reading the weights takes as long as the products.
+HIDDEN_TO_POSITIONS = 24
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,9 @@ def _plan_of(
     wide = dtype == torch.float32 and length > 1 and "avx512" in machine.instruction_sets
     few_for_decoder = FEW_POSITIONS_FP32 if wide else FEW_POSITIONS
     packable = shape.unpacked is None and no_products is None
-    has_products = length > 1 and packable and (blocks.taken == "cpu" or few_texts is not None)
+    shared_out = rows < machine.threads and rows * length * HIDDEN_TO_POSITIONS <= shape.hidden_size
+    has_products = length > 1 and packable and not shared_out
+    has_products &= blocks.taken == "cpu" or few_texts is not None
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)

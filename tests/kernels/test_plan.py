@@ -204,12 +204,22 @@ def test_few_positions_go_through_the_decoder() -> None:
             assert taken(plan)["decoder"] == expected
         # Packed products are the faster ones; what is generated one by one has no use for them.
         packed = machine is not OLD_CPU
-        forward = planned(machine=machine, rows=1, length=2)
+        forward = planned(machine=machine, rows=1, length=3)
         assert taken(forward)["decoder"] == ("blocks" if packed else "cpu")
         tokens = planned(machine=machine, rows=FEW_POSITIONS, length=1)
         assert taken(tokens)["decoder"] == "cpu"
     odd = dataclasses.replace(LLAMA, unpacked="a weight of (3, 64) has an odd size")
-    assert taken(planned(odd, rows=1, length=2))["decoder"] == "cpu"
+    assert taken(planned(odd, rows=1, length=3))["decoder"] == "cpu"
+
+
+def test_few_positions_of_a_large_model_are_shared_out_among_threads() -> None:
+    large = dataclasses.replace(LLAMA, hidden_size=768, heads=12, head_size=64)
+    one = dataclasses.replace(CPU, threads=1)
+    for machine, rows, length, expected in (
+        (CPU, 1, 32, "cpu"), (CPU, 1, 33, "blocks"), (CPU, 2, 16, "blocks"), (one, 1, 8, "blocks"),
+    ):  # fmt: skip
+        plan = planned(large, machine=machine, rows=rows, length=length)
+        assert taken(plan)["decoder"] == expected
     assert taken(planned(rows=1, length=1, backend="torch"))["decoder"] == "blocks"
 
 
