@@ -142,7 +142,7 @@ def one_forward() -> str:
         for r in records:
             lengths = sorted({c["length"] for c in r["cells"]})
             parts += [
-                f"**{processor.split(',')[0]}, {r['instructions']}**", "",
+                f"**{processor.rpartition(',')[0]}, {r['instructions']}**", "",
                 "| model | " + " | ".join(f"N = {n}" for n in lengths) + " |",
                 "|---" * (1 + len(lengths)) + "|",
             ]  # fmt: skip
