@@ -63,8 +63,9 @@ def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -
     assert json.loads(recipe)["name"].startswith("learned from ")
     again = prototok_cli(*fit, "--init", "opt.safetensors", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    shipped = prototok_cli(*fit, "--overwrite", cwd=tmp_path)  # the model brings one
+    assert shipped.returncode == 0 and "2 exact" in shipped.stderr, shipped.stderr
     for wrong, said in (
-        ([*fit, "--overwrite"], "recipe: 'learned' needs init"),
         ([*fit, "--init", str(book), "--overwrite"], "path: "),
         (["learn", "optimizer", "-o", str(book)], "out: "),
         (["learn", "optimizer", "--lengths", "a,b", "-o", "x"], "lengths: "),
