@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -247,12 +246,6 @@ def test_the_steps_are_those_asked_for(book: Path, tmp_path: Path) -> None:
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     shown = prototok_cli("--version", cwd=tmp_path)
     assert shown.returncode == 0 and shown.stdout == f"prototok {prototok.__version__}\n"
-
-
-def test_a_shell_can_complete_commands(tmp_path: Path) -> None:
-    asked = {"_PROTOTOK_COMPLETE": "complete_bash", "COMP_WORDS": "prototok dec", "COMP_CWORD": "1"}
-    shown = prototok_cli(cwd=tmp_path, env=os.environ | asked)
-    assert shown.stdout.split() == ["decode"]
 
 
 def test_env_and_help_answer_fast(tmp_path: Path) -> None:
