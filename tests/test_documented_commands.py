@@ -29,7 +29,7 @@ NOT_RUN = {
     r"python exported/": "tests/exporting runs every program that is exported",
     r"python -m prototok.bench": "a minute a model; tests/bench runs a short one",
     r"python benchmarks/": "minutes to hours, or a network; tests/benchmarks runs what is quick",
-    r"prototok learn|.*--init": "trains for minutes; tests/test_cli.py trains small ones",
+    r"prototok (learn|encode)|.*--init": "trains for minutes; tests/test_cli.py trains small ones",
     r"prototok demo": "serves until Ctrl-C; tests/demo drives its page",
     r"prototok sweep run": "minutes to days; tests/sweep runs small ones with each launcher",
     r"prototok sweep plan .*--source": "needs the paper's models",
