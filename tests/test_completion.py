@@ -55,7 +55,7 @@ def test_bash_offers_commands_options_and_values(scripts: Path) -> None:
         "prototok fit book.txt --out ''": "",  # a file: left to the shell
         "prototok bench --recipe ''": "fast paper",  # its help names two
         "prototok profile ''": "fit decode",
-        "prototok learn ''": "prior optimizer",
+        "prototok learn ''": "prior optimizer encoder",
         "prototok fit sweep --share ''": "m e",  # a book of that name is no command
         "prototok --v": "--version",
     }
