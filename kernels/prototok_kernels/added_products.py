@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prototok_kernels.backend import require
-from prototok_kernels.normed_products import outputs_a_program, warps_of
+from prototok_kernels.normed_products import outputs_a_program, require_like, warps_of
 
 try:
     import triton
@@ -111,18 +111,10 @@ def add_products_(x: Tensor, products: Sequence[Product]) -> None:
 def _check(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     rows, outputs = x.shape
     size = inputs.shape[-1]
-    for name, tensor, shape in (
-        ("inputs", inputs, (rows, size)),
-        ("weight", weight, (outputs, size)),
+    require_like(
+        x, ("inputs", inputs, (rows, size)), ("weight", weight, (outputs, size)),
         ("bias", bias, (outputs,)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != x.dtype:
-            raise ValueError(
-                f"{name}: must be {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
-            )
+    )  # fmt: skip
 
 
 def add_products_ref_(x: Tensor, products: Sequence[Product]) -> None:

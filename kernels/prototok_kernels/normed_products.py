@@ -157,6 +157,16 @@ def warps_of(elements: int) -> int:
     return min(16, max(1, triton.next_power_of_2(elements) // 2048))
 
 
+def require_like(x: Tensor, *tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError for a tensor, given with its name, that has not this shape and x's dtype."""
+    for name, tensor, shape in tensors:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"{name}: must be {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
+
+
 def normed_products(
     x: Tensor,  # (R, d)
     products: Sequence[NormedProduct],  # one, or two with norms of one kind
@@ -210,19 +220,10 @@ def _check(x: Tensor, product: NormedProduct, centred: bool) -> None:
         raise ValueError("products: all norms must be LayerNorms, or all RMSNorms")
     if product.gated and (rows % 2 or product.activation is None):
         raise ValueError(f"weight: a gated one has two halves and an activation, saw {rows} rows")
-    for name, tensor, shape in (
-        ("norm", product.norm[0], (size,)),
-        ("norm's bias", product.norm[1], (size,)),
-        ("weight", product.weight, (rows, size)),
-        ("bias", product.bias, (rows,)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != x.dtype:
-            raise ValueError(
-                f"{name}: must be {shape} of {x.dtype} like x {tuple(x.shape)}, saw "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
-            )
+    require_like(
+        x, ("norm", product.norm[0], (size,)), ("norm's bias", product.norm[1], (size,)),
+        ("weight", product.weight, (rows, size)), ("bias", product.bias, (rows,)),
+    )  # fmt: skip
 
 
 def normed_products_ref(

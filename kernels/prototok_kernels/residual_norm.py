@@ -26,6 +26,33 @@ except ImportError:
 if triton is not None:
 
     @triton.jit
+    def normalised(value, inside, eps, D: tl.constexpr, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Mean and inverse deviation of a row, and the row by them; the mean is 0 of an RMSNorm."""
+        mean = 0.0
+        if CENTRED:
+            mean = tl.sum(value, 0) / D
+            value = tl.where(inside, value - mean, 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
+        return mean, inverse, value * inverse
+
+    @triton.jit
+    def scaled(unit, weight, bias, column, inside, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What a norm makes of a row that is normalised."""
+        value = unit * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        return value
+
+    @triton.jit
+    def normalised_backward(g, centred, inverse, D: tl.constexpr, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Carry the gradient of a normalised row back to the row; `centred`: less its mean."""
+        pull = tl.sum(g * centred, 0) / D * inverse * inverse
+        value = g - centred * pull
+        if CENTRED:
+            value -= tl.sum(g, 0) / D
+        return value * inverse
+
+    @triton.jit
     def _residual_norm_kernel(  # type: ignore[no-untyped-def]
         x,  # (R, d), and so are delta, total and normed
         delta,
@@ -54,20 +81,11 @@ if triton is not None:
             rounded = value.to(total.dtype.element_ty)
             tl.store(total + row * D + column, rounded, mask=inside)
             value = rounded.to(tl.float32)
-        mean = 0.0
-        if CENTRED:
-            mean = tl.sum(value, 0) / D
-            value = tl.where(inside, value - mean, 0.0)
-        inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
-        unit = value * inverse
-        value = unit * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        if CENTRED:
-            value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        mean, inverse, unit = normalised(value, inside, eps, D, CENTRED)
+        value = scaled(unit, weight, bias, column, inside, CENTRED)
         tl.store(normed + row * D + column, value.to(normed.dtype.element_ty), mask=inside)
         if SECOND:
-            value = unit * tl.load(second_weight + column, mask=inside, other=0.0).to(tl.float32)
-            if CENTRED:
-                value += tl.load(second_bias + column, mask=inside, other=0.0).to(tl.float32)
+            value = scaled(unit, second_weight, second_bias, column, inside, CENTRED)
             to = second_normed + row * D + column
             tl.store(to, value.to(normed.dtype.element_ty), mask=inside)
         tl.store(statistics + 2 * row, mean)
@@ -101,11 +119,7 @@ if triton is not None:
             more = tl.load(grad_second + at, mask=inside, other=0.0).to(tl.float32)
             g += more * tl.load(second_weight + column, mask=inside, other=0.0).to(tl.float32)
         centred = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) - mean
-        pull = tl.sum(g * centred, 0) / D * inverse * inverse
-        value = g - centred * pull
-        if CENTRED:
-            value -= tl.sum(g, 0) / D
-        value *= inverse
+        value = normalised_backward(g, centred, inverse, D, CENTRED)
         if HAS_GRAD_TOTAL:
             value += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
@@ -114,7 +128,8 @@ if triton is not None:
 Norm = tuple[Tensor, Tensor | None]  # weight (d,), and bias (d,) of a LayerNorm
 
 
-def _launch(size: int) -> dict[str, int]:
+def launch_of_rows(size: int) -> dict[str, int]:
+    """Return how a Triton kernel is launched that takes a row of this size a program."""
     block = triton.next_power_of_2(size)
     # Triton's own default of the last differs from version to version.
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
@@ -140,7 +155,7 @@ def _triton_forward(
             weight if bias is None else bias, normed[-1], second_weight,
             second_weight if second_bias is None else second_bias, statistics, eps,
             D=size, HAS_DELTA=delta is not None, CENTRED=bias is not None, SECOND=len(norms) == 2,
-            **_launch(size),
+            **launch_of_rows(size),
         )  # fmt: skip
     return total, normed, statistics
 
@@ -161,7 +176,7 @@ def _triton_backward(
             grads[0] if grad_total is None else grad_total, grads[0], grads[-1], total, weights[0],
             weights[-1], statistics, grad,
             D=size, HAS_GRAD_TOTAL=grad_total is not None, CENTRED=centred, SECOND=len(grads) == 2,
-            **_launch(size),
+            **launch_of_rows(size),
         )  # fmt: skip
     return grad
 

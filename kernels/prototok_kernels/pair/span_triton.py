@@ -37,6 +37,12 @@ from prototok_kernels.pair.logits_triton import (
     pair_logits_kernel,
 )
 from prototok_kernels.pair.scan import Logits
+from prototok_kernels.residual_norm import (
+    launch_of_rows,
+    normalised,
+    normalised_backward,
+    scaled,
+)
 
 
 @triton.jit
@@ -87,20 +93,11 @@ def pair_input_kernel(
     if HAS_CONSTANT:
         base += tl.load(constant + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(span + (row * spanning + kind) * D + column, base.to(dtype), mask=inside)
-    mean = 0.0
-    if CENTRED:
-        mean = tl.sum(value, 0) / D
-        value = tl.where(inside, value - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
-    unit = value * inverse
-    value = unit * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if CENTRED:
-        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    mean, inverse, unit = normalised(value, inside, eps, D, CENTRED)
+    value = scaled(unit, weight, bias, column, inside, CENTRED)
     tl.store(normed + vector * D + column, value.to(dtype), mask=inside)
     if SECOND:
-        value = unit * tl.load(second_weight + column, mask=inside, other=0.0).to(tl.float32)
-        if CENTRED:
-            value += tl.load(second_bias + column, mask=inside, other=0.0).to(tl.float32)
+        value = scaled(unit, second_weight, second_bias, column, inside, CENTRED)
         tl.store(second + vector * D + column, value.to(dtype), mask=inside)
     tl.store(statistics + 2 * vector, mean)
     tl.store(statistics + 2 * vector + 1, inverse)
@@ -139,11 +136,7 @@ def pair_input_backward_kernel(
     if SECOND:
         more = tl.load(grad_second + vector * D + column, mask=inside, other=0.0).to(tl.float32)
         g += more * tl.load(second_weight + column, mask=inside, other=0.0).to(tl.float32)
-    pull = tl.sum(g * centred, 0) / D * inverse * inverse
-    value = g - centred * pull
-    if CENTRED:
-        value -= tl.sum(g, 0) / D
-    value *= inverse
+    value = normalised_backward(g, centred, inverse, D, CENTRED)
     at = (row * spanning + kind) * D + column
     value += tl.load(grad_span + at, mask=inside, other=0.0).to(tl.float32)
     value = value.to(grad_m.dtype.element_ty)
@@ -157,12 +150,6 @@ def _norms(layer: DecoderLayer) -> list[tuple[Tensor, Tensor]]:
         return [(layer.input_norm, layer.input_norm)]
     both = [(layer.input_norm, layer.input_norm_bias), (layer.post_norm, layer.post_norm_bias)]
     return both if layer.parallel else both[:1]
-
-
-def _launch_of_rows(size: int) -> dict[str, int]:
-    block = triton.next_power_of_2(size)
-    # Triton's own default of the last differs from version to version.
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
 
 
 def _launch_of_heads(layer: DecoderLayer, cos: Tensor) -> dict[str, int]:
@@ -200,7 +187,7 @@ class _Span(torch.autograd.Function):
                 second_bias, normed[0], normed[-1], span, statistics, rows, span.shape[1],
                 layer.eps, D=size, HAS_CONSTANT=constant is not None,
                 CENTRED=isinstance(layer, NeoXLayer), SECOND=len(norms) == 2,
-                **_launch_of_rows(size),
+                **launch_of_rows(size),
             )  # fmt: skip
         qkv = F.linear(normed[0], layer.qkv, layer.qkv_bias)
         a = span.new_empty(rows, heads, length, dtype=torch.float32)
@@ -265,7 +252,7 @@ class _Span(torch.autograd.Function):
                 m, e, norms[0][0], norms[-1][0], statistics, grad_normed[0], grad_normed[-1],
                 grad_span, grad_m, grad_e, rows, grad_span.shape[1], D=size,
                 CENTRED=isinstance(layer, NeoXLayer), SECOND=len(norms) == 2,
-                **_launch_of_rows(size),
+                **launch_of_rows(size),
             )  # fmt: skip
         return grad_m, grad_e, None, None, None, None
 
