@@ -28,6 +28,7 @@ from prototok.common.command_line import (
     Device,
     Dtype,
     Model,
+    front_asked,
     require_positive,
     say,
 )
@@ -104,10 +105,8 @@ def capacity(
     place = None if out is None else CapacityFile(out, resume, overwrite)
     with contextlib.nullcontext() if place is None else place.claimed():
         lm = load(model, device, dtype)
-        front = None if prefix == "none" else prefix
-        shown, code = measure(
-            lm, chunks(lm, text, longest, texts), settings, restarts, front, place
-        )
+        pieces = chunks(lm, text, longest, texts)
+        shown, code = measure(lm, pieces, settings, restarts, front_asked(prefix), place)
     print(shown, end="")
     if code:
         raise typer.Exit(code)

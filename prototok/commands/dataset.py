@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prototok.commands.learn import start_from
-from prototok.common.command_line import PREFIX, RESUME, Device, Dtype, Model, require_positive, say
+from prototok.commands.learn import INIT, start_from
+from prototok.common.command_line import (
+    PREFIX,
+    RESUME,
+    Device,
+    Dtype,
+    Model,
+    cannot_go_on,
+    front_asked,
+    require_positive,
+    say,
+)
 
 if TYPE_CHECKING:
     from prototok.results.shards import ShardFolder
@@ -19,10 +29,6 @@ if TYPE_CHECKING:
 _SOURCES = (
     "Files, folders or quoted globs: .txt has a text a line, .jsonl and .parquet a column of texts "
     "or token ids."
-)
-_INIT = (
-    "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
-    "Given twice: an encoder and an optimizer."
 )
 
 
@@ -35,7 +41,7 @@ def dataset(
     limit: Annotated[int | None, typer.Option(help="Read only this many texts.")] = None,
     shard: Annotated[int, typer.Option(help="Texts a shard.")] = 4096,
     recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
-    init: Annotated[list[Path] | None, typer.Option(help=_INIT)] = None,
+    init: Annotated[list[Path] | None, typer.Option(help=INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     seeds: Annotated[int, typer.Option(help="Initialisations a text.")] = 1,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
@@ -63,7 +69,7 @@ def dataset(
     start, settings = start_from(init, recipe_of(recipe, max_steps))
     options = {
         "recipe": settings, "init": start, "arrangement": layout, "seeds": seeds,
-        "prefix": None if prefix == "none" else prefix, "batch_size": batch_size or "auto",
+        "prefix": front_asked(prefix), "batch_size": batch_size or "auto",
     }  # fmt: skip
     place = ShardFolder(out, resume, overwrite)
     with place.claimed():
@@ -99,11 +105,7 @@ def _fit(
         say(f"interrupted; {kept} shards are in {place.path}, and {goes_on}")
         raise typer.Exit(130) from None
     except OSError as error:
-        say(
-            f"prototok: out: {place.path} cannot be written any more ({error.strerror or error}); "
-            f"{len(place.done())} shards are in it, and --resume goes on from there"
-        )
-        raise typer.Exit(3) from None
+        raise cannot_go_on(place.path, error, f"{len(place.done())} shards are in it") from None
     lost = f", {summary.refused} refused" if summary.refused else ""
     lost += f", {summary.failed} failed" if summary.failed else ""
     say(

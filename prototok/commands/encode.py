@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prototok.commands.exactness import TEXT, exactness
-from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_positive, say
+from prototok.commands.exactness import exactness, labelled
+from prototok.common.command_line import (
+    PREFIX,
+    Device,
+    Dtype,
+    Model,
+    front_asked,
+    require_positive,
+    say,
+)
 
 _LENGTH = "Tokens a chunk. Default: as many as the encoder takes."
 
@@ -42,13 +49,8 @@ def encode(
     with FitFolder(out, overwrite=overwrite).claimed() as folder:
         lm = load(model, device, dtype)
         pieces = chunks(lm, text, length or found.longest, limit)
-        result = encode_texts(
-            lm, pieces, found, prefix=None if prefix == "none" else prefix, progress=True
-        )
-        origin = result.tokens.provenance | {TEXT: text_difference(lm, text, pieces) or ""}
-        result = dataclasses.replace(
-            result, tokens=dataclasses.replace(result.tokens, provenance=origin)
-        )
+        result = encode_texts(lm, pieces, found, prefix=front_asked(prefix), progress=True)
+        result = labelled(result, text_difference(lm, text, pieces))
         folder.finish(result)
     exact, tokens = int(result.exact.sum()), int(result.tokens.lengths.sum())
     say(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prototok.results.fit_result import FitResult
     from prototok.results.proto_tokens import ProtoTokens
 
 TEXT = "text differs"  # provenance: where the book differs from its tokens; empty: nowhere
+
+
+def labelled(result: FitResult, differs: str | None) -> FitResult:
+    """Have the vectors say where, if anywhere, exact tokens do not give the exact text."""
+    origin = result.tokens.provenance | {TEXT: differs or ""}
+    tokens = dataclasses.replace(result.tokens, provenance=origin)
+    return dataclasses.replace(result, tokens=tokens)
 
 
 def exactness(exact: int, texts: int, tokens: ProtoTokens) -> str:

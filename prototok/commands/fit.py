@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prototok.commands.exactness import TEXT, exactness
-from prototok.commands.learn import start_from
-from prototok.common.command_line import PREFIX, RESUME, Device, Dtype, Model, require_positive, say
+from prototok.commands.exactness import exactness, labelled
+from prototok.commands.learn import INIT, start_from
+from prototok.common.command_line import (
+    PREFIX,
+    RESUME,
+    Device,
+    Dtype,
+    Model,
+    cannot_go_on,
+    front_asked,
+    require_positive,
+    say,
+)
 
 if TYPE_CHECKING:
     from prototok.fitting.learned.encoder import Init
@@ -22,10 +32,6 @@ if TYPE_CHECKING:
     from prototok.results.fit_folder import FitFolder
     from prototok.results.fit_result import FitResult
 
-_INIT = (
-    "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
-    "Given twice: an encoder and an optimizer."
-)
 _OVERWRITE = "Replace an earlier fit in the folder; other files in it stay."
 
 
@@ -36,7 +42,7 @@ def fit(
     length: Annotated[int, typer.Option(help="Tokens a chunk.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Fit only this many chunks.")] = None,
     recipe: Annotated[str, typer.Option(help="fast, paper or learned.")] = "fast",
-    init: Annotated[list[Path] | None, typer.Option(help=_INIT)] = None,
+    init: Annotated[list[Path] | None, typer.Option(help=INIT)] = None,
     arrangement: Annotated[str, typer.Option(help="Where e and m stand.")] = "e m*",
     share: Annotated[str | None, typer.Option(help="m or e: one vector for all chunks.")] = None,
     seeds: Annotated[int, typer.Option(help="Initialisations a chunk; the best is shown.")] = 1,
@@ -67,8 +73,9 @@ def fit(
     require_share(share, layout)
     start, settings = start_from(init, settings)
     rows = batch_size or "auto"
-    front = None if prefix == "none" else prefix
-    request = _Fit(length, limit, settings, start, layout, share, seed_list(seeds), front, rows)
+    request = _Fit(
+        length, limit, settings, start, layout, share, seed_list(seeds), front_asked(prefix), rows
+    )
     folder = FitFolder(out, resume, overwrite)
     with folder.claimed():
         from prototok.model.load import load
@@ -96,7 +103,6 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     """Fit the chunks that the folder has not yet, keep each as it ends, and say what came of it."""
     from prototok.fitting.fast_fit import fast_fit, start_of
     from prototok.fitting.front import front_of
-    from prototok.fitting.learned.encoder import parted
     from prototok.results.fit_folder import plan_of
     from prototok.results.fit_result import FitInterrupted
     from prototok.texts.files import chunks, text_difference
@@ -106,9 +112,7 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
     stored = f", dequantised from {lm.dequantised}" if lm.dequantised else ""
     say(f"{lm.identity.name}: {lm.body.family} ({lm.body.reason}), {where}{stored}")
     recipe = json.dumps(dataclasses.asdict(asked.recipe))
-    _, common = parted(asked.init)
-    start = None if common is None else start_of(common)
-    behind, in_front = front_of(lm, asked.prefix, asked.recipe, start)
+    behind, in_front = front_of(lm, asked.prefix, asked.recipe, start_of(asked.init))
     say(f"in front: {in_front}")
     plan = plan_of(behind, pieces, asked.arrangement.name, asked.share, asked.seeds, recipe)
     floats = len(pieces) * len(asked.seeds) * asked.arrangement.slots * lm.hidden_size
@@ -118,13 +122,6 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
         say(f"{len(done)} of {len(pieces)} chunks are done already")
     differs = text_difference(lm, text, pieces)
 
-    def labelled(result: FitResult) -> FitResult:
-        """Have the vectors say whether exact tokens give the exact text."""
-        origin = result.tokens.provenance | {TEXT: differs or ""}
-        return dataclasses.replace(
-            result, tokens=dataclasses.replace(result.tokens, provenance=origin)
-        )
-
     whole = None
     try:
         if left:
@@ -132,9 +129,9 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
                 lm, [pieces[i] for i in left], share=asked.share, seeds=asked.seeds,
                 arrangement=asked.arrangement.name, recipe=asked.recipe, init=asked.init,
                 prefix=asked.prefix, batch_size=asked.batch_size, progress=True,
-                on_text=lambda i, result: folder.commit(left[i], labelled(result)),
+                on_text=lambda i, result: folder.commit(left[i], labelled(result, differs)),
             )  # fmt: skip
-            whole = None if asked.share is None else labelled(result)
+            whole = None if asked.share is None else labelled(result, differs)
     except FitInterrupted:
         kept = folder.interrupt()
         if not kept:
@@ -146,12 +143,8 @@ def _fit_to_folder(lm: FrozenLM, text: str, folder: FitFolder, asked: _Fit) -> N
             )
         raise typer.Exit(130) from None
     except OSError as error:
-        say(
-            f"prototok: out: {folder.path} cannot be written any more ({error.strerror or error}); "
-            f"{len(folder.done())} of {len(pieces)} chunks are in it, and --resume goes on from "
-            "there"
-        )
-        raise typer.Exit(3) from None
+        there = f"{len(folder.done())} of {len(pieces)} chunks are in it"
+        raise cannot_go_on(folder.path, error, there) from None
     _summarise(folder.finish(whole), folder)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prototok.common.command_line import PREFIX, Device, Dtype, Model, require_positive, say
+from prototok.common.command_line import (
+    PREFIX,
+    Device,
+    Dtype,
+    Model,
+    front_asked,
+    require_positive,
+    say,
+)
 from prototok.common.files import try_file
 
 if TYPE_CHECKING:
@@ -26,8 +34,18 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A safetensors file.")]
 Book = Annotated[Path | None, typer.Option(help="Learn from this text. Default: samples.")]
-
+Lengths = Annotated[str, typer.Option(help="Tokens a text, rising.")]
+Steps = Annotated[int, typer.Option(help="Steps of training.")]
+Seed = Annotated[int, typer.Option(help="Of weights and windows.")]
+Start = Annotated[Path | None, typer.Option(help="A prior of the model.")]
 _CHECKPOINT = "Keep the training in this file every minute, and go on from it where it is there."
+Checkpoint = Annotated[Path | None, typer.Option(help=_CHECKPOINT)]
+
+# Of the commands that fit.
+INIT = (
+    "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
+    "Given twice: an encoder and an optimizer."
+)
 _CHUNKS = 128  # most tokens of a text of the book
 
 
@@ -51,7 +69,7 @@ def prior(
     lm = load(model, device, dtype)
     found = learn_shared(
         lm, None if text is None else chunks(lm, text, length or 16, 32), length=length,
-        prefix=None if prefix == "none" else prefix, progress=True,
+        prefix=front_asked(prefix), progress=True,
     )  # fmt: skip
     found.save(out)
     say(f"a prior of {lm.identity.name} at {found.provenance['length']} tokens; written to {out}")
@@ -62,11 +80,11 @@ def optimizer(
     out: Out,
     model: Model = "tiny-llama",
     book: Book = None,
-    lengths: Annotated[str, typer.Option(help="Tokens a text, rising.")] = "8,16",
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
-    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
-    init: Annotated[Path | None, typer.Option(help="A prior of the model.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help=_CHECKPOINT)] = None,
+    lengths: Lengths = "8,16",
+    steps: Steps = 3000,
+    seed: Seed = 0,
+    init: Start = None,
+    checkpoint: Checkpoint = None,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -88,7 +106,7 @@ def optimizer(
         whole = [ids for ids in chunks(lm, text, longest, None) if len(ids) >= grid[-1]]
     found = learn_optimizer(
         lm, whole, lengths=grid, steps=steps, prior=start, seed=seed, checkpoint=checkpoint,
-        prefix=None if prefix == "none" else prefix, progress=True,
+        prefix=front_asked(prefix), progress=True,
     )  # fmt: skip
     found.save(out)
     say(f"an optimiser of {lm.identity.name} at {lengths} tokens; written to {out}")
@@ -99,11 +117,11 @@ def encoder(
     out: Out,
     model: Model = "tiny-llama",
     book: Book = None,
-    lengths: Annotated[str, typer.Option(help="Tokens a text, rising.")] = "8",
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 3000,
-    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
-    init: Annotated[Path | None, typer.Option(help="A prior of the model.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help=_CHECKPOINT)] = None,
+    lengths: Lengths = "8",
+    steps: Steps = 3000,
+    seed: Seed = 0,
+    init: Start = None,
+    checkpoint: Checkpoint = None,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -120,7 +138,7 @@ def encoder(
     lm = load(model, device, dtype)
     found = learn_encoder(
         lm, None if text is None else [text], lengths=grid, steps=steps, prior=start, seed=seed,
-        checkpoint=checkpoint, prefix=None if prefix == "none" else prefix, progress=True,
+        checkpoint=checkpoint, prefix=front_asked(prefix), progress=True,
     )  # fmt: skip
     found.save(out)
     say(f"an encoder of {lm.identity.name} at {lengths} tokens; written to {out}")

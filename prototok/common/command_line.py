@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,20 @@ SHAPE = (
 def say(line: str) -> None:
     """Print a line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def front_asked(prefix: str) -> str | None:
+    """Return what --prefix asks for, as `fast_fit` takes it."""
+    return None if prefix == "none" else prefix
+
+
+def cannot_go_on(out: Path, error: OSError, kept: str) -> typer.Exit:
+    """Say that the disk takes no more and what is there already; return how the command ends."""
+    say(
+        f"prototok: out: {out} cannot be written any more ({error.strerror or error}); {kept}, and "
+        "--resume goes on from there"
+    )
+    return typer.Exit(3)
 
 
 def require_positive(**values: int | None) -> None:

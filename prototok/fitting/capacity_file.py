@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prototok.common.arguments import is_integer
-from prototok.common.command_line import say
+from prototok.common.command_line import cannot_go_on, say
 from prototok.common.files import try_file, write_text
 from prototok.fitting.capacity import GRID, Capacity, CapacityInterrupted, Growth, capacity
 from prototok.fitting.front import front_of
@@ -166,11 +166,7 @@ def measure(
         return ended, 130
     except OSError as error:
         assert file is not None
-        say(
-            f"prototok: out: {file.path} cannot be written any more ({error.strerror or error}); "
-            "what was kept stays, and --resume goes on from there"
-        )
-        return "", 3
+        return "", cannot_go_on(file.path, error, "what was kept stays").exit_code
 
 
 def table(found: Capacity, texts: Sequence[int]) -> str:

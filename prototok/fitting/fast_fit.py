@@ -110,15 +110,16 @@ def fast_fit(
     has_network = isinstance(common, LearnedOptimizer)
     if settings.learned and not has_network and (init is None or encoder is not None):
         common = shipped_optimizer(lm) or common
-    if common is not None:
-        start_of(common).require_model(lm)
+    start = start_of(common)
+    if start is not None:
+        start.require_model(lm)
     if encoder is not None and not layout.is_pair:
         raise ValueError(f"arrangement: an Encoder is for 'e m*', not for {arrangement!r}")
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)
     targets = targets_of(lm, texts, length)
-    lm, in_front = front_of(lm, prefix, settings, None if common is None else start_of(common))
+    lm, in_front = front_of(lm, prefix, settings, start)
     require_room_for(targets, lambda n: require_length(n, lm, layout))
 
     def collect(rows: list[EndedRow[Verified]]) -> FitResult:
@@ -154,9 +155,10 @@ def require_share(share: str | None, arrangement: Arrangement) -> None:
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement.name!r} has none")
 
 
-def start_of(init: Prior | LearnedOptimizer) -> Prior:
-    """Return where vectors start."""
-    return init.start if isinstance(init, LearnedOptimizer) else init
+def start_of(init: Init | None) -> Prior | None:
+    """Return what all fits have in common of where they start; None where nothing is given."""
+    _, common = parted(init)
+    return common.start if isinstance(common, LearnedOptimizer) else common
 
 
 def one_forward(

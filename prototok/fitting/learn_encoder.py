@@ -5,38 +5,27 @@ Letters: R rows of a step, N targets, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from prototok.common.world import own_world
-from prototok.decoding.decode import require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.front import front_of
 from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.encoder import Encoder
 from prototok.fitting.learned.encoder_network import EncoderNetwork
 from prototok.fitting.learned.guesses import Guesses
 from prototok.fitting.learned.kept import weights_of
 from prototok.fitting.learned.network import token_rows
-from prototok.fitting.learned.training import (
-    Step,
-    corpus_of,
-    joined,
-    made_by,
-    require_training,
-    start_for,
-    train,
-)
+from prototok.fitting.learned.training import Step, joined, prepared, train
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import FAST
-from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.frozen_lm import FrozenLM
 from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
-from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts
 
 _WIDTH, _DEPTH = 1024, 4
@@ -82,41 +71,32 @@ def learn_encoder(
     Raises:
         ValueError: an argument that cannot be met, named.
     """
-    require_frozen(lm)
-    grid = require_training(lengths, steps, seed)
-    if prior is not None:
-        prior.require_model(lm)
-    lm.plan(1, 1, backend)  # refuses a backend that cannot be had
-    bare = lm  # samples are its own, whatever stands in front of vectors
-    lm, in_front = front_of(lm, prefix, FAST, prior)
-    layout = Arrangement.parse("e m*")
-    require_length(grid[-1], lm, layout)
-    corpus = corpus_of(bare, texts, grid[-1], seed)
-    start, spread = start_for(lm, prior, backend, progress)
+    given = prepared(
+        lm, texts, lengths, steps, seed, prior, prefix, FAST, backend, progress
+    )  # fmt: skip
+    bare, lm, grid = lm, given.lm, given.lengths
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = EncoderNetwork(lm.hidden_size, _WIDTH, _DEPTH, grid[-1])
-    network.scale.fill_(spread)
+    network.scale.fill_(given.spread)
     network.token_scale.fill_(float(token_rows(lm).float().std()))
     network.to(lm.device)
     recipe = replace(FAST, temperature=_TEMPERATURE)
-    setup = Setup(lm, OneForward(layout, prior=start), recipe, backend, None)
-    provenance = made_by(grid, steps, seed, texts, in_front)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, lm, provenance)
+    setup = Setup(lm, OneForward(given.layout, prior=given.start), recipe, backend, None)
+    start = given.finished()
+    kept = None if checkpoint is None else Checkpoint(checkpoint, lm, start.provenance)
 
     def begin(done: int) -> Step:
         guesses = [Guesses(setup, network, n) for n in grid]
 
-        def make(optimizer: torch.optim.Optimizer, step: int) -> str:
+        def make(optimizer: torch.optim.Optimizer, step: int) -> Callable[[], str]:
             # A generator a step, so that a training that goes on sees what it would have seen.
             generator = torch.Generator("cpu").manual_seed((seed << 32) + step & (1 << 63) - 1)
             place = guesses[step % joined(len(grid), step / steps)]
-            place.train_step(optimizer, corpus, generator)
-            return place.note()
+            place.train_step(optimizer, given.corpus, generator)
+            return place.note
 
         return make
 
     train("learn encoder", network, steps, _RATE, kept, begin, progress)
-    # Its model too: a prior of before may know it by an older fingerprint.
-    start = replace(start, model=lm.identity, provenance=provenance, prefix=lm.prefix)
     return Encoder(start, weights_of(network), bare)

@@ -5,38 +5,26 @@ Letters: N targets, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from prototok.common.arguments import is_count
 from prototok.common.world import own_world
-from prototok.decoding.decode import require_length
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.front import front_of
 from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.kept import weights_of
 from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.learned.pool import Pool
-from prototok.fitting.learned.training import (
-    Step,
-    corpus_of,
-    joined,
-    made_by,
-    require_training,
-    start_for,
-    train,
-)
+from prototok.fitting.learned.training import Step, joined, prepared, train
 from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import LEARNED
-from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.frozen_lm import FrozenLM
 from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
-from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts
 
 _WIDTH, _DEPTH = 512, 3
@@ -83,46 +71,38 @@ def learn_optimizer(
     Raises:
         ValueError: an argument that cannot be met, named.
     """
-    require_frozen(lm)
-    grid = require_training(lengths, steps, seed)
     if reach is not None and not is_count(reach) and reach != 0:
         raise ValueError(f"reach: {reach!r} is not an integer of at least 0")
-    if prior is not None:
-        prior.require_model(lm)
-    lm.plan(1, 1, backend)  # refuses a backend that cannot be had
-    writer = lm  # samples are its own, whatever stands in front of fits
-    lm, in_front = front_of(lm, prefix, LEARNED, prior)
-    layout = Arrangement.parse("e m*")
-    require_length(grid[-1], lm, layout)
-    corpus = corpus_of(writer, texts, grid[-1], seed)
-    start, spread = start_for(lm, prior, backend, progress)
+    given = prepared(
+        lm, texts, lengths, steps, seed, prior, prefix, LEARNED, backend, progress
+    )  # fmt: skip
+    lm, grid = given.lm, given.lengths
     recipe = LEARNED.at_width(lm.hidden_size, True)  # that of the fits, temperature included
     reach = 0 if lm.body.head is None else grid[-1] if reach is None else reach
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = UpdateNetwork(lm.hidden_size, _WIDTH, _DEPTH, reach)
-    network.mean.copy_(start.mean)
-    network.scale.fill_(spread)
+    network.mean.copy_(given.start.mean)
+    network.scale.fill_(given.spread)
     network.rate.fill_(recipe.lr)
     if lm.body.head is not None:
         network.token_scale.fill_(float(lm.body.head.float().std()))
     network.to(lm.device)
-    setup = Setup(lm, OneForward(layout, prior=start), recipe, backend, None, network)
-    provenance = made_by(grid, steps, seed, texts, in_front) | {"reach": str(reach)}
-    kept = None if checkpoint is None else Checkpoint(checkpoint, lm, provenance)
+    inputs = OneForward(given.layout, prior=given.start)
+    setup = Setup(lm, inputs, recipe, backend, None, network)
+    start = given.finished(reach=str(reach))
+    kept = None if checkpoint is None else Checkpoint(checkpoint, lm, start.provenance)
 
     def begin(done: int) -> Step:
         generator = torch.Generator("cpu").manual_seed(seed + done)
-        pools = [Pool(setup, corpus, n, generator) for n in grid]
+        pools = [Pool(setup, given.corpus, n, generator) for n in grid]
 
-        def make(optimizer: torch.optim.Optimizer, step: int) -> str:
+        def make(optimizer: torch.optim.Optimizer, step: int) -> Callable[[], str]:
             pool = pools[step % joined(len(pools), step / steps)]
             pool.train_step(optimizer)
-            return pool.note()
+            return pool.note
 
         return make
 
     train("learn optimizer", network, steps, _RATE, kept, begin, progress)
-    # Its model too: a prior of before may know it by an older fingerprint.
-    start = replace(start, model=lm.identity, provenance=provenance, prefix=lm.prefix)
     return LearnedOptimizer(start, weights_of(network))

@@ -29,7 +29,6 @@ from prototok.decoding.decode import require_length
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.fast_fit import fast_fit, start_of
 from prototok.fitting.front import front_of
-from prototok.fitting.learned.encoder import parted
 from prototok.fitting.recipe import recipe_of
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
@@ -102,9 +101,9 @@ def _require(
     for name in options:
         if name not in OPTIONS:
             raise ValueError(f"{name}: fit_stream has no such option" + hint(name, OPTIONS))
-    _, common = parted(options.get("init"))
-    if common is not None:
-        start_of(common).require_model(lm)
+    start = start_of(options.get("init"))
+    if start is not None:
+        start.require_model(lm)
     batch_size_of(options.get("batch_size", "auto"))
     lm.plan(1, 1, options.get("backend", "auto"))  # refuses a backend that cannot be had
 
@@ -117,9 +116,7 @@ def fit_to_shards(
     recipe = recipe_of(options.get("recipe", "fast"))
     layout = Arrangement.parse(options.get("arrangement", "e m*"))
     init = options.get("init")
-    _, common = parted(init)
-    start = None if common is None else start_of(common)
-    behind, _ = front_of(lm, options.get("prefix", "auto"), recipe, start)
+    behind, _ = front_of(lm, options.get("prefix", "auto"), recipe, start_of(init))
     place.begin(
         {
             "model": lm.identity.fingerprint, "dtype": arithmetic(lm)["dtype"],

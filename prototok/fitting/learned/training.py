@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,12 +17,18 @@ from prototok.common.arguments import is_count, is_integer, listed_items
 from prototok.common.memory import held
 from prototok.common.progress import Progress
 from prototok.common.version import VERSION
+from prototok.decoding.decode import require_length
 from prototok.fitting.engine.basis import eigenbasis
+from prototok.fitting.front import front_of
 from prototok.fitting.learn_shared import SPREAD, learn_shared, own_texts
 from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.pool import Corpus
 from prototok.fitting.prior import Prior, shipped_prior
-from prototok.model.frozen_lm import FrozenLM
+from prototok.fitting.recipe import Recipe
+from prototok.model.frozen_lm import FrozenLM, require_frozen
+from prototok.model.in_front import PrefixLike
+from prototok.model.prefix import Prefix
+from prototok.results.arrangement import Arrangement
 from prototok.texts.targets import Texts, targets_of
 
 _KEEP_EVERY = 60.0  # seconds
@@ -33,7 +39,63 @@ _TEXTS, _LONG = 512, 128
 # the text than of the start, and seeds still differ.
 _NEAR = 0.3
 
-Step = Callable[[torch.optim.Optimizer, int], str | Callable[[], str]]
+# Makes a step of this number with an optimiser, and returns what says how training fares.
+Step = Callable[[torch.optim.Optimizer, int], Callable[[], str]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs, checked and made: `prepared`.
+
+    lm        the model behind its prefix
+    lengths   that are trained at, rising
+    layout    of what is fitted
+    corpus    what windows are cut from
+    start     where vectors start, with an eigenbasis
+    spread    how far good vectors lie from its mean, by coordinate
+    made_by   what a file says of the training
+    """
+
+    lm: FrozenLM
+    lengths: list[int]
+    layout: Arrangement
+    corpus: Corpus
+    start: Prior
+    spread: float
+    made_by: dict[str, str]
+
+    def finished(self, **more: str) -> Prior:
+        """Return the start as a file keeps it, with `more` that it says of the training."""
+        # Its model too: a prior of before may know it by an older fingerprint.
+        return replace(
+            self.start, model=self.lm.identity, provenance=self.made_by | more,
+            prefix=self.lm.prefix,
+        )  # fmt: skip
+
+
+def prepared(
+    lm: FrozenLM, texts: Texts | None, lengths: Sequence[int], steps: int, seed: int,
+    prior: Prior | None, prefix: PrefixLike | Prefix, recipe: Recipe, backend: str,
+    progress: bool | None,
+) -> Prepared:  # fmt: skip
+    """Check what `learn_optimizer` and `learn_encoder` are given, and make what both need.
+
+    Raises:
+        ValueError: an argument that cannot be met, named.
+    """
+    require_frozen(lm)
+    grid = require_training(lengths, steps, seed)
+    if prior is not None:
+        prior.require_model(lm)
+    lm.plan(1, 1, backend)  # refuses a backend that cannot be had
+    behind, in_front = front_of(lm, prefix, recipe, prior)
+    layout = Arrangement.parse("e m*")
+    require_length(grid[-1], behind, layout)
+    # Samples are the model's own, whatever stands in front of vectors.
+    corpus = corpus_of(lm, texts, grid[-1], seed)
+    start, spread = start_for(behind, prior, backend, progress)
+    made = made_by(grid, steps, seed, texts, in_front)
+    return Prepared(behind, grid, layout, corpus, start, spread, made)
 
 
 def require_training(lengths: Sequence[int], steps: int, seed: int) -> list[int]:
@@ -88,8 +150,7 @@ def train(
 ) -> None:
     """Train a network, from where its checkpoint is, and keep it there; `rate` is AdamW's peak.
 
-    `begin` gets the steps that are behind and returns what makes a step: it takes the optimiser and
-    the step's number, and returns a note for the bar, of name `what`.
+    `begin` gets the steps that are behind and returns what makes a step; `what` names the bar.
     """
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -97,13 +158,18 @@ def train(
     done = 0 if kept is None else kept.load(network, optimizer)
     make = begin(done)
     device = next(network.parameters()).device
+
+    def note() -> str:
+        return f"{fared()}, {held(device) / 1e9:.1f} GB"
+
     with Progress(steps, what, progress, steady=True) as bar:
         clock = time.monotonic()
         for step in range(done, steps):
             falling = rate * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = falling * min(1.0, (step + 1) / _WARM_UP)
-            bar.update(step, f"{make(optimizer, step)}, {held(device) / 1e9:.1f} GB")
+            fared = make(optimizer, step)
+            bar.update(step, note)
             if kept is not None and (time.monotonic() - clock > _KEEP_EVERY or step == steps - 1):
                 kept.save(network, optimizer, step + 1)
                 clock = time.monotonic()
