@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from readme_tables import RESULTS
 from recipes import quantile, rounded
 from record import provenance
+from torch import Tensor
 
 import prototok
 from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior
@@ -86,12 +88,18 @@ def optimizers(
     return {"learned, shipped": found}
 
 
-def unseen(lm: FrozenLM, text: str, samples: torch.Tensor, length: int, count: int) -> torch.Tensor:
-    """Return windows (count, length) of the text that no sample has, spread evenly over it."""
+def unseen(lm: FrozenLM, text: str, texts: Iterable[Tensor], length: int, count: int) -> Tensor:
+    """Return windows (count, length) of the text that are in none of `texts`, spread over it."""
     ids = lm.encode(text)
-    known = set(map(tuple, samples.unfold(1, length, 1).flatten(0, 1).tolist()))
-    windows = (ids[i : i + length] for i in range(0, len(ids) - length + 1, length))
-    found = [window for window in windows if tuple(window) not in known]
+    windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+    asked, known = set(windows), set()
+    for part in texts:
+        row = part.tolist()
+        for i in range(len(row) - length + 1):
+            window = tuple(row[i : i + length])
+            if window in asked:
+                known.add(window)
+    found = [window for window in windows if window not in known]
     if len(found) < count:
         raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")
     return torch.tensor([found[i * len(found) // count] for i in range(count)])
@@ -121,32 +129,48 @@ def save(record: dict, path: Path) -> None:
     path.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, help="default: a built-in model's held-out text")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8])
-    parser.add_argument("--train-lengths", type=int, nargs="+", help="default: --lengths")
-    parser.add_argument("--reach", type=int)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shipped", action="store_true", help="the one in the package")
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--idle", action="store_true", help="keep times")
-    asked = parser.parse_args()
+def opened(asked: argparse.Namespace) -> tuple[FrozenLM, str, Prior]:
+    """Return the model, text that it was not trained on, and the prior."""
     asked.train_lengths = asked.train_lengths or asked.lengths
     asked.folder.mkdir(parents=True, exist_ok=True)
-
     lm = prototok.load(asked.model)
     if asked.text is None and lm.identity.name not in BUILT_IN:
         raise SystemExit("text: name a file with text that the model was not trained on")
     text = read_text(asked.text or Path(path_of(lm.identity.name)) / "held_out.txt")
-    prior = prior_of(lm, asked.folder)
+    return lm, text, prior_of(lm, asked.folder)
+
+
+def record_at(path: Path) -> dict:
+    """Read what was measured before, to add to it."""
+    return json.loads(path.read_text()) if path.exists() else {"cells": {}}
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What is asked of a network's training and of what it is tried on."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, help="default: a built-in model's held-out text")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8])
+    parser.add_argument("--train-lengths", type=int, nargs="+", help="default: --lengths")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--folder", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    parser.description = __doc__.split("\n")[0]
+    parser.add_argument("--reach", type=int)
+    parser.add_argument("--shipped", action="store_true", help="the one in the package")
+    parser.add_argument("--idle", action="store_true", help="keep times")
+    asked = parser.parse_args()
+    lm, text, prior = opened(asked)
     samples = samples_of(lm, asked.folder)
     model = Path(asked.model).name
     path = RESULTS / "amortised.json"
-    record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    record = record_at(path)
     for length in asked.lengths:
         targets = unseen(lm, text, samples, length, asked.count)
         learned = optimizers(lm, prior, samples, asked)

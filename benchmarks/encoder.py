@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from amortised import cell_of, prior_of
+from amortised import arguments, cell_of, opened, record_at, save, unseen
 from readme_tables import RESULTS
 from recipes import rounded
 from record import provenance
@@ -73,23 +73,6 @@ def encoder_of(
     return Encoder.load(path)
 
 
-def unseen(lm: FrozenLM, text: str, texts: list[Tensor], length: int, count: int) -> Tensor:
-    """Return windows (count, length) of the text that are in none of `texts`, spread over it."""
-    ids = lm.encode(text)
-    windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
-    asked, known = set(windows), set()
-    for part in texts:
-        row = part.tolist()
-        for i in range(len(row) - length + 1):
-            window = tuple(row[i : i + length])
-            if window in asked:
-                known.add(window)
-    found = [window for window in windows if window not in known]
-    if len(found) < count:
-        raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")
-    return torch.tensor([found[i * len(found) // count] for i in range(count)])
-
-
 def guess_of(fit: FitResult) -> dict:
     """What is kept of guesses; tokens of a text go together, so the interval is over texts."""
     shares = fit.accuracy[:, 0].double()
@@ -104,38 +87,18 @@ def guess_of(fit: FitResult) -> dict:
     }
 
 
-def save(record: dict, path: Path) -> None:
-    """Write the record, a cell a line."""
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in record["cells"].items()]
-    path.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, help="default: a built-in model's held-out text")
+    parser = arguments()
+    parser.description = __doc__.split("\n")[0]
     parser.add_argument("--train-text", type=Path, help="default: samples of the model")
     parser.add_argument("--train-tokens", type=int, default=2_000_000)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8])
-    parser.add_argument("--train-lengths", type=int, nargs="+", help="default: --lengths")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--folder", type=Path, required=True)
     asked = parser.parse_args()
-    asked.train_lengths = asked.train_lengths or asked.lengths
-    asked.folder.mkdir(parents=True, exist_ok=True)
-
-    lm = prototok.load(asked.model)
-    if asked.text is None and lm.identity.name not in BUILT_IN:
-        raise SystemExit("text: name a file with text that the model was not trained on")
-    text = read_text(asked.text or Path(path_of(lm.identity.name)) / "held_out.txt")
-    prior = prior_of(lm, asked.folder)
+    lm, text, prior = opened(asked)
     texts = training_texts(lm, asked)
     encoders = {seed: encoder_of(lm, prior, texts, seed, asked) for seed in asked.seeds}
     model = Path(asked.model).name
     path = RESULTS / "encoder.json"
-    record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    record = record_at(path)
     for length in asked.lengths:
         targets = unseen(lm, text, texts, length, asked.count)
         fast = cell_of(prototok.fast_fit(lm, targets, init=prior, progress=False), 0.0)

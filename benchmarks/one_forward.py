@@ -28,8 +28,8 @@ from never_slower import PRESETS
 from record import RESULTS, provenance, write
 
 import prototok
-from prototok.autoregressive.generate import matrices
 from prototok.bench.machine import copy_rate
+from prototok.bench.timing import Peak, roofline_seconds
 from prototok.common.allocator import keep_freed_memory
 from prototok.decoding.decode import decode_ids
 from prototok.results.arrangement import Arrangement
@@ -74,11 +74,11 @@ def cell(preset: str, length: int, rounds: int, seconds: float, copied: float) -
         },
         device, rounds, seconds,
     )  # fmt: skip
-    weights = matrices(lm)
-    assert weights is not None
-    flops = 2 * sum(w.numel() for w in weights) * length
-    read = sum(w.nbytes for w in weights) / copied
-    least = [max(flops / (2 * SQUARE**3 * rate), read) for rate in rates["square"]]
+    least = []
+    for rate in rates["square"]:
+        seconds = roofline_seconds(lm, 1, length, Peak(2 * SQUARE**3 * rate, copied))
+        assert seconds is not None  # that of a family of ours
+        least.append(seconds)
     best = fastest(rates, ATTENTION)
     return {
         "preset": preset, "length": length, "alike": alike, "best_loop": best,
