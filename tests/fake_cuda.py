@@ -69,8 +69,22 @@ class Graph:
         self.replays += 1
 
 
+class CurrentStream:
+    """Which stream is current: the last of `current`."""
+
+    current: list[Any]
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.current.append(stream)
+        try:
+            yield
+        finally:
+            self.current.pop()
+
+
 @dataclass
-class FakeCuda:
+class FakeCuda(CurrentStream):
     """What was captured; `refuses`: what the next captures fail with."""
 
     graphs: list[Graph] = field(default_factory=list)
@@ -90,14 +104,6 @@ class FakeCuda:
         for written, before in reversed(noting.before):
             written.copy_(before)
         self.graphs.append(graph)
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        self.current.append(stream)
-        try:
-            yield
-        finally:
-            self.current.pop()
 
 
 @pytest.fixture

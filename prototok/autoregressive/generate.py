@@ -199,10 +199,9 @@ def _static_decoder(lm: FrozenLM, rows: int, positions: int, plan: Plan) -> Stat
     """Return a decoder with room for `positions`: that of an earlier call where one fits."""
     body = _body(lm)
     capacity = -(-(body.prefix_length + positions) // POSITIONS) * POSITIONS
-    kept: Recent[StaticDecoder] = _decoders.of.get(lm) or Recent(
-        _DECODERS, _CACHES, lambda decoder: decoder.cache_bytes
+    kept: Recent[StaticDecoder] = _decoders.of.setdefault(
+        lm, Recent(_DECODERS, _CACHES, lambda decoder: decoder.cache_bytes)
     )
-    _decoders.of[lm] = kept
     return kept.get(
         (rows, capacity, plan.passes.taken), lambda: StaticDecoder(body, lm, rows, capacity, plan)
     )

@@ -465,12 +465,8 @@ def test_triton(case: str, length: int, dtype: torch.dtype, groups: int | None) 
     assert_as_good_as_general(errors, dtype)
 
 
-@pytest.mark.parametrize("front", [0, 1, 3])
-def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch, front: int) -> None:
-    """Sizes off every tile boundary, all workspaces poisoned with NaN."""
-    pytest.importorskip("triton")
-    from prototok_kernels.pair.first_layer_triton import affine_scan
-
+def poison_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is made to be written with NaN, which stays where nothing is written."""
     for name in ("empty_like", "empty"):
         original = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, f=original, **k: f(*a, **k).fill_(torch.nan))
@@ -478,6 +474,15 @@ def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch, front: int
     monkeypatch.setattr(
         Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(torch.nan)
     )
+
+
+@pytest.mark.parametrize("front", [0, 1, 3])
+def test_triton_writes_every_element(monkeypatch: pytest.MonkeyPatch, front: int) -> None:
+    """Sizes off every tile boundary, all workspaces poisoned with NaN."""
+    pytest.importorskip("triton")
+    from prototok_kernels.pair.first_layer_triton import affine_scan
+
+    poison_workspaces(monkeypatch)
     shapes = ((2, 3, 37), (2, 3, 37), (2, front, 3, 37), (2, 2 + 3 * (1 + front), 19))
     a, b, u, span = (torch.randn(s, device=TRITON_DEVICE, requires_grad=True) for s in shapes)
     x, coef = affine_scan(a, b, u if front else None, span)
@@ -507,13 +512,7 @@ def test_triton_writes_the_whole_span(
         layer = dataclasses.replace(layer, prefix=prefix)
     cos, sin = (t.to(TRITON_DEVICE, torch.float32) for t in tables(front + 19))
     e, m, _ = (t if t is None else t.detach().to(TRITON_DEVICE).float() for t in vectors(3))
-    for name in ("empty_like", "empty"):
-        original = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, f=original, **k: f(*a, **k).fill_(torch.nan))
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(torch.nan)
-    )
+    poison_workspaces(monkeypatch)
     e, m = e.requires_grad_(), m.requires_grad_()
     logits, span = span_by_triton(e, m, layer, cos, sin, "triton")
     outs = [t for t in (logits.of_m, logits.of_e, logits.of_prefix, span) if t is not None]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
+import fake_cuda
 import prototok
+from fake_cuda import CurrentStream
 from prototok import FitResult, FrozenLM, Recipe
 from prototok.fitting.engine import runner as module
 from prototok.fitting.engine.runner import CapturedStep, StepRunner
@@ -55,14 +56,8 @@ class Event:
         return 5.0 * (end.at - self.at)
 
 
-class Stream:
-    def __init__(self, device: object = None, priority: int = 0) -> None:
-        self.waited: list[object] = []
-
-    def wait_stream(self, other: object) -> None:
-        self.waited.append(other)
-
-    wait_event = wait_stream
+class Stream(fake_cuda.Stream):
+    wait_event = fake_cuda.Stream.wait_stream
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -74,7 +69,7 @@ class Stream:
 
 
 @dataclass
-class FakeCuda:
+class FakeCuda(CurrentStream):
     """Rows a step has `room` for, what a capture `refuses` with, and whether a step `waits`."""
 
     room: int | None = None
@@ -84,14 +79,6 @@ class FakeCuda:
     graphs: list[Graph] = field(default_factory=list)
     capturing: Graph | None = None
     debug: str = "default"
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        self.current.append(stream)
-        try:
-            yield
-        finally:
-            self.current.pop()
 
     @contextlib.contextmanager
     def graph(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Any:
