@@ -159,14 +159,14 @@ def verdict(film: Film, texts: Sequence[str]) -> str:
 
 def path(way: Walk, t: float, curved: bool) -> str:
     """Draw the tokens at t of a way, over the accuracy along both ways."""
-    look = way.at(t, curved)
+    look, accuracy = way.at(t, curved), way.accuracy()
     grid = tuple(i / (POINTS - 1) for i in range(POINTS))
     series = [
-        Series(label, grid, tuple(way.accuracy()[name]), colour=i)
+        Series(label, grid, tuple(accuracy[name]), colour=i)
         for i, (name, label) in enumerate(
             (("straight", "straight segment"), ("curve", "Bezier curve"))
         )
-        if name in way.accuracy()
+        if name in accuracy
     ]
     share = float(look.right.float().mean())
     here = Series("here", (t,), (share,), kind="points", weight=6, colour=5)

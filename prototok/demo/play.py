@@ -91,8 +91,6 @@ def film_of(lm: FrozenLM, text: str) -> Film:
         (targets,) = targets_of(lm, [text])
     except ValueError as error:
         raise ValueError(f"This text cannot be fitted: {error}.") from None
-    except TypeError:  # what a tokenizer says of half a character
-        raise ValueError("This text cannot be fitted: it is not valid Unicode.") from None
     if len(targets) > MOST_TOKENS:
         raise ValueError(
             f"This text has {len(targets)} tokens. Take one of at most {MOST_TOKENS}: "

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class _Lot:
     def size(self) -> int:
         return len(self.targets) + len(self.refused)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash the token ids of the texts; none for one that is refused."""
         numbers = range(self.first, self.first + self.size)
