@@ -35,7 +35,7 @@ struct DecoderBlocks::Saved {
   }
 };
 
-// What a thread needs for a tile of M positions beside it.
+// What threads need for a tile of M positions beside it.
 struct DecoderBlocks::TileScratch {
   bf16* narrow[2];  // (M, d)
   bf16* heads;      // (M, H c)
@@ -86,60 +86,78 @@ std::int64_t DecoderBlocks::saved_bytes(const BlocksInput& input) const {
   return (input.texts + input.tile - 1) / input.tile * tile_bytes(input);
 }
 
-void DecoderBlocks::multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias,
-                             bf16* out, const BlocksInput& tile, bool add) const {
-  const std::int64_t M = tile.texts * tile.length;
-  kernels_.pairs->product({inputs, weight.data(), of(bias), out, M, weight.inputs(),
-                           weight.outputs(), add, tile.length < kTilesFrom});
+void DecoderBlocks::multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight,
+                             const void* bias, bf16* out, bool add) const {
+  kernels_.pairs->product({inputs + part.first * weight.inputs(), weight.data(), of(bias),
+                           out + part.first * weight.outputs(), part.last - part.first,
+                           weight.inputs(), weight.outputs(), add, part.tile.length < kTilesFrom});
 }
 
-void DecoderBlocks::norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed,
-                         const void* weight, const void* bias, NormStatistics* statistics,
-                         std::int64_t M) const {
+void DecoderBlocks::norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum,
+                         bf16* normed, const void* weight, const void* bias,
+                         NormStatistics* statistics) const {
   const std::int64_t d = model_.hidden;
-  for (std::int64_t i = 0; i < M * d; i += d, ++statistics)
-    *statistics = kernels_.residual_norm_bf16(
+  for (std::int64_t m = part.first, i = m * d; m < part.last; ++m, i += d)
+    statistics[m] = kernels_.residual_norm_bf16(
         x + i, delta == nullptr ? nullptr : delta + i, delta == nullptr ? nullptr : sum + i,
         normed + i, of(weight), of(bias), d, model_.eps);
 }
 
 // grad: of the sum where `along`, then of what was added.
-void DecoderBlocks::norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight,
-                                  const void* bias, const NormStatistics* statistics, bf16* grad,
-                                  bool along, std::int64_t M) const {
+void DecoderBlocks::norm_backward(const Part& part, const bf16* grad_normed, const bf16* sum,
+                                  const void* weight, const void* bias,
+                                  const NormStatistics* statistics, bf16* grad,
+                                  bool along) const {
   const std::int64_t d = model_.hidden;
-  for (std::int64_t i = 0; i < M * d; i += d, ++statistics)
+  for (std::int64_t m = part.first, i = m * d; m < part.last; ++m, i += d)
     kernels_.residual_norm_backward_bf16(along ? grad + i : nullptr, grad_normed + i, sum + i,
-                                         of(weight), grad + i, d, *statistics, bias != nullptr);
+                                         of(weight), grad + i, d, statistics[m], bias != nullptr);
 }
 
-// Forward to (M, H c), or with `grad_mixed` backward to the gradient of qkv.
-void DecoderBlocks::attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
-                           const bf16* grad_mixed, bf16* out) const {
+AttentionShape DecoderBlocks::attention(const Part& part, std::int64_t block) const {
   const DecoderModel& m = model_;
-  const std::int64_t N = tile.length, keys = tile.front + N;
-  const std::int64_t window = m.blocks[std::size_t(block)].window;
-  const AttentionShape shape{N, m.heads, m.kv_heads, m.head_size, m.rotated,
-                             window > 0 ? std::min(window, keys) : keys,
-                             m.scaling, tile.cos, tile.sin, tile.table_row, tile.front,
-                             tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
-  for (std::int64_t text = 0; text < tile.texts; ++text)
-    for (std::int64_t head = 0; head < m.kv_heads; ++head) {
-      const bf16* of_text = qkv + text * N * stacked();
-      if (grad_mixed == nullptr)
-        kernels_.attention_bf16(shape, of_text, out + text * N * mixed(), head);
-      else
-        kernels_.attention_backward_bf16(shape, of_text, grad_mixed + text * N * mixed(),
-                                         out + text * N * stacked(), head);
-    }
+  const BlocksInput& tile = part.tile;
+  const std::int64_t keys = tile.front + tile.length, window = m.blocks[std::size_t(block)].window;
+  return {tile.length, m.heads, m.kv_heads, m.head_size, m.rotated,
+          window > 0 ? std::min(window, keys) : keys,
+          m.scaling, tile.cos, tile.sin, tile.table_row, tile.front,
+          tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
 }
 
-void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned char* memory) const {
+// qkv (M, (H + 2 K) c) of all positions up to the part's last -> mixed (M, H c) of the part's.
+void DecoderBlocks::attend(const Part& part, std::int64_t block, const bf16* qkv,
+                           bf16* mixed) const {
+  const std::int64_t N = part.tile.length;
+  AttentionShape shape = attention(part, block);
+  for (std::int64_t text = part.first / N; text * N < part.last; ++text) {
+    shape.first = std::max<std::int64_t>(0, part.first - text * N);
+    shape.length = std::min(N, part.last - text * N);  // later keys are not seen
+    for (std::int64_t head = 0; head < model_.kv_heads; ++head)
+      kernels_.attention_bf16(shape, qkv + text * N * stacked(), mixed + text * N * this->mixed(),
+                              head);
+  }
+}
+
+// A key's gradient is of all queries behind it, so heads are shared out, not positions.
+void DecoderBlocks::attend_backward(const Part& part, std::int64_t block, const bf16* qkv,
+                                    const bf16* grad_mixed, bf16* grad_qkv) const {
+  const std::int64_t K = model_.kv_heads, N = part.tile.length;
+  const AttentionShape shape = attention(part, block);
+  const std::int64_t heads = part.tile.texts * K;
+  for (std::int64_t i = part.member.first(heads); i < part.member.last(heads); ++i) {
+    const std::int64_t position = i / K * N;
+    kernels_.attention_backward_bf16(shape, qkv + position * stacked(),
+                                     grad_mixed + position * mixed(),
+                                     grad_qkv + position * stacked(), i % K);
+  }
+}
+
+void DecoderBlocks::forward_part(const Part& part, bf16* out) const {
   const DecoderModel& m = model_;
-  const std::int64_t M = tile.texts * tile.length;
+  const BlocksInput& tile = part.tile;
+  const TileScratch& scratch = part.scratch;
+  unsigned char* memory = part.memory;
   const ActivationShape activation{m.inner, m.activation, m.gated};
-  const Scratch<TileScratch> memory_of_tile(*this, M);
-  const TileScratch& scratch = *memory_of_tile;
   bf16* normed = scratch.narrow[0];
   const bf16* x = tile.of.x;
   bf16* delta = nullptr;  // what is still to be added to x
@@ -151,43 +169,44 @@ void DecoderBlocks::forward_tile(const BlocksInput& tile, bf16* out, unsigned ch
     const bool given = b == tile.first && tile.of.qkv != nullptr;
     const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
     if (!given) {
-      norm(x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics, M);
+      norm(part, x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics);
       if (delta != nullptr) x = saved.stream;
-      multiply(normed, products.qkv, block.qkv_bias, saved.qkv, tile);
+      multiply(part, normed, products.qkv, block.qkv_bias, saved.qkv);
+      part.member.meet();
     }
-    attend(tile, b, qkv, nullptr, scratch.heads);
+    attend(part, b, qkv, scratch.heads);
     delta = scratch.narrow[1];
-    multiply(scratch.heads, products.out, block.out_bias, delta, tile);
+    multiply(part, scratch.heads, products.out, block.out_bias, delta);
     if (!given) {
-      norm(x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
-           block.mlp_norm_bias, saved.middle_statistics, M);
+      norm(part, x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
+           block.mlp_norm_bias, saved.middle_statistics);
       if (!m.parallel) x = saved.middle;
-      multiply(normed, products.up, nullptr, saved.z, tile);
+      multiply(part, normed, products.up, nullptr, saved.z);
     }
-    for (std::int64_t row = 0; row < M; ++row)
+    for (std::int64_t row = part.first; row < part.last; ++row)
       kernels_.activation_bf16(z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
-    multiply(scratch.inner, products.down, block.down_bias, delta, tile, m.parallel);
+    multiply(part, scratch.inner, products.down, block.down_bias, delta, m.parallel);
   }
   const Saved last = saved_of(tile, blocks, memory);
-  norm(x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics, M);
+  norm(part, x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics);
 }
 
-void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
-                                  const BlockInput<bf16>& grads, unsigned char* memory) const {
+void DecoderBlocks::backward_part(const Part& part, const bf16* grad_out,
+                                  const BlockInput<bf16>& grads) const {
   const DecoderModel& m = model_;
-  const std::int64_t M = tile.texts * tile.length;
+  const BlocksInput& tile = part.tile;
+  const TileScratch& scratch = part.scratch;
+  unsigned char* memory = part.memory;
   const ActivationShape activation{m.inner, m.activation, m.gated};
-  const Scratch<TileScratch> memory_of_tile(*this, M);
-  const TileScratch& scratch = *memory_of_tile;
   const std::int64_t blocks = std::int64_t(m.blocks.size());
   const auto stream = [&](std::int64_t b, const Saved& saved) {
     return b == tile.first ? tile.of.x : saved.stream;
   };
   bf16* grad = grads.x;
   const Saved last = saved_of(tile, blocks, memory);
-  norm_backward(grad_out, stream(blocks, last), m.norm, m.norm_bias, last.statistics, grad, false,
-                M);
+  norm_backward(part, grad_out, stream(blocks, last), m.norm, m.norm_bias, last.statistics, grad,
+                false);
   for (std::int64_t b = blocks - 1; b >= tile.first; --b) {
     // `grad` is that of the stream behind the block and of what the block adds to it.
     const DecoderBlock& block = m.blocks[std::size_t(b)];
@@ -198,22 +217,25 @@ void DecoderBlocks::backward_tile(const BlocksInput& tile, const bf16* grad_out,
     const bool given = b == tile.first && tile.of.qkv != nullptr;
     const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
     bf16 *grad_qkv = given ? grads.qkv : scratch.wide, *grad_z = given ? grads.z : scratch.wide;
-    multiply(grad, products.down, nullptr, scratch.inner, tile);
-    for (std::int64_t row = 0; row < M; ++row)
+    multiply(part, grad, products.down, nullptr, scratch.inner);
+    for (std::int64_t row = part.first; row < part.last; ++row)
       kernels_.activation_backward_bf16(scratch.inner + row * m.inner, z + row * up(),
                                         of(block.up_bias), grad_z + row * up(), activation);
-    if (!given) multiply(grad_z, products.up, nullptr, of_mlp_norm, tile);
+    if (!given) multiply(part, grad_z, products.up, nullptr, of_mlp_norm);
     if (!m.parallel)
-      norm_backward(of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
-                    saved.middle_statistics, grad, true, M);
-    multiply(grad, products.out, nullptr, scratch.heads, tile);
-    attend(tile, b, qkv, scratch.heads, grad_qkv);
+      norm_backward(part, of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
+                    saved.middle_statistics, grad, true);
+    multiply(part, grad, products.out, nullptr, scratch.heads);
+    part.member.meet();  // the gradients of all positions are there, and grad_z has been read
+    attend_backward(part, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
-    multiply(grad_qkv, products.qkv, nullptr, of_norm, tile);
+    part.member.meet();
+    multiply(part, grad_qkv, products.qkv, nullptr, of_norm);
+    part.member.meet();  // grad_qkv has been read: the next grad_z may take its place
     if (m.parallel)
-      norm_backward(of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias, saved.middle_statistics,
-                    grad, true, M);
-    norm_backward(of_norm, x, block.norm, block.norm_bias, saved.statistics, grad, true, M);
+      norm_backward(part, of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias,
+                    saved.middle_statistics, grad, true);
+    norm_backward(part, of_norm, x, block.norm, block.norm_bias, saved.statistics, grad, true);
   }
 }
 
@@ -226,29 +248,43 @@ BlockInput<T> DecoderBlocks::from_position(const BlockInput<T>& all, std::int64_
 }
 
 template <class Body>
-void DecoderBlocks::tiles(const BlocksInput& input, unsigned char* saved, int threads,
+void DecoderBlocks::parts(const BlocksInput& input, unsigned char* saved, int threads,
                           const Body& body) const {
-  const std::int64_t bytes = tile_bytes(input);
+  const std::int64_t bytes = tile_bytes(input), M = input.tile * input.length;
+  const std::size_t unsaved_bytes = saved == nullptr ? std::size_t(bytes) : 0;
+  if (input.texts <= input.tile) {
+    const ScratchFrame unsaved(unsaved_bytes);
+    const Scratch<TileScratch> scratch(*this, M);
+    const std::int64_t of_tile = kernels_.pairs->tile_rows;
+    const std::int64_t positions = input.texts * input.length;
+    const std::int64_t units = (positions + of_tile - 1) / of_tile;
+    parallel_team(int(std::min<std::int64_t>(threads, units)), [&](const Member& member) {
+      body({input, 0, saved == nullptr ? unsaved.memory() : saved, *scratch, member,
+            std::min(positions, member.first(units) * of_tile),
+            std::min(positions, member.last(units) * of_tile)});
+    });
+    return;
+  }
   const std::int64_t count = (input.texts + input.tile - 1) / input.tile;
   parallel_rows(count, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    const ScratchFrame unsaved(saved == nullptr ? std::size_t(bytes) : 0);
+    const ScratchFrame unsaved(unsaved_bytes);
+    const Scratch<TileScratch> scratch(*this, M);
     for (std::int64_t index = begin; index < end; ++index) {
       BlocksInput tile = input;
       const std::int64_t text = index * input.tile, position = text * input.length;
       tile.texts = std::min(input.tile, input.texts - text);
       tile.of = from_position(input.of, position);
-      body(tile, position,
-           saved == nullptr ? unsaved.memory() : saved + index * bytes);
+      body({tile, position, saved == nullptr ? unsaved.memory() : saved + index * bytes, *scratch,
+            Member(), 0, tile.texts * tile.length});
     }
   });
 }
 
 void DecoderBlocks::forward(const BlocksInput& input, bf16* out, unsigned char* saved,
                             int threads) const {
-  tiles(input, saved, threads,
-        [&](const BlocksInput& tile, std::int64_t position, unsigned char* memory) {
-          forward_tile(tile, out + position * model_.hidden, memory);
-        });
+  parts(input, saved, threads, [&](const Part& part) {
+    forward_part(part, out + part.position * model_.hidden);
+  });
 }
 
 void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad,
@@ -261,11 +297,9 @@ void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad,
                            packed_transposed(of(block.up), up(), m.hidden),
                            packed_transposed(of(block.down), m.hidden, m.inner)});
   });
-  tiles(input, saved, threads,
-        [&](const BlocksInput& tile, std::int64_t position, unsigned char* memory) {
-          backward_tile(tile, grad + position * model_.hidden, from_position(grads, position),
-                        memory);
-        });
+  parts(input, saved, threads, [&](const Part& part) {
+    backward_part(part, grad + part.position * model_.hidden, from_position(grads, part.position));
+  });
 }
 
 }  // namespace prototok

@@ -2,16 +2,18 @@
 // back to the blocks' input; bf16, for processors with products of its pairs.
 //
 // A thread takes a tile (one text, or some short ones) through all blocks before the next one:
-// activations stay in its second cache and threads never wait for each other. Kept for the way back
-// is what is cheap to read and costly to make: the stream in front of each norm with its
-// statistics, the stacked product of q, k, v and what the activation reads. Norms and activations
-// are made again.
+// activations stay in its second cache and threads never wait for each other. Where there is one tile
+// alone they share it out by its positions, and meet where a position needs others': at attention.
+// Kept for the way back is what is cheap to read and costly to make: the stream in front of each norm
+// with its statistics, the stacked product of q, k, v and what the activation reads. Norms and
+// activations are made again.
 // Letters: R texts, N positions, d hidden size, H heads, K key-value heads, c head size, f width of
 // the MLP; M positions of a tile.
 #pragma once
 
 #include "engines/decoder.h"
 #include "products/packed_matrix.h"
+#include "simd/parallel.h"
 
 #include <cstdint>
 #include <mutex>
@@ -33,7 +35,7 @@ struct BlockInput {
 struct BlocksInput {
   std::int64_t first;          // the block that the input enters
   std::int64_t texts, length;  // R, N
-  std::int64_t tile;           // texts a tile; the same in both directions
+  std::int64_t tile;           // texts a tile; the same in both directions. All: threads share it
   const float* cos;            // (>= N, >= r / 2), rows `table_row` apart
   const float* sin;
   std::int64_t table_row;
@@ -65,23 +67,35 @@ class DecoderBlocks {
     PackedMatrix qkv, out, up, down;
   };
 
-  // body(tile, its first position of all texts, its saved memory) on all tiles.
+  // What one thread does of a tile.
+  struct Part {
+    BlocksInput tile;
+    std::int64_t position;  // the first of the tile, of those of all texts
+    unsigned char* memory;  // what the tile saves
+    const TileScratch& scratch;
+    Member member;
+    std::int64_t first, last;  // positions of the tile
+  };
+
+  // body(part) of all tiles.
   template <class Body>
-  void tiles(const BlocksInput& input, unsigned char* saved, int threads, const Body& body) const;
-  void forward_tile(const BlocksInput& tile, bf16* out, unsigned char* memory) const;
-  void backward_tile(const BlocksInput& tile, const bf16* grad_out, const BlockInput<bf16>& grads,
-                     unsigned char* memory) const;
+  void parts(const BlocksInput& input, unsigned char* saved, int threads, const Body& body) const;
+  void forward_part(const Part& part, bf16* out) const;
+  void backward_part(const Part& part, const bf16* grad_out, const BlockInput<bf16>& grads) const;
   template <class T>
   BlockInput<T> from_position(const BlockInput<T>& all, std::int64_t position) const;
-  void norm(const bf16* x, const bf16* delta, bf16* sum, bf16* normed, const void* weight,
-            const void* bias, NormStatistics* statistics, std::int64_t M) const;
-  void norm_backward(const bf16* grad_normed, const bf16* sum, const void* weight, const void* bias,
-                     const NormStatistics* statistics, bf16* grad, bool along,
-                     std::int64_t M) const;
-  void attend(const BlocksInput& tile, std::int64_t block, const bf16* qkv,
-              const bf16* grad_mixed, bf16* out) const;
-  void multiply(const bf16* inputs, const PackedMatrix& weight, const void* bias, bf16* out,
-                const BlocksInput& tile, bool add = false) const;
+  // The positions of a part, of tensors of the whole tile.
+  void norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum, bf16* normed,
+            const void* weight, const void* bias, NormStatistics* statistics) const;
+  void norm_backward(const Part& part, const bf16* grad_normed, const bf16* sum, const void* weight,
+                     const void* bias, const NormStatistics* statistics, bf16* grad,
+                     bool along) const;
+  AttentionShape attention(const Part& part, std::int64_t block) const;
+  void attend(const Part& part, std::int64_t block, const bf16* qkv, bf16* mixed) const;
+  void attend_backward(const Part& part, std::int64_t block, const bf16* qkv,
+                       const bf16* grad_mixed, bf16* grad_qkv) const;
+  void multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight, const void* bias,
+                bf16* out, bool add = false) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
   std::int64_t tile_bytes(const BlocksInput& input) const;
   std::int64_t stacked() const {  // (H + 2 K) c

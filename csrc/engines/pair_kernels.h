@@ -20,6 +20,7 @@ struct PairKernels {
   // Rows that a thread does best to take through blocks and head at a time. The faster the products,
   // the more rows must share a reading of the weights.
   std::int64_t block_rows, head_rows;
+  std::int64_t tile_rows;  // that a product multiplies at a time
 };
 
 }  // namespace prototok

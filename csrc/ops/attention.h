@@ -130,7 +130,7 @@ inline void attention_heads(const AttentionShape& shape, const T* qkv, T* out,
   copy_rows(front.values, c, values, C, F, c);
   copy_rows(qkv + n.values, n.width, values + F * C, C, N, c);
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
-    for (std::int64_t begin = 0; begin < N; begin += kQueryBlock) {
+    for (std::int64_t begin = shape.first; begin < N; begin += kQueryBlock) {
       const std::int64_t rows = least(kQueryBlock, N - begin);
       rotate_rows(qkv + begin * n.width + head * c, n.width, queries, C, rows, c, shape.table(),
                   begin, 1.0f, shape.scaling * kLog2e);

@@ -92,7 +92,7 @@ inline void attention_heads_in_pairs(const AttentionShape& shape, const bf16* qk
 
   bf16* queries = rows;
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
-    for (std::int64_t begin = 0; begin < N; begin += kPairRows) {
+    for (std::int64_t begin = shape.first; begin < N; begin += kPairRows) {
       const std::int64_t tile = least(kPairRows, N - begin), seen = F + begin + tile;
       const std::int64_t columns = padded(seen);
       rotate_rows(qkv + begin * n.width + head * c, n.width, queries, E, tile, c, shape.table(),

@@ -57,6 +57,7 @@ struct AttentionShape {
   // rotated, and their values, (2, K, F, c) of the tensors' type. No gradient goes to them.
   std::int64_t front = 0;
   const void* front_kv = nullptr;
+  std::int64_t first = 0;  // forward: queries in front of it are left out
 
   RotaryTable table() const { return {cos, sin, table_row, rotary}; }
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -44,6 +45,52 @@ GompParallel loaded_openmp() {
 #endif
 }
 
+// The number of threads in a region that `openmp` began; null where another runtime in the process
+// would answer.
+using ThreadCount = int (*)();
+
+ThreadCount thread_count_of(GompParallel openmp) {
+#if defined(__unix__) || defined(__APPLE__)
+  void* count = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+  Dl_info of_count, of_parallel;
+  if (count != nullptr && dladdr(count, &of_count) != 0 &&
+      dladdr(reinterpret_cast<void*>(openmp), &of_parallel) != 0 &&
+      of_count.dli_fbase == of_parallel.dli_fbase)
+    return reinterpret_cast<ThreadCount>(count);
+#endif
+  return nullptr;
+}
+
+struct Team {
+  Member::Place place;
+  std::atomic<int> joined{0};
+  std::atomic<int> count{0};
+  const void* body;
+  void (*call)(const void*, const Member&);
+
+  void join(int members) { call(body, Member(place, joined.fetch_add(1), members)); }
+};
+
+struct OpenMpTeam {
+  Team team;
+  ThreadCount count;
+};
+
+void join_region(void* pointer) {
+  OpenMpTeam& work = *static_cast<OpenMpTeam*>(pointer);
+  work.team.join(work.count());
+}
+
+// What waits at a place for the others, for the `spins`-th time: for as long as a wait should take
+// it only rests, then it lets others run, which may be who it waits for.
+void wait_a_little(int spins) {
+  constexpr int kRests = 4096;
+  if (spins >= kRests) return std::this_thread::yield();
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 }  // namespace
 
 void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const void* body,
@@ -67,6 +114,51 @@ void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const v
   std::vector<std::thread> helpers;
   for (int i = 1; i < used; ++i) helpers.emplace_back(take_ranges, &work);
   take_ranges(&work);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+void Member::meet() const {
+  if (count_ == 1) return;
+  const unsigned round = place_->round.load(std::memory_order_acquire);
+  if (place_->waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+    place_->waiting.store(0, std::memory_order_relaxed);
+    place_->round.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; place_->round.load(std::memory_order_acquire) == round;
+       spins += spins < 1 << 20)
+    wait_a_little(spins);
+}
+
+void parallel_members(int threads, const void* body,
+                      void (*call)(const void* body, const Member& member)) {
+  if (threads <= 1) return call(body, Member());
+  OpenMpTeam work{};
+  Team& team = work.team;
+  team.body = body;
+  team.call = call;
+  if (const GompParallel openmp = loaded_openmp())
+    if ((work.count = thread_count_of(openmp)) != nullptr) {
+      openmp(join_region, &work, unsigned(threads), 0);
+      return;
+    }
+  // Nobody begins before it is known how many could be had.
+  std::vector<std::thread> helpers;
+  helpers.reserve(std::size_t(threads - 1));
+  try {
+    while (int(helpers.size()) < threads - 1)
+      helpers.emplace_back([&team] {
+        for (int spins = 0; team.count.load(std::memory_order_acquire) == 0;
+             spins += spins < 1 << 20)
+          wait_a_little(spins);
+        team.join(team.count.load(std::memory_order_relaxed));
+      });
+  } catch (const std::system_error&) {
+    // With those that there are.
+  }
+  const int members = int(helpers.size()) + 1;
+  team.count.store(members, std::memory_order_release);
+  team.join(members);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -1,5 +1,8 @@
+// Work for many threads: ranges of rows that do not need each other, and teams that wait for each
+// other.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace prototok {
@@ -16,6 +19,46 @@ void parallel_rows(std::int64_t rows, std::int64_t grain, int threads, const Bod
                   [](const void* body, std::int64_t begin, std::int64_t end) {
                     (*static_cast<const Body*>(body))(begin, end);
                   });
+}
+
+// One of the threads that do something together.
+class Member {
+ public:
+  // Where threads meet.
+  struct Place {
+    std::atomic<int> waiting{0};
+    std::atomic<unsigned> round{0};
+  };
+
+  Member() = default;  // alone
+  Member(Place& place, int index, int count) : place_(&place), index_(index), count_(count) {}
+
+  // Returns when all have called it: what they wrote before can be read behind it.
+  void meet() const;
+
+  // Of `units` those that are this thread's, [first, last), the same at each call. The first threads
+  // have the larger shares.
+  std::int64_t first(std::int64_t units) const {
+    return (units * index_ + count_ - 1) / count_;
+  }
+  std::int64_t last(std::int64_t units) const {
+    return (units * (index_ + 1) + count_ - 1) / count_;
+  }
+
+ private:
+  Place* place_ = nullptr;
+  int index_ = 0, count_ = 1;
+};
+
+void parallel_members(int threads, const void* body,
+                      void (*call)(const void* body, const Member& member));
+
+// Calls body(member) on up to `threads` threads, as many as there are, at one time.
+template <class Body>
+void parallel_team(int threads, const Body& body) {
+  parallel_members(threads, &body, [](const void* body, const Member& member) {
+    (*static_cast<const Body*>(body))(member);
+  });
 }
 
 }  // namespace prototok

@@ -119,8 +119,13 @@ def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> 
 def _shape(x: Tensor, start: int, cpp: Any) -> dict[str, int]:
     """Return the block that x enters, and how many texts make a tile."""
     texts, length, _ = x.shape
-    share = -(-texts // torch.get_num_threads())
-    return {"first": start, "tile": max(1, min(cpp.most_positions() // length, share))}
+    threads = torch.get_num_threads()
+    if texts < threads:  # which share all of them as one
+        return {"first": start, "tile": texts}
+    return {
+        "first": start,
+        "tile": max(1, min(cpp.most_positions() // length, -(-texts // threads))),
+    }
 
 
 def _forward(

@@ -24,14 +24,15 @@ from prototok_kernels.packed import why_unpacked
 
 BACKENDS = ("auto", "torch", "triton", "cpu")
 
-# N d² up to which one thread with packed weights beats torch's products on two (docs/dev/log.md).
-SMALL_TEXT = 1 << 24
 # A constant vector's part of a position against one operation of the products that it replaces:
 # nothing else of it is left to be saved (docs/dev/log.md).
 CONSTANT_COST = 4
 # B N d below which the closed form's 30 to 65 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/dev/log.md), not measured.
 FEW_ON_CUDA = 3 << 20
+# B N d² below which torch's closed form costs a CPU more than one more block in C++ does
+# (docs/dev/log.md). Measured with AVX-512 BF16.
+FEW_ON_CPU = 1 << 26
 # Spanning vectors that a tile of Triton's combined kernels takes, with their gradients.
 MOST_COMBINED = 128
 # Rows up to which one token is decoded by kernels that read a weight once for all of them: from
@@ -40,9 +41,9 @@ FEW_ROWS_ON_CUDA = 4
 # Positions (B · N) up to which the C++ decoder is faster than blocks (docs/dev/log.md); the second
 # is of float32 on AVX-512. Where blocks have packed products it is for tokens one by one.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
-# d over the positions up to which it is so even then, where it shares out among all threads what
-# blocks give one thread a row: reading the weights takes as long as the products.
-HIDDEN_TO_POSITIONS = 24
+# Positions a thread up to which it is so even then where rows are fewer than threads: it shares out
+# outputs, where blocks share out positions and have no tile of products for each thread.
+FEW_POSITIONS_A_THREAD = 6
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,6 @@ def _plan_of(
     no_cpp = None if by == "cpu" else "the C++ kernels do not run"
     no_triton = None if by == "triton" else "Triton's kernels do not run"
     no_products = None if machine.packed else "no instruction set here multiplies bf16 pairs"
-    long_texts = rows < machine.threads and length * shape.hidden_size**2 >= SMALL_TEXT
-    few_texts = "threads do better to share so few long texts" if long_texts else None
     normed_heads = "q and k have norms" if shape.normed_heads else None
     is_flash = "flash-attn attends" if shape.flash else None
     two_vectors = None if shape.parallel[:1] == (False,) else "a parallel block needs e and m alone"
@@ -237,33 +236,35 @@ def _plan_of(
 
     blocks = _choose(
         (
-            "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, few_texts, normed_heads,
-            is_flash, None if rows * length else "there is nothing to do",
+            "cpu", run_elsewhere, no_cpp, no_products, shape.unpacked, normed_heads, is_flash,
+            None if rows * length else "there is nothing to do",
         ),
         ("one by one",),
     )  # fmt: skip
-    # Behind a prefix torch's closed form competes with one more block in C++ (docs/dev/log.md).
-    one_more_block = few_positions if shape.prefix and blocks.taken == "cpu" else None
+    one_more_block = None
+    if blocks.taken == "cpu":  # then that is what torch's closed form competes with
+        few_on_cpu = rows * length * shape.hidden_size**2 < FEW_ON_CPU
+        cheaper = "one more block in C++ costs less" if few_on_cpu else None
+        one_more_block = few_positions or cheaper
 
     first_layer = _choose(
         (
-            "cpu", no_pair, no_cpp, no_products, shape.unpacked, few_texts, two_vectors,
-            few_positions, "the head size is odd" if shape.head_size % 2 else None,
+            "cpu", no_pair, no_cpp, no_products, shape.unpacked, two_vectors, few_positions,
+            "the head size is odd" if shape.head_size % 2 else None,
         ),
         ("triton", no_pair, long_prefix, no_triton),
         ("torch", no_pair, long_prefix, one_more_block),
         ("in full",),
     )  # fmt: skip
+    in_full = "the first layer is in full" if first_layer.taken == "in full" else None
     head = _choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,))
     has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
     unused = None if has_packed else "no part has packed weights"
     sets = dict.fromkeys((machine.packed or PACKED[0], *PACKED))
     wide = dtype == torch.float32 and length > 1 and "avx512" in machine.instruction_sets
     few_for_decoder = FEW_POSITIONS_FP32 if wide else FEW_POSITIONS
-    packable = shape.unpacked is None and no_products is None
-    shared_out = rows < machine.threads and rows * length * HIDDEN_TO_POSITIONS <= shape.hidden_size
-    has_products = length > 1 and packable and not shared_out
-    has_products &= blocks.taken == "cpu" or few_texts is not None
+    too_few = rows < machine.threads and rows * length <= FEW_POSITIONS_A_THREAD * machine.threads
+    has_products = length > 1 and blocks.taken == "cpu" and not too_few
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
@@ -280,13 +281,13 @@ def _plan_of(
         attention=attention,
         first_layer=first_layer,
         first_mlp=_choose(
-            ("combined", no_pair, two_vectors, few_positions, no_triton, wide_span),
-            ("span", no_pair, two_vectors, few_positions),
+            ("combined", no_pair, in_full, two_vectors, few_positions, no_triton, wide_span),
+            ("span", no_pair, in_full, two_vectors, few_positions),
             ("positions",),
         ),
         second_layer=_choose(
             (
-                "span", no_pair,
+                "span", no_pair, in_full,
                 None if shape.parallel == (True, True) else "it needs two parallel blocks",
                 # Up to 3 S positions it is no faster (docs/dev/log.md).
                 None if length > 3 * shape.spanning else "it pays beyond 3 S positions",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,35 @@ def test_a_text_is_the_same_beside_any_others_on_any_threads(name: str) -> None:
 
 @needs_bf16
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("texts", "length"), [(1, 70), (1, 13), (1, 3), (2, 31), (3, 5)])
+@pytest.mark.parametrize(
+    "name",
+    ["llama, grouped, tied", "gpt-neox, parallel", "mistral, window shorter than the text"],
+)
+def test_threads_that_share_fewer_texts_change_no_bit(name: str, texts: int, length: int) -> None:
+    body = body_of(name)
+    width, kv_heads, size = body.norm.numel(), body.layers[0].kv_heads, body.layers[0].head_size
+    x = stream(texts, length, width)
+    front = stream(2 * kv_heads, 3 * size, 1).view(2, kv_heads, 3, size)
+    behind = [replace(layer, prefix=front) for layer in body.layers]
+    tables = tuple(table[3:] for table in body.rotary(length + 3))
+    for blocks in (blocks_of(body), DecoderBlocks(behind, body.norm, body.norm_bias)):
+        for start in (0, 1):
+            run = lambda x: through(blocks, x, tables, start)  # noqa: B023, E731
+            torch.set_num_threads(1)
+            alone = with_gradients(run, [x], torch.bfloat16)
+            assert blocks in packed._packed
+            for count in (2, 3, 4):
+                torch.set_num_threads(count)
+                found = with_gradients(run, [x], torch.bfloat16)
+                for value, expected in zip(found, alone, strict=True):
+                    assert torch.equal(value, expected)
+                with torch.no_grad():
+                    assert torch.equal(run(x), alone[0])
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
 def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
     body = body_of("mistral, window shorter than the text")
     blocks, tables = blocks_of(body), body.rotary(13)
@@ -122,7 +152,7 @@ def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_op_is_not_for_takes_the_loop() -> None:
     qwen3, llama = body_of("qwen3, tied"), body_of("llama, grouped, tied")
     single = body_of("llama, grouped, tied", torch.float32)
     cases = [
@@ -136,14 +166,11 @@ def test_what_the_op_is_not_for_takes_the_loop(monkeypatch: pytest.MonkeyPatch) 
         assert blocks not in packed._packed
         ops = plan_for(body.layers, 2, 7, backend, pair=False).passes.taken
         assert torch.equal(found, decoder_blocks_ref(blocks, x, *tables, ops))
-    # More than there are texts, which torch's products use if they are large.
-    torch.set_num_threads(3)
-    for small_text, taken in ((1 << 24, HAS_BF16), (0, False)):
-        monkeypatch.setattr(planning, "SMALL_TEXT", small_text)
-        planning._plan_of.cache_clear()
-        blocks = blocks_of(llama)
-        through(blocks, stream(2, 7, llama.norm.numel()), llama.rotary(7), 0, "auto")
-        assert (blocks in packed._packed) == taken
+    torch.set_num_threads(3)  # more than there are texts
+    planning._plan_of.cache_clear()
+    blocks = blocks_of(llama)
+    through(blocks, stream(2, 7, llama.norm.numel()), llama.rotary(7), 0, "auto")
+    assert (blocks in packed._packed) == HAS_BF16
 
 
 @needs_bf16

@@ -9,10 +9,10 @@ import torch
 
 from prototok_kernels.backend import Machine, require
 from prototok_kernels.plan import (
+    FEW_ON_CPU,
     FEW_POSITIONS,
     FEW_POSITIONS_FP32,
     FEW_ROWS_ON_CUDA,
-    SMALL_TEXT,
     Plan,
     Shape,
     plan_of,
@@ -171,17 +171,22 @@ def test_a_prefix_longer_than_the_text_or_beyond_the_window_is_run_in_full() -> 
     assert taken(planned(windowed))["first_layer"] == "in full"
     assert taken(planned(windowed, length=63))["first_layer"] == "cpu"
     wider = dataclasses.replace(NEOX, prefix=3)
-    assert taken(planned(NEOX))["second_layer"] == "span"
-    assert taken(planned(wider, length=54))["second_layer"] == "in full"
-    assert taken(planned(wider, length=55))["second_layer"] == "span"
+    assert taken(planned(NEOX, rows=1024))["second_layer"] == "span"
+    assert taken(planned(wider, rows=1024, length=54))["second_layer"] == "in full"
+    assert taken(planned(wider, rows=1024, length=55))["second_layer"] == "span"
 
 
-def test_long_texts_on_few_rows_share_their_products() -> None:
-    wide = dataclasses.replace(LLAMA, hidden_size=768)
-    length = -(-SMALL_TEXT // 768**2)
-    assert taken(planned(wide, rows=1, length=length))["blocks"] == "one by one"
-    assert taken(planned(wide, rows=1, length=length - 1))["blocks"] == "cpu"
-    assert taken(planned(wide, rows=2, length=length))["blocks"] == "cpu"
+def test_a_closed_form_in_torch_must_beat_one_more_block_in_cpp() -> None:
+    enough = FEW_ON_CPU // (64 * NEOX.hidden_size**2)  # rows of 64 positions
+    assert taken(planned(NEOX, rows=enough))["first_layer"] == "torch"
+    fewer = planned(NEOX, rows=enough - 1)
+    assert taken(fewer)["first_layer"] == taken(fewer)["second_layer"] == "in full"
+    assert "one more block in C++ costs less" in str(fewer.first_layer)
+    # Where blocks run one by one in torch there is nothing to beat, and the form in C++ is cheap.
+    assert taken(planned(NEOX, OLD_CPU, rows=enough - 1))["first_layer"] == "torch"
+    assert taken(planned(rows=1))["first_layer"] == "cpu"
+    for few_positions in (planned(rows=1, length=2), planned(rows=1 << 20, length=2)):
+        assert taken(few_positions)["first_layer"] == "in full"
 
 
 def test_what_the_packed_products_cannot_take_is_said() -> None:
@@ -212,13 +217,13 @@ def test_few_positions_go_through_the_decoder() -> None:
     assert taken(planned(odd, rows=1, length=3))["decoder"] == "cpu"
 
 
-def test_few_positions_of_a_large_model_are_shared_out_among_threads() -> None:
-    large = dataclasses.replace(LLAMA, hidden_size=768, heads=12, head_size=64)
-    one = dataclasses.replace(CPU, threads=1)
+def test_few_positions_of_fewer_rows_than_threads_go_through_the_decoder() -> None:
+    one, four = (dataclasses.replace(CPU, threads=threads) for threads in (1, 4))
     for machine, rows, length, expected in (
-        (CPU, 1, 32, "cpu"), (CPU, 1, 33, "blocks"), (CPU, 2, 16, "blocks"), (one, 1, 8, "blocks"),
+        (CPU, 1, 12, "cpu"), (CPU, 1, 13, "blocks"), (CPU, 2, 6, "blocks"), (one, 1, 8, "blocks"),
+        (four, 3, 8, "cpu"), (four, 3, 9, "blocks"),
     ):  # fmt: skip
-        plan = planned(large, machine=machine, rows=rows, length=length)
+        plan = planned(machine=machine, rows=rows, length=length)
         assert taken(plan)["decoder"] == expected
     assert taken(planned(rows=1, length=1, backend="torch"))["decoder"] == "blocks"
 
