@@ -315,9 +315,10 @@ void first_layer_backward(const FirstLayer& self, const View& e, const View& m, 
 void bind_engines(py::module_& m) {
   using py::operator""_a;
   const py::kw_only named;
+  m.attr("HEAD_ROWS") = kHeadTile;
+  m.attr("BLOCK_POSITIONS") = kBlockPositions;
   py::class_<PackedHead>(m, "PackedHead")
       .def(py::init(&packed_head), named, "weight"_a, py::keep_alive<1, 2>())
-      .def("most_rows", &PackedHead::most_rows)
       .def("workspace_bytes", &PackedHead::workspace_bytes, named, "tile"_a)
       .def("run", &run_packed_head, named, "hidden"_a, "grad_hidden"_a, "targets"_a,
            "token_weight"_a, "loss"_a, "predicted"_a, "margin"_a, "temperature"_a, "tile"_a,
@@ -338,7 +339,6 @@ void bind_engines(py::module_& m) {
       .def("generate", &decoder_generate, named, "ids"_a, "begin"_a, "start"_a, "threads"_a);
   py::class_<DecoderBlocks>(m, "DecoderBlocks")
       .def(py::init(&decoder_blocks), named, "model"_a, py::keep_alive<1, 2>())
-      .def("most_positions", &DecoderBlocks::most_positions)
       .def("saved_bytes",
            [](const DecoderBlocks& self, int64_t texts, int64_t length, int64_t first,
               int64_t tile) {

@@ -63,8 +63,6 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
                         packed(of(block.down), m.hidden, m.inner)});
 }
 
-std::int64_t DecoderBlocks::most_positions() const { return kernels_.pairs->block_rows; }
-
 DecoderBlocks::Saved DecoderBlocks::saved_of(const BlocksInput& tile, std::int64_t block,
                                              unsigned char* memory) const {
   const std::int64_t M = tile.texts * tile.length;

@@ -23,6 +23,9 @@ namespace prototok {
 
 struct Kernels;
 
+// Positions that a tile does best to hold: weights that no cache keeps are read once a tile.
+constexpr std::int64_t kBlockPositions = 512;
+
 // What enters a block: the stream, and for a parallel block its products with qkv and up where they
 // are given instead of made; or the gradients of these.
 template <class T>
@@ -52,7 +55,6 @@ class DecoderBlocks {
   explicit DecoderBlocks(DecoderModel model);
 
   const DecoderModel& model() const { return model_; }
-  std::int64_t most_positions() const;  // that a tile does best to hold
   std::int64_t saved_bytes(const BlocksInput& input) const;
   // out (R, N, d): the normed stream. `saved` may be null where no gradient is wanted.
   void forward(const BlocksInput& input, bf16* out, unsigned char* saved, int threads) const;

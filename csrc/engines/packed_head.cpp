@@ -27,15 +27,13 @@ PackedHead::PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t
   to_logits_ = packed(weight, vocabulary, hidden);
 }
 
-std::int64_t PackedHead::most_rows() const { return kernels_.pairs->head_rows; }
-
 std::int64_t PackedHead::workspace_bytes(std::int64_t tile) const {
   return std::int64_t(bytes_of<TileScratch>(tile, to_logits_.inputs()));
 }
 
 void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads) {
   const std::int64_t V = to_logits_.outputs(), d = to_logits_.inputs();
-  tile = std::min(tile, most_rows());
+  tile = std::min(tile, kHeadTile);
   head.vocabulary = V;
   check_targets(head);
   if (grad != nullptr)

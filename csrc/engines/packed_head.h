@@ -24,13 +24,12 @@ class PackedHead {
 
   std::int64_t vocabulary() const { return to_logits_.outputs(); }
   std::int64_t hidden() const { return to_logits_.inputs(); }
-  std::int64_t most_rows() const;  // that a thread does best to take at a time
 
   // Scratch bytes of a thread for a tile of so many rows.
   std::int64_t workspace_bytes(std::int64_t tile) const;
 
   // hidden, grad (R, d); grad may be null. Of `head` everything but logits, gradient and
-  // vocabulary; throws as `head` does. `tile`: rows a thread takes at a time, at most most_rows().
+  // vocabulary; throws as `head` does. `tile`: rows a thread takes at a time, at most kHeadTile.
   void run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads);
 
  private:

@@ -17,9 +17,6 @@ struct PairKernels {
   void (*head_tile)(const PackedHeadTile& tile);
   void (*first_layer_forward)(const FirstLayerText& text);
   void (*first_layer_backward)(const FirstLayerText& text);
-  // Rows that a thread does best to take through blocks and head at a time. The faster the products,
-  // the more rows must share a reading of the weights.
-  std::int64_t block_rows, head_rows;
   std::int64_t tile_rows;  // that a product multiplies at a time
 };
 

@@ -24,13 +24,12 @@ PROTOTOK_TARGET_BEGIN
 
 #ifdef PROTOTOK_PAIRS
 #ifdef PROTOTOK_TILES
-constexpr std::int64_t kBlockPositions = 128, kHeadRows = kHeadTile, kTogether = kBlockRows;
+constexpr std::int64_t kTogether = kBlockRows;
 #else
-constexpr std::int64_t kBlockPositions = 64, kHeadRows = 128, kTogether = TileShape<Pair>::kRows;
+constexpr std::int64_t kTogether = TileShape<Pair>::kRows;
 #endif
 constexpr PairKernels kPairKernels{packed_product,      packed_sum,           packed_head_tile,
-                                   first_layer_forward, first_layer_backward, kBlockPositions,
-                                   kHeadRows,           kTogether};
+                                   first_layer_forward, first_layer_backward, kTogether};
 #endif
 
 constexpr Kernels kKernels{

@@ -91,7 +91,7 @@ class DecoderBlocks:
         if torch.is_grad_enabled() and x.requires_grad:
             return _CpuBlocks.apply(x, qkv, z, cos, sin, self._prefix, cpp, start)
         constants = cos, sin, self._prefix
-        return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start, cpp))
+        return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start))
 
     def _packed(self, rotated: int) -> Any:
         if self._bare is not None:
@@ -116,16 +116,16 @@ def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> 
             )
 
 
-def _shape(x: Tensor, start: int, cpp: Any) -> dict[str, int]:
+def _shape(x: Tensor, start: int) -> dict[str, int]:
     """Return the block that x enters, and how many texts make a tile."""
     texts, length, _ = x.shape
     threads = torch.get_num_threads()
-    if texts < threads:  # which share all of them as one
+    share = -(-texts // threads)
+    # All of them, which threads share, where whole texts would leave an eighth of threads idle. Less
+    # than that threads lose by waiting for each other (docs/dev/log.md).
+    if 8 * texts <= 7 * share * threads:
         return {"first": start, "tile": texts}
-    return {
-        "first": start,
-        "tile": max(1, min(cpp.most_positions() // length, -(-texts // threads))),
-    }
+    return {"first": start, "tile": max(1, min(_cpu.BLOCK_POSITIONS // length, share))}
 
 
 def _forward(
@@ -150,7 +150,7 @@ class _CpuBlocks(torch.autograd.Function):
         ctx: Any, x: Tensor, qkv: Tensor | None, z: Tensor | None, cos: Tensor, sin: Tensor,
         prefix: Tensor | None, cpp: Any, start: int,
     ) -> Tensor:  # fmt: skip
-        inputs, shape = (x.contiguous(), qkv, z), _shape(x, start, cpp)
+        inputs, shape = (x.contiguous(), qkv, z), _shape(x, start)
         size = cpp.saved_bytes(texts=len(x), length=x.shape[1], **shape)
         saved = torch.empty(size, dtype=torch.uint8, device="cpu")
         out = _forward(inputs, saved, (cos, sin, prefix), cpp, shape)

@@ -84,7 +84,7 @@ def _linear_cross_entropy_packed(
     rows, threads = len(targets), torch.get_num_threads()
     head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
     share = -(-rows // threads)
-    tile = min(head.most_rows(), workspace_bytes // (threads * head.workspace_bytes(tile=1)))
+    tile = min(_cpu.HEAD_ROWS, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
     try:
         head.run(
