@@ -1,9 +1,9 @@
 // A tile of texts through many frozen blocks and the norm behind them, and the gradient of that
 // back to the blocks' input; bf16, for processors with products of its pairs.
 //
-// A thread takes a tile (one text, or some short ones) through all blocks before the next one:
-// activations stay in its second cache and threads never wait for each other. Where there is one tile
-// alone they share it out by its positions, and meet where a position needs others': at attention.
+// A thread takes a tile (some texts) through all blocks before the next one: each weight is read
+// once a tile, and threads never wait for each other. Where there is one tile alone they share it
+// out by its positions, and meet where a position needs others': at attention.
 // Kept for the way back is what is cheap to read and costly to make: the stream in front of each norm
 // with its statistics, the stacked product of q, k, v and what the activation reads. Norms and
 // activations are made again.
