@@ -121,8 +121,8 @@ def _shape(x: Tensor, start: int) -> dict[str, int]:
     texts, length, _ = x.shape
     threads = torch.get_num_threads()
     share = -(-texts // threads)
-    # All of them, which threads share, where whole texts would leave an eighth of threads idle: that
-    # is more than they lose by waiting for each other (docs/dev/log.md).
+    # All of them, which threads share, where whole texts would leave an eighth of threads idle:
+    # that is more than they lose by waiting for each other (docs/dev/log.md).
     if 8 * texts <= 7 * share * threads:
         return {"first": start, "tile": texts}
     return {"first": start, "tile": max(1, min(_cpu.BLOCK_POSITIONS // length, share))}
