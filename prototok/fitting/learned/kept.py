@@ -49,9 +49,10 @@ class KeptNetwork(OnHub, Generic[N]):
     def network(self, lm: FrozenLM) -> N:
         """Return the network on the model's device and in its dtype, frozen."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
-        made = self._blank(shapes, self.start.mean.shape[1], "cpu")
+        # Without storage: to draw weights that are replaced took longer than a step of a fit.
+        made = self._blank(shapes, self.start.mean.shape[1], "meta")
         given = {name: getattr(self.start, name) for name in _START if name in made.state_dict()}
-        made.load_state_dict(self.weights | given)
+        made.load_state_dict(self.weights | given, assign=True)
         made.requires_grad_(False).to(lm.device).eval()
         for part in made.parameters():  # what scales its inputs stays fp32
             part.data = part.data.to(lm.dtype)
