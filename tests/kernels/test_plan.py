@@ -209,7 +209,7 @@ def test_few_positions_go_through_the_decoder() -> None:
             assert taken(plan)["decoder"] == expected
         # Packed products are the faster ones; what is generated one by one has no use for them.
         packed = machine is not OLD_CPU
-        forward = planned(machine=machine, rows=1, length=3)
+        forward = planned(machine=machine, rows=2, length=3)
         assert taken(forward)["decoder"] == ("blocks" if packed else "cpu")
         tokens = planned(machine=machine, rows=FEW_POSITIONS, length=1)
         assert taken(tokens)["decoder"] == "cpu"
