@@ -580,11 +580,38 @@ def data_engine() -> str:
     return "\n".join(lines)
 
 
+KILLED = {
+    "fit": "prototok fit", "capacity": "prototok capacity", "dataset": "prototok dataset",
+    "sweep": "prototok sweep run",
+}  # fmt: skip
+
+
+def kills() -> str:
+    record = result("kills.json")
+    lines = [
+        "| command | kills | that left a temporary file | runs to the end | problems |",
+        "|---|---|---|---|---|",
+    ]
+    for name, command in KILLED.items():
+        c = record[name]
+        lines.append(
+            f"| `{command}` | {c['kills']} | {c['kills_that_left_a_file_half_written']} "
+            f"| {c.get('runs_to_the_end', 1)} | {len(c['problems'])} |"
+        )
+    sweep = record["sweep"]
+    return "\n".join([
+        *lines,
+        "", f"Of the sweep {sweep['kills_of_driver']} kills were of the driver and "
+        f"{sweep['kills_of_workers']} of workers; {'; '.join(sweep['verify'])}.",
+        "", f"`{record['command']}`: {source(record)}",
+    ])  # fmt: skip
+
+
 DOCUMENTS = {
     "docs/scaling.md": (data_engine,),
     "docs/sink.md": (sinks, fronts, real_model),
     "docs/amortised.md": (amortised, encoder),
-    "docs/reliability.md": (soak,),
+    "docs/reliability.md": (kills, soak),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
     "docs/quickstart.md": (expected,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 
 import prototok
 from prototok import FrozenLM
+from prototok_kernels import plan as planning
 from support import DEVICES, small_llama
 
 
@@ -26,6 +28,15 @@ def small_lm() -> FrozenLM:
 def any_lm(request: pytest.FixtureRequest) -> FrozenLM:
     """The same on each kind of device there is."""
     return prototok.load(small_llama(), device=request.param, dtype="float32")
+
+
+@pytest.fixture
+def closed_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans on the CPU that take the first layer's closed form however few positions there are."""
+    monkeypatch.setattr(planning, "FEW_ON_CPU", dict.fromkeys(planning.FEW_ON_CPU, 0))
+    planning._plan_of.cache_clear()
+    yield
+    planning._plan_of.cache_clear()
 
 
 @pytest.fixture(scope="session")

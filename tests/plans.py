@@ -13,7 +13,7 @@ def plan_for(
 ) -> Plan:
     """The plan of `rows` rows of `length` positions through these blocks, with no head behind."""
     first = layers[0]
-    if first.qkv.device.type == "cuda":
+    if pair:
         rows = 1 << 22  # few of them are faster without the closed form, which is what is tried
     return plan_of(
         Shape.of(layers, None), rows=rows, length=length, dtype=first.dtype,

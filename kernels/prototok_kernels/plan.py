@@ -30,9 +30,9 @@ CONSTANT_COST = 4
 # B N d below which the closed form's 30 to 65 further launches cost a GPU more than one block at
 # all positions does: counted by a rehearsal (docs/dev/log.md), not measured.
 FEW_ON_CUDA = 3 << 20
-# B N d² below which torch's closed form costs a CPU more than one more block in C++ does
-# (docs/dev/log.md). Measured with AVX-512 BF16.
-FEW_ON_CPU = 1 << 26
+# B N d² below which torch's closed form costs a CPU more than one more block does, by what runs
+# the blocks (docs/dev/log.md). Measured with AVX-512 BF16.
+FEW_ON_CPU = {"cpu": 1 << 26, "one by one": 1 << 22}
 # Spanning vectors that a tile of Triton's combined kernels takes, with their gradients.
 MOST_COMBINED = 128
 # Rows up to which one token is decoded by kernels that read a weight once for all of them: from
@@ -241,11 +241,11 @@ def _plan_of(
         ),
         ("one by one",),
     )  # fmt: skip
-    one_more_block = None
-    if blocks.taken == "cpu":  # then that is what torch's closed form competes with
-        few_on_cpu = rows * length * shape.hidden_size**2 < FEW_ON_CPU
-        cheaper = "one more block in C++ costs less" if few_on_cpu else None
-        one_more_block = few_positions or cheaper
+    # Torch's closed form competes with one more block.
+    few_on_cpu = kind == "cpu" and rows * length * shape.hidden_size**2 < FEW_ON_CPU[blocks.taken]
+    one_more_block = few_positions if blocks.taken == "cpu" else None
+    if one_more_block is None and few_on_cpu:
+        one_more_block = "one more block costs less"
 
     first_layer = _choose(
         (

@@ -53,6 +53,7 @@ def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("closed_form")
 def test_a_processor_without_them_takes_torchs_products() -> None:
     found = taken(planned(machine=OLD_CPU))
     assert found["first_layer"] == "torch" and found["blocks"] == "one by one"
@@ -76,6 +77,7 @@ def test_tiles_are_taken_where_there_are_any_and_else_the_plan_says_why_not() ->
     assert dict(single.products.others)["amx"] == "no part has packed weights"
 
 
+@pytest.mark.usefixtures("closed_form")
 def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
     for plan in (planned(machine=BARE), planned(backend="torch")):
         found = taken(plan)
@@ -136,6 +138,7 @@ def test_the_closed_form_is_for_pairs_within_the_window() -> None:
     assert taken(planned(Shape()))["first_layer"] == "in full"
 
 
+@pytest.mark.usefixtures("closed_form")
 def test_behind_a_prefix_the_first_layer_collapses_where_its_wider_span_is_cheaper() -> None:
     behind = dataclasses.replace(LLAMA, prefix=1)  # S = 10
     found = taken(planned(behind))
@@ -160,6 +163,7 @@ def test_constants_of_a_prefix_cost_their_part_of_each_position_and_no_product()
     assert taken(planned(wide, length=640))["first_layer"] == "in full"
 
 
+@pytest.mark.usefixtures("closed_form")
 def test_a_prefix_longer_than_the_text_or_beyond_the_window_is_run_in_full() -> None:
     for prefix, expected in ((64, "torch"), (65, "in full")):
         long = dataclasses.replace(LLAMA, prefix=prefix)
@@ -171,24 +175,26 @@ def test_a_prefix_longer_than_the_text_or_beyond_the_window_is_run_in_full() -> 
     assert taken(planned(windowed))["first_layer"] == "in full"
     assert taken(planned(windowed, length=63))["first_layer"] == "cpu"
     wider = dataclasses.replace(NEOX, prefix=3)
-    assert taken(planned(NEOX, rows=1024))["second_layer"] == "span"
-    assert taken(planned(wider, rows=1024, length=54))["second_layer"] == "in full"
-    assert taken(planned(wider, rows=1024, length=55))["second_layer"] == "span"
+    assert taken(planned(NEOX))["second_layer"] == "span"
+    assert taken(planned(wider, length=54))["second_layer"] == "in full"
+    assert taken(planned(wider, length=55))["second_layer"] == "span"
 
 
-def test_a_closed_form_in_torch_must_beat_one_more_block_in_cpp() -> None:
-    enough = FEW_ON_CPU // (64 * NEOX.hidden_size**2)  # rows of 64 positions
-    assert taken(planned(NEOX, rows=enough))["first_layer"] == "torch"
-    fewer = planned(NEOX, rows=enough - 1)
-    assert taken(fewer)["first_layer"] == taken(fewer)["second_layer"] == "in full"
-    assert "one more block in C++ costs less" in str(fewer.first_layer)
-    # Where blocks run one by one in torch there is nothing to beat, and the form in C++ is cheap.
-    assert taken(planned(NEOX, OLD_CPU, rows=enough - 1))["first_layer"] == "torch"
+def test_a_closed_form_in_torch_must_beat_one_more_block() -> None:
+    for machine, blocks in ((CPU, "cpu"), (OLD_CPU, "one by one"), (BARE, "one by one")):
+        enough = FEW_ON_CPU[blocks] // (64 * NEOX.hidden_size**2)  # rows of 64 positions
+        assert taken(planned(NEOX, machine, rows=enough))["first_layer"] == "torch"
+        fewer = planned(NEOX, machine, rows=enough - 1)
+        assert taken(fewer)["first_layer"] == taken(fewer)["second_layer"] == "in full"
+        assert taken(fewer)["blocks"] == blocks
+        assert "one more block costs less" in str(fewer.first_layer)
+    # The form in C++ is cheap, but not for fewer positions than its vectors are worth.
     assert taken(planned(rows=1))["first_layer"] == "cpu"
     for few_positions in (planned(rows=1, length=2), planned(rows=1 << 20, length=2)):
         assert taken(few_positions)["first_layer"] == "in full"
 
 
+@pytest.mark.usefixtures("closed_form")
 def test_what_the_packed_products_cannot_take_is_said() -> None:
     odd = dataclasses.replace(LLAMA, unpacked="a weight of (3, 64) has an odd size")
     plan = planned(odd)

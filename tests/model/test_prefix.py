@@ -71,6 +71,7 @@ def test_the_decoders_hold_the_prefix_in_their_caches(name: str, count: int) -> 
         assert torch.equal(generate(behind, mem, 6, cache, backend=backend), wanted)
 
 
+@pytest.mark.usefixtures("closed_form")
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
 @pytest.mark.parametrize("length", [1, 9, 30])
 def test_the_pair_is_the_input_laid_out(name: str, length: int) -> None:

@@ -18,6 +18,8 @@ from prototok.model.families import DecoderBody
 from prototok.results.arrangement import Arrangement
 from support import DEVICES, losses_by_step, small_llama
 
+pytestmark = pytest.mark.usefixtures("closed_form")
+
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 40, "initializer_range": 0.3,
