@@ -82,23 +82,34 @@ def optimizers(
             f"learned, seed {seed}": optimizer_of(lm, prior, samples, seed, asked)
             for seed in asked.seeds
         }
+    return {"learned, shipped": shipped(lm)}
+
+
+def shipped(lm: FrozenLM) -> LearnedOptimizer:
+    """Return the optimiser in the package."""
     found = shipped_optimizer(lm)
     if found is None:
-        raise SystemExit(f"--shipped: none comes with {lm.identity.name}")
-    return {"learned, shipped": found}
+        raise SystemExit(f"shipped: none comes with {lm.identity.name}")
+    return found
 
 
-def unseen(lm: FrozenLM, text: str, texts: Iterable[Tensor], length: int, count: int) -> Tensor:
-    """Return windows (count, length) of the text that are in none of `texts`, spread over it."""
-    ids = lm.encode(text)
-    windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
-    asked, known = set(windows), set()
+def windows_in(texts: Iterable[Tensor], asked: set[tuple], length: int) -> set[tuple]:
+    """Return those of the asked windows of that length that occur in one of the texts."""
+    known = set()
     for part in texts:
         row = part.tolist()
         for i in range(len(row) - length + 1):
             window = tuple(row[i : i + length])
             if window in asked:
                 known.add(window)
+    return known
+
+
+def unseen(lm: FrozenLM, text: str, texts: Iterable[Tensor], length: int, count: int) -> Tensor:
+    """Return windows (count, length) of the text that are in none of `texts`, spread over it."""
+    ids = lm.encode(text)
+    windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+    known = windows_in(texts, set(windows), length)
     found = [window for window in windows if window not in known]
     if len(found) < count:
         raise SystemExit(f"text: {len(found)} windows of {length} tokens, fewer than {count}")

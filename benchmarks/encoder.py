@@ -4,14 +4,17 @@
     python benchmarks/encoder.py MODEL --text valid.txt --train-text train.txt --folder FOLDER
     python benchmarks/encoder.py tiny-neox --train-text FOLDER --lengths 4 8 16 \\
         --train-lengths 4 5 6 7 8 9 10 11 12 13 14 15 16 --folder FOLDER
+    python benchmarks/encoder.py tiny-neox --train-text FOLDER --folder FOLDER \\
+        --optimizer shipped --samples train/tiny-neox/samples.npy
 
 The encoder learns from windows of --train-text: a file, or a folder, of which a built-in model
 takes the books that it was trained on itself; without it, from samples of the model. Windows of
 the held-out text that occur there are left out. A guess is decoded alone, at batch 1, in the
 model's dtype and in float32, and the worse of both counts. Fits of the same windows by `fast`,
 from the guess and from the prior that the encoder starts from, go on until the margin is that of
-`fast`. Prior and encoders are kept in FOLDER, one folder a model, and made only where they are not
-there; a training that was interrupted goes on.
+`fast`. With --optimizer recipe "learned" fits them too, from the prior and from the guess; none of
+them may occur in the --samples that it was trained on. Prior and encoders are kept in FOLDER, one
+folder a model, and made only where they are not there; a training that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -21,21 +24,20 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from amortised import arguments, cell_of, opened, record_at, save, unseen
+from amortised import arguments, cell_of, opened, record_at, save, shipped, unseen, windows_in
 from readme_tables import RESULTS
 from recipes import rounded
 from record import provenance
 from torch import Tensor
 
 import prototok
-from prototok import Encoder, FitResult, FrozenLM, Prior
+from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
 from prototok.texts.files import read_text
-
-STARTS = ("prior", "encoder")
 
 
 def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
@@ -87,13 +89,49 @@ def guess_of(fit: FitResult) -> dict:
     }
 
 
+def fitted(lm: FrozenLM, targets: Tensor, **options: object) -> dict:
+    """What is kept of fits, times left out."""
+    cell = cell_of(prototok.fast_fit(lm, targets, progress=False, **options), 0.0)
+    del cell["cpu_ms"]
+    return cell
+
+
+def fits(
+    lm: FrozenLM, targets: Tensor, prior: Prior, encoder: Encoder,
+    optimizer: LearnedOptimizer | None,
+) -> dict[str, dict]:  # fmt: skip
+    """Fit from the prior and from the guess, by `fast` and by the optimiser where there is one."""
+    found = {
+        "fast from the prior": fitted(lm, targets, init=prior),
+        "fast from the encoder": fitted(lm, targets, init=encoder),
+    }
+    if optimizer is not None:
+        for name, init in (("prior", optimizer), ("encoder", (encoder, optimizer))):
+            found[f"learned from the {name}"] = fitted(lm, targets, recipe="learned", init=init)
+    return found
+
+
+def optimizer_of(asked: argparse.Namespace, lm: FrozenLM) -> LearnedOptimizer | None:
+    """Return what --optimizer names."""
+    if asked.optimizer is None:
+        return None
+    if asked.samples is None:
+        raise SystemExit("samples: name those that the optimiser was trained on")
+    if asked.optimizer == "shipped":
+        return shipped(lm)
+    return LearnedOptimizer.load(asked.optimizer)
+
+
 def main() -> None:
     parser = arguments()
     parser.description = __doc__.split("\n")[0]
+    parser.add_argument("--optimizer", help="a file, or 'shipped' for the one in the package")
+    parser.add_argument("--samples", type=Path, help="what that was trained on")
     parser.add_argument("--train-text", type=Path, help="default: samples of the model")
     parser.add_argument("--train-tokens", type=int, default=2_000_000)
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
+    optimizer = optimizer_of(asked, lm)
     texts = training_texts(lm, asked)
     encoders = {seed: encoder_of(lm, prior, texts, seed, asked) for seed in asked.seeds}
     model = Path(asked.model).name
@@ -101,23 +139,27 @@ def main() -> None:
     record = record_at(path)
     for length in asked.lengths:
         targets = unseen(lm, text, texts, length, asked.count)
-        fast = cell_of(prototok.fast_fit(lm, targets, init=prior, progress=False), 0.0)
+        if optimizer is not None:
+            samples = torch.from_numpy(np.load(asked.samples))
+            if known := windows_in(samples, set(map(tuple, targets.tolist())), length):
+                raise SystemExit(f"samples: {len(known)} of the windows occur in {asked.samples}")
         for seed, encoder in encoders.items():
             cell = guess_of(prototok.encode(lm, targets, encoder, progress=False))
-            fit = cell_of(prototok.fast_fit(lm, targets, init=encoder, progress=False), 0.0)
-            for name, fitted in zip(STARTS, (fast, fit), strict=True):
-                cell[f"fast from the {name}"] = {
-                    key: value for key, value in fitted.items() if key != "cpu_ms"
+            cell |= fits(lm, targets, prior, encoder, optimizer)
+            if optimizer is not None:
+                cell["optimizer"] = {
+                    "trained": optimizer.start.provenance["lengths"],
+                    "training_steps": int(optimizer.start.provenance["steps"]),
                 }
             cell |= {
                 "model": model, "length": length, "seed": seed, "trained": asked.train_lengths,
                 "training_steps": asked.steps, "training_tokens": sum(map(len, texts)),
                 "training_text": "samples" if asked.train_text is None else "text",
             }  # fmt: skip
-            steps = [cell[f"fast from the {name}"]["steps_quartiles"] for name in STARTS]
+            steps = {k: v["steps_quartiles"] for k, v in cell.items() if " from the " in k}
             print(
                 f"{model}, N = {length}, seed {seed}: {cell['right']:.3f} of tokens right, "
-                f"{cell['exact']}/{cell['texts']} exact; steps of fast from prior and guess {steps}"
+                f"{cell['exact']}/{cell['texts']} exact; steps {steps}"
             )
             trained = f"trained on {asked.train_lengths}, {cell['training_text']}"
             record["cells"][f"{model} {length}, {trained}, seed {seed}"] = cell | provenance()

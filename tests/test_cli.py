@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import prototok
-from prototok import FitResult
+from prototok import FitResult, LearnedOptimizer
 from prototok.cli import main
 from prototok_kernels.backend import this_machine
 from support import small_llama
@@ -53,8 +53,13 @@ def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None
 
 def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -> None:
     learn = ["learn", "optimizer", "--book", str(book), "--lengths", "2", "--steps", "1"]
-    made = prototok_cli(*learn, "-o", "opt.safetensors", cwd=tmp_path)
+    made = prototok_cli(*learn, "-o", "first.safetensors", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
+    begun = ["--init", "first.safetensors", "-o", "opt.safetensors"]
+    more = prototok_cli(*learn, *begun, cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    made_by = LearnedOptimizer.load(tmp_path / "opt.safetensors").start.provenance
+    assert made_by["init"].startswith("LearnedOptimizer(tiny-llama")
     fit = ["fit", str(book), "--length", "2", "--limit", "2", "--recipe", "learned", "-o", "tokens"]
     done = prototok_cli(*fit, "--init", "opt.safetensors", cwd=tmp_path)
     assert done.returncode == 0 and "2 exact" in done.stderr, done.stderr

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
 
+    Begun = Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer]
+
 app = typer.Typer(
     help="Learn once a model what its fits start from.",
     no_args_is_help=True,
@@ -41,6 +43,10 @@ Start = Annotated[Path | None, typer.Option(help="A prior of the model.")]
 _CHECKPOINT = "Keep the training in this file every minute, and go on from it where it is there."
 Checkpoint = Annotated[Path | None, typer.Option(help=_CHECKPOINT)]
 
+_BEGIN = (
+    "What training begins with: a prior of the model, an optimizer to go on from, or an encoder "
+    "to start at the guess of. Given twice: an encoder and an optimizer."
+)
 # Of the commands that fit.
 INIT = (
     "A file of `prototok learn`: an optimizer with --recipe learned, else a prior or an encoder. "
@@ -83,7 +89,7 @@ def optimizer(
     lengths: Lengths = "8,16",
     steps: Steps = 3000,
     seed: Seed = 0,
-    init: Start = None,
+    init: Annotated[list[Path] | None, typer.Option(help=_BEGIN)] = None,
     checkpoint: Checkpoint = None,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     device: Device = "auto",
@@ -94,19 +100,18 @@ def optimizer(
     grid = _grid_of(lengths)
     text = _text_of(book, out)
     from prototok.fitting.learn_optimizer import learn_optimizer
-    from prototok.fitting.prior import Prior
     from prototok.model.load import load
     from prototok.texts.files import chunks
 
-    start = None if init is None else Prior.load(init)
+    start, begun = _begin_with(init)
     lm = load(model, device, dtype)
     whole = None
     if text is not None:
         longest = max(grid[-1], min(_CHUNKS, lm.context or _CHUNKS))
         whole = [ids for ids in chunks(lm, text, longest, None) if len(ids) >= grid[-1]]
     found = learn_optimizer(
-        lm, whole, lengths=grid, steps=steps, prior=start, seed=seed, checkpoint=checkpoint,
-        prefix=front_asked(prefix), progress=True,
+        lm, whole, lengths=grid, steps=steps, prior=start, init=begun, seed=seed,
+        checkpoint=checkpoint, prefix=front_asked(prefix), progress=True,
     )  # fmt: skip
     found.save(out)
     say(f"an optimiser of {lm.identity.name} at {lengths} tokens; written to {out}")
@@ -167,6 +172,22 @@ def start_from(paths: list[Path] | None, recipe: Recipe) -> tuple[Init | None, R
     ):
         raise ValueError("init: two files are an encoder and, behind it, an optimizer")
     return (encoder, optimizer), recipe
+
+
+def _begin_with(paths: list[Path] | None) -> tuple[Prior | None, Begun | None]:
+    """Read what the training of an optimiser begins with: a prior, or what it goes on from."""
+    from prototok.fitting.learned.encoder import Encoder
+    from prototok.fitting.learned.optimizer import LearnedOptimizer
+    from prototok.fitting.prior import Prior
+    from prototok.fitting.recipe import LEARNED
+    from prototok.results.tensor_file import form_of
+
+    networks = (Encoder.form[0], LearnedOptimizer.form[0])
+    if paths and len(paths) == 1 and form_of(paths[0]) not in networks:
+        return Prior.load(paths[0]), None
+    found, _ = start_from(paths, LEARNED)
+    assert not isinstance(found, Prior)
+    return None, found
 
 
 def _read(path: Path, recipe: Recipe) -> Prior | LearnedOptimizer | Encoder:

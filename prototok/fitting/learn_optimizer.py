@@ -15,6 +15,7 @@ from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.learned.checkpoint import Checkpoint
+from prototok.fitting.learned.encoder import Encoder, parted
 from prototok.fitting.learned.kept import weights_of
 from prototok.fitting.learned.network import UpdateNetwork
 from prototok.fitting.learned.optimizer import LearnedOptimizer
@@ -40,6 +41,7 @@ def learn_optimizer(
     reach: int | None = None,
     steps: int = 3000,
     prior: Prior | None = None,
+    init: Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer] | None = None,
     prefix: PrefixLike | Prefix = "auto",
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -62,6 +64,10 @@ def learn_optimizer(
         steps: of training, each a forward and backward of about 1024 positions.
         prior: where fits start, from `learn_shared`; None: what comes with a built-in model, or
             `learn_shared(lm)`.
+        init: what training begins with, in the form in which `fast_fit` takes it. An optimiser: it
+            goes on from its weights, with its start and at least its reach, so several calls make a
+            curriculum. An encoder: every other text starts at its guess, where it takes texts of
+            that length, so that the optimiser is good from there and from the prior.
         prefix: what stands in front of e, as in `fast_fit`, and of the fits with this optimiser.
         seed: of the network's weights and of what it is trained on; the same gives the same.
         checkpoint: a file that training is kept in every minute; where it is there, training goes
@@ -73,12 +79,22 @@ def learn_optimizer(
     """
     if reach is not None and not is_count(reach) and reach != 0:
         raise ValueError(f"reach: {reach!r} is not an integer of at least 0")
+    encoder, trained = parted(init)
+    if isinstance(trained, Prior):
+        if encoder is None:
+            raise ValueError("init: a Prior is given as prior")
+        trained = None
+    if encoder is not None:
+        encoder.start.require_model(lm)
     given = prepared(
-        lm, texts, lengths, steps, seed, prior, prefix, LEARNED, backend, progress
+        lm, texts, lengths, steps, seed, prior, prefix, LEARNED, backend, progress, trained
     )  # fmt: skip
     lm, grid = given.lm, given.lengths
     recipe = LEARNED.at_width(lm.hidden_size, True)  # that of the fits, temperature included
-    reach = 0 if lm.body.head is None else grid[-1] if reach is None else reach
+    before = 0 if trained is None else trained.reach
+    reach = 0 if lm.body.head is None else max(before, grid[-1]) if reach is None else reach
+    if reach < before:
+        raise ValueError(f"reach: {reach} is less than the {before} of the optimiser in init")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = UpdateNetwork(lm.hidden_size, _WIDTH, _DEPTH, reach)
@@ -87,15 +103,18 @@ def learn_optimizer(
     network.rate.fill_(recipe.lr)
     if lm.body.head is not None:
         network.token_scale.fill_(float(lm.body.head.float().std()))
+    if trained is not None:
+        trained.begin(network)
     network.to(lm.device)
     inputs = OneForward(given.layout, prior=given.start)
     setup = Setup(lm, inputs, recipe, backend, None, network)
-    start = given.finished(reach=str(reach))
+    begun = [repr(part) for part in (encoder, trained) if part is not None]
+    start = given.finished(reach=str(reach), **({"init": "; ".join(begun)} if begun else {}))
     kept = None if checkpoint is None else Checkpoint(checkpoint, lm, start.provenance)
 
     def begin(done: int) -> Step:
         generator = torch.Generator("cpu").manual_seed(seed + done)
-        pools = [Pool(setup, given.corpus, n, generator) for n in grid]
+        pools = [Pool(setup, given.corpus, n, generator, encoder) for n in grid]
 
         def make(optimizer: torch.optim.Optimizer, step: int) -> Callable[[], str]:
             pool = pools[step % joined(len(pools), step / steps)]

@@ -65,11 +65,11 @@ class Checkpoint:
 
         header, tensors, origin = read_tensors(self.path, "a training", _FORM, require)
         require_model("checkpoint", origin.model, self.lm)
-        for name, ours in self.origin.provenance.items():
-            if origin.provenance.get(name) != ours:
+        for name in origin.provenance | self.origin.provenance:
+            theirs, ours = (o.provenance.get(name) for o in (origin, self.origin))
+            if theirs != ours:
                 raise ValueError(
-                    f"checkpoint: {self.path} is of a training with {name} "
-                    f"{origin.provenance.get(name)!r}, not {ours!r}"
+                    f"checkpoint: {self.path} is of a training with {name} {theirs!r}, not {ours!r}"
                 )
         with torch.no_grad():
             for name, place in places.items():

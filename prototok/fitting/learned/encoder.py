@@ -5,6 +5,7 @@ Letters: T texts, N tokens of a text, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -94,14 +95,18 @@ class Encoder(KeptNetwork[EncoderNetwork]):
                     f"texts: text {i} has {len(ids)} tokens, more than the {self.longest} that "
                     "this encoder takes"
                 )
-        network, rows = self.network(lm), token_rows(lm)
-        found = []
+        guess, found = self.guesser(lm), []
         for first in range(0, len(targets), _ROWS):
             part = targets[first : first + _ROWS]
             lengths = torch.tensor([len(ids) for ids in part], dtype=torch.int64, device=lm.device)
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.device)
-            found.append(placed(self.start, network(rows[ids], lengths).cpu()))
+            found.append(guess(ids, lengths))
         return torch.cat(found)
+
+    def guesser(self, lm: FrozenLM) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what makes e and m, (R, 2, d) fp32 on the CPU, of ids (R, N) and lengths (R,)."""
+        network, rows = self.network(lm), token_rows(lm)
+        return lambda ids, lengths: placed(self.start, network(rows[ids], lengths).cpu())
 
     def started(self, lm: FrozenLM, groups: list[Group]) -> list[Group]:
         """Return groups whose rows start at the guess, seeds other than 0 near to it."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.network import UpdateNetwork
 from prototok.model.frozen_lm import FrozenLM
@@ -38,17 +40,44 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
         'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
     )
 
+    @property
+    def reach(self) -> int:
+        """Count the first positions of which the network sees the token and its error."""
+        return _reach_of({name: tuple(tensor.shape) for name, tensor in self.weights.items()})
+
+    @torch.no_grad()
+    def begin(self, network: UpdateNetwork) -> None:
+        """Put these weights into a network of the same size, whose reach may be larger.
+
+        It then makes of a text within the reach of this one the updates that this one makes.
+        """
+        state = network.state_dict()
+        if network.reach:
+            state["along.weight"].zero_()
+        for name, tensor in self.weights.items():
+            place = state[name]
+            if name == "along.weight":
+                place = place[:, : tensor.shape[1]]
+            place.copy_(tensor)
+        if self.reach:  # errors are counted in their mean over the positions within reach
+            state["error.weight"].mul_(self.reach / network.reach)
+        state["mean"].copy_(self.start.mean)
+
     @classmethod
     def _blank(
         cls, shapes: dict[str, tuple[int, ...]], hidden_size: int, device: str
     ) -> UpdateNetwork:
         width, _ = shapes["first.weight"]
-        depth, reach = sum(name.endswith(".up.weight") for name in shapes), 0
-        if "along.weight" in shapes:
-            narrow, _ = shapes["token.weight"]
-            _, along = shapes["along.weight"]
-            reach = along // (2 * narrow + 2)
-        return UpdateNetwork(hidden_size, width, depth, reach, device=device)
+        depth = sum(name.endswith(".up.weight") for name in shapes)
+        return UpdateNetwork(hidden_size, width, depth, _reach_of(shapes), device=device)
+
+
+def _reach_of(shapes: dict[str, tuple[int, ...]]) -> int:
+    if "along.weight" not in shapes:
+        return 0
+    narrow, _ = shapes["token.weight"]
+    _, columns = shapes["along.weight"]
+    return columns // (2 * narrow + 2)
 
 
 def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:

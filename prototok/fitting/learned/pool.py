@@ -18,6 +18,7 @@ from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots, Window
 from prototok.fitting.engine.step import forward_backward
+from prototok.fitting.learned.encoder import Encoder
 
 _POSITIONS = 1024  # of a pool, rows × targets; more steps of fewer rows learn faster
 _SOFT = 0.3  # nats added to a row's loss in the logarithm, so that rows that are solved weigh less
@@ -48,11 +49,17 @@ class Pool:
     """Rows of one length under way, in slots of the engine.
 
     A row leaves when it is solved, when it has made the updates it is granted, or when it is not
-    finite; another text takes its place.
+    finite; another text takes its place. Where there is an encoder that takes texts of this length,
+    every other place starts at its guess.
     """
 
     def __init__(
-        self, setup: Setup, corpus: Corpus, length: int, generator: torch.Generator
+        self,
+        setup: Setup,
+        corpus: Corpus,
+        length: int,
+        generator: torch.Generator,
+        encoder: Encoder | None = None,
     ) -> None:
         assert setup.network is not None
         rows = max(8, _POSITIONS // length)
@@ -63,6 +70,8 @@ class Pool:
         self.slots.admit([Group(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
         self.window = Window(rows, rows, length)
         self.most = max(16, length * length // 4)
+        takes = encoder is not None and length <= encoder.longest
+        self.guess = encoder.guesser(setup.lm) if encoder is not None and takes else None
         # The first rows leave at different times, so that the pool soon holds rows of all ages.
         granted = torch.randint(1, 1 + self.most, (rows,), generator=generator, device="cpu")
         self.granted = granted.to(self.slots.device)
@@ -130,7 +139,8 @@ class Pool:
         if not len(rows):
             return
         ids = self.corpus.draw(len(rows), self.length, self.generator)
-        slots.targets[rows] = ids.to(slots.device)
+        ids = ids.to(slots.device)
+        slots.targets[rows] = ids
         for i, bank in enumerate(slots.banks):
             noise = torch.randn(
                 len(rows), slots.width, generator=self.generator, device="cpu", dtype=torch.float32
@@ -139,6 +149,13 @@ class Pool:
             bank.grad[rows] = 0
             for zeroed in bank.buffers()[2:]:
                 zeroed[rows] = 0
+        if self.guess is not None:
+            guessed = rows % 2 == 1
+            lengths = torch.full_like(rows[guessed], self.length)
+            with torch.no_grad():
+                made = self.guess(ids[guessed], lengths).to(slots.device)
+            for bank, vectors in zip(slots.banks, made.unbind(1), strict=True):
+                bank.values[rows[guessed], 0] = vectors
         slots.step[rows] = slots.correct[rows] = 0
         slots.loss[rows] = slots.margin[rows] = 0.0
         slots.errors[rows] = slots.margins[rows] = 0.0

@@ -22,6 +22,7 @@ from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.front import front_of
 from prototok.fitting.learn_shared import SPREAD, learn_shared, own_texts
 from prototok.fitting.learned.checkpoint import Checkpoint
+from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.pool import Corpus
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe
@@ -76,15 +77,21 @@ class Prepared:
 def prepared(
     lm: FrozenLM, texts: Texts | None, lengths: Sequence[int], steps: int, seed: int,
     prior: Prior | None, prefix: PrefixLike | Prefix, recipe: Recipe, backend: str,
-    progress: bool | None,
+    progress: bool | None, trained: KeptNetwork | None = None,
 ) -> Prepared:  # fmt: skip
     """Check what `learn_optimizer` and `learn_encoder` are given, and make what both need.
+
+    A training that begins with a `trained` network has its start too.
 
     Raises:
         ValueError: an argument that cannot be met, named.
     """
     require_frozen(lm)
     grid = require_training(lengths, steps, seed)
+    if trained is not None:
+        if prior is not None:
+            raise ValueError("prior: a network that was trained, in init, brings its own")
+        prior = trained.start
     if prior is not None:
         prior.require_model(lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
@@ -93,7 +100,10 @@ def prepared(
     require_length(grid[-1], behind, layout)
     # Samples are the model's own, whatever stands in front of vectors.
     corpus = corpus_of(lm, texts, grid[-1], seed)
-    start, spread = start_for(behind, prior, backend, progress)
+    if trained is not None:
+        start, spread = trained.start, float(trained.weights["scale"])
+    else:
+        start, spread = start_for(behind, prior, backend, progress)
     made = made_by(grid, steps, seed, texts, in_front)
     return Prepared(behind, grid, layout, corpus, start, spread, made)
 
