@@ -4,11 +4,15 @@
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 8 16 --folder FOLDER
     python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER    # the gradient alone
     python benchmarks/amortised.py tiny-neox --shipped --folder FOLDER/tiny-neox
+    python benchmarks/amortised.py MODEL --text valid.txt --lengths 16 --folder FOLDER \\
+        --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
 
 Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
 comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser
-learns from samples of the model; windows of the text that occur in them are left out. Samples,
-prior and optimisers are kept in FOLDER, one folder a model, and made only where they are not there.
+learns from samples of the model; windows of the text that occur in them are left out. With --begin
+training goes on from a trained optimiser, or starts half of its texts at the guesses of an encoder,
+or both. Samples, prior and optimisers are kept in FOLDER, one folder a model, and made only where
+they are not there; a training that was interrupted goes on.
 With --shipped it is the optimiser in the package, and FOLDER that of train_optimizers.py.
 Times are CPU seconds of everything, the network and the verification included; they are kept only
 with --idle, on a machine that does nothing else.
@@ -31,12 +35,13 @@ from record import provenance
 from torch import Tensor
 
 import prototok
-from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior
+from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned.optimizer import shipped_optimizer
 from prototok.fitting.prior import shipped_prior
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
+from prototok.results.tensor_file import form_of
 from prototok.texts.files import read_text
 
 
@@ -56,18 +61,44 @@ def samples_of(lm: FrozenLM, folder: Path, count: int = 512) -> torch.Tensor:
     return torch.from_numpy(np.load(path))
 
 
+def read_networks(paths: Iterable[Path]) -> tuple[Encoder | LearnedOptimizer, ...]:
+    """Return the encoder or optimiser of each file."""
+    return tuple(
+        Encoder.load(path) if form_of(path) == Encoder.form[0] else LearnedOptimizer.load(path)
+        for path in paths
+    )
+
+
+def training_of(optimizer: LearnedOptimizer) -> dict:
+    """What is kept of how an optimiser was trained."""
+    made = optimizer.start.provenance
+    return {
+        "trained": list(map(int, made["lengths"].split(", "))),
+        "training_steps": int(made["steps"]),
+        "begun": made.get("init"),
+    }
+
+
 def optimizer_of(
     lm: FrozenLM, prior: Prior, samples: torch.Tensor, seed: int, asked: argparse.Namespace
 ) -> LearnedOptimizer:
     """Return what was trained with this seed, from the folder where it is there."""
     lengths = "-".join(map(str, asked.train_lengths))
     name = f"optimizer-{lengths}-{asked.reach}-{asked.steps}-{seed}"
+    begun = read_networks(asked.begin or [])
+    if asked.horizon is not None:
+        name += f"-horizon-{asked.horizon}"
+    if begun:
+        name += "-begun"
     path = asked.folder / f"{name}.safetensors"
     if not path.exists():
         start = time.process_time()
         prototok.learn_optimizer(
             lm, samples, lengths=asked.train_lengths, reach=asked.reach, steps=asked.steps,
-            prior=prior, seed=seed, progress=True,
+            positions=asked.positions, horizon=asked.horizon,
+            prior=None if any(isinstance(part, LearnedOptimizer) for part in begun) else prior,
+            init=None if not begun else begun[0] if len(begun) == 1 else begun, seed=seed,
+            checkpoint=asked.folder / f"{name}.training.safetensors", progress=True,
         ).save(path)  # fmt: skip
         print(f"{name}: {time.process_time() - start:.0f} CPU s of training")
     return LearnedOptimizer.load(path)
@@ -174,7 +205,10 @@ def main() -> None:
     parser = arguments()
     parser.description = __doc__.split("\n")[0]
     parser.add_argument("--reach", type=int)
+    parser.add_argument("--positions", type=int)
+    parser.add_argument("--horizon", type=int)
     parser.add_argument("--shipped", action="store_true", help="the one in the package")
+    parser.add_argument("--begin", type=Path, nargs="+", help="files that training begins with")
     parser.add_argument("--idle", action="store_true", help="keep times")
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
@@ -199,13 +233,14 @@ def main() -> None:
             if not asked.idle:
                 del cell["cpu_ms"]
             if name != "fast":
-                made = learned[name].start.provenance
-                lengths = list(map(int, made["lengths"].split(", ")))
-                cell |= {"trained": lengths, "reach": asked.reach,
-                         "training_steps": int(made["steps"])}  # fmt: skip
-                name += f", trained on {lengths}" + (
+                cell |= training_of(learned[name]) | {"reach": asked.reach}
+                name += f", trained on {cell['trained']}" + (
                     "" if asked.reach is None else f", reach {asked.reach}"
                 )
+                if asked.horizon is not None:
+                    name += f", horizon {asked.horizon}"
+                if cell["begun"]:
+                    name += f", begun with {cell['begun']}"
             cell |= {"model": model, "length": length, "recipe": name} | provenance()
             record["cells"][f"{model} {length} {name}"] = cell
             save(record, path)

@@ -26,7 +26,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from amortised import arguments, cell_of, opened, record_at, save, shipped, unseen, windows_in
+from amortised import (
+    arguments,
+    cell_of,
+    opened,
+    record_at,
+    save,
+    shipped,
+    training_of,
+    unseen,
+    windows_in,
+)
 from readme_tables import RESULTS
 from recipes import rounded
 from record import provenance
@@ -147,10 +157,7 @@ def main() -> None:
             cell = guess_of(prototok.encode(lm, targets, encoder, progress=False))
             cell |= fits(lm, targets, prior, encoder, optimizer)
             if optimizer is not None:
-                cell["optimizer"] = {
-                    "trained": optimizer.start.provenance["lengths"],
-                    "training_steps": int(optimizer.start.provenance["steps"]),
-                }
+                cell["optimizer"] = training_of(optimizer)
             cell |= {
                 "model": model, "length": length, "seed": seed, "trained": asked.train_lengths,
                 "training_steps": asked.steps, "training_tokens": sum(map(len, texts)),
@@ -162,7 +169,10 @@ def main() -> None:
                 f"{cell['exact']}/{cell['texts']} exact; steps {steps}"
             )
             trained = f"trained on {asked.train_lengths}, {cell['training_text']}"
-            record["cells"][f"{model} {length}, {trained}, seed {seed}"] = cell | provenance()
+            key = f"{model} {length}, {trained}, {asked.steps} steps, seed {seed}"
+            if optimizer is not None and cell["optimizer"]["begun"]:
+                key += f", optimizer begun with {cell['optimizer']['begun']}"
+            record["cells"][key] = cell | provenance()
             save(record, path)
     print(f"\nwritten to {path}")
 

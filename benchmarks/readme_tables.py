@@ -510,25 +510,33 @@ def amortised() -> str:
 
 def encoder() -> str:
     cells = sorted(
-        result("encoder.json")["cells"].values(), key=lambda c: (c["model"], c["length"])
+        result("encoder.json")["cells"].values(),
+        key=lambda c: (c["model"], c["length"], c["training_steps"]),
     )
     lines = [
         "| model | N | trained at | steps, on | seed | tokens right | 95 % | exact | 95 % "
-        "| fast from the prior | fast from the guess |",
-        "|---" * 11 + "|",
+        "| fast from the prior | fast from the guess | learned from the prior "
+        "| learned from the guess |",
+        "|---" * 13 + "|",
     ]
     for c in cells:
         trained = c["trained"]
         at = f"{trained[0]}–{trained[-1]}" if len(trained) > 1 else trained[0]
         right, exact = c["right_interval"], c["exact_interval"]
         on = {"samples": "samples of the model", "text": "other text"}[c["training_text"]]
-        fits = (c["fast from the prior"], c["fast from the encoder"])
+        names = [
+            f"{how} from the {of}" for how in ("fast", "learned") for of in ("prior", "encoder")
+        ]
+        fits = [c.get(name) for name in names]
         lines.append(
             f"| {c['model']} | {c['length']} | {at} | {c['training_steps']}, {on} | {c['seed']} "
             f"| {c['right']:.2f} | {right[0]:.2f}–{right[1]:.2f} | {c['exact']}/{c['texts']} "
             f"| {exact[0]:.2f}–{exact[1]:.2f} | "
             + " | ".join(
-                f"{steps_of(f['steps_quartiles'])}, {f['solved']}/{f['texts']}" for f in fits
+                "–"
+                if f is None
+                else f"{steps_of(f['steps_quartiles'])}, {f['solved']}/{f['texts']}"
+                for f in fits
             )
             + " |"
         )

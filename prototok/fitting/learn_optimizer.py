@@ -40,6 +40,8 @@ def learn_optimizer(
     lengths: Sequence[int] = (8, 16),
     reach: int | None = None,
     steps: int = 3000,
+    positions: int | None = None,
+    horizon: int | None = None,
     prior: Prior | None = None,
     init: Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer] | None = None,
     prefix: PrefixLike | Prefix = "auto",
@@ -61,7 +63,10 @@ def learn_optimizer(
         reach: positions from the first on of which the network sees the token and its error, beside
             the gradient that sums up all of them; None: up to the longest of `lengths`. Always 0
             for a model of the family "general", which keeps these to itself.
-        steps: of training, each a forward and backward of about 1024 positions.
+        steps: of training, each a forward and backward of about `positions`.
+        positions: texts under way times their tokens; None: 1024, which is few for long texts, that
+            stay for many updates.
+        horizon: updates that a text is granted in training; None: 16, or N² / 4 where that is more.
         prior: where fits start, from `learn_shared`; None: what comes with a built-in model, or
             `learn_shared(lm)`.
         init: what training begins with, in the form in which `fast_fit` takes it. An optimiser: it
@@ -79,6 +84,9 @@ def learn_optimizer(
     """
     if reach is not None and not is_count(reach) and reach != 0:
         raise ValueError(f"reach: {reach!r} is not an integer of at least 0")
+    for name, value in (("positions", positions), ("horizon", horizon)):
+        if value is not None and not is_count(value):
+            raise ValueError(f"{name}: {value!r} is not a positive integer")
     encoder, trained = parted(init)
     if isinstance(trained, Prior):
         if encoder is None:
@@ -108,13 +116,17 @@ def learn_optimizer(
     network.to(lm.device)
     inputs = OneForward(given.layout, prior=given.start)
     setup = Setup(lm, inputs, recipe, backend, None, network)
+    asked = {"positions": positions, "horizon": horizon}
+    made = {name: str(value) for name, value in asked.items() if value is not None}
     begun = [repr(part) for part in (encoder, trained) if part is not None]
-    start = given.finished(reach=str(reach), **({"init": "; ".join(begun)} if begun else {}))
+    if begun:
+        made["init"] = "; ".join(begun)
+    start = given.finished(reach=str(reach), **made)
     kept = None if checkpoint is None else Checkpoint(checkpoint, lm, start.provenance)
 
     def begin(done: int) -> Step:
         generator = torch.Generator("cpu").manual_seed(seed + done)
-        pools = [Pool(setup, given.corpus, n, generator, encoder) for n in grid]
+        pools = [Pool(setup, given.corpus, n, generator, encoder, positions, horizon) for n in grid]
 
         def make(optimizer: torch.optim.Optimizer, step: int) -> Callable[[], str]:
             pool = pools[step % joined(len(pools), step / steps)]

@@ -138,6 +138,23 @@ def test_it_trains_with_both(
     assert bool(found.exact.all())
 
 
+def test_rows_under_way_and_their_updates_are_as_asked(
+    small_lm: FrozenLM, prior: Prior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[Pool] = []
+    step, oldest = Pool.train_step, [0]
+
+    def watched(self: Pool, optimizer: torch.optim.Optimizer) -> None:
+        pools.append(self)
+        step(self, optimizer)
+        oldest[0] = max(oldest[0], int(self.slots.step.max()))
+
+    monkeypatch.setattr(Pool, "train_step", watched)
+    made = learn(small_lm, prior=prior, steps=12, positions=20 * LENGTH, horizon=5)
+    assert pools[0].window.rows == 20 and oldest[0] == 5
+    assert (made.start.provenance["positions"], made.start.provenance["horizon"]) == ("60", "5")
+
+
 def test_a_checkpoint_of_another_beginning_is_refused(
     small_lm: FrozenLM, prior: Prior, optimizer: LearnedOptimizer, tmp_path: Path
 ) -> None:
@@ -153,6 +170,8 @@ def test_what_does_not_go_together_is_refused(
     for options, message in (
         ({"init": prior}, "init: a Prior is given as prior"),
         ({"init": 3}, "init: int is not"),
+        ({"prior": prior, "positions": 0}, "positions: 0 is not a positive integer"),
+        ({"prior": prior, "horizon": 2.5}, "horizon: 2.5 is not a positive integer"),
         ({"init": optimizer, "prior": prior}, "prior: a network that was trained"),
         ({"init": optimizer, "reach": LENGTH - 1}, "reach: 2 is less than the 3 of"),
     ):

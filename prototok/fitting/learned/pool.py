@@ -20,7 +20,7 @@ from prototok.fitting.engine.slots import Room, Slots, Window
 from prototok.fitting.engine.step import forward_backward
 from prototok.fitting.learned.encoder import Encoder
 
-_POSITIONS = 1024  # of a pool, rows × targets; more steps of fewer rows learn faster
+_POSITIONS = 1024  # of a pool, rows × targets; at few tokens more steps of fewer rows learn faster
 _SOFT = 0.3  # nats added to a row's loss in the logarithm, so that rows that are solved weigh less
 _LEAVE = 0.3  # margin from which on a row has nothing more to teach
 
@@ -60,16 +60,18 @@ class Pool:
         length: int,
         generator: torch.Generator,
         encoder: Encoder | None = None,
+        positions: int | None = None,
+        horizon: int | None = None,
     ) -> None:
         assert setup.network is not None
-        rows = max(8, _POSITIONS // length)
+        rows = max(8, (positions or _POSITIONS) // length)
         self.setup, self.network, self.corpus = setup, setup.network, corpus
         self.length, self.generator = length, generator
         self.slots = Slots(setup, Room(rows, rows, length))
         ids = corpus.draw(rows, length, generator)
         self.slots.admit([Group(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
         self.window = Window(rows, rows, length)
-        self.most = max(16, length * length // 4)
+        self.most = horizon or max(16, length * length // 4)
         takes = encoder is not None and length <= encoder.longest
         self.guess = encoder.guesser(setup.lm) if encoder is not None and takes else None
         # The first rows leave at different times, so that the pool soon holds rows of all ages.
