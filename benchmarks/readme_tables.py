@@ -515,30 +515,31 @@ def encoder() -> str:
     )
     lines = [
         "| model | N | trained at | steps, on | seed | tokens right | 95 % | exact | 95 % "
-        "| fast from the prior | fast from the guess | learned from the prior "
+        "| fast from the prior | fast from the guess | optimiser | learned from the prior "
         "| learned from the guess |",
-        "|---" * 13 + "|",
+        "|---" * 14 + "|",
     ]
     for c in cells:
         trained = c["trained"]
         at = f"{trained[0]}–{trained[-1]}" if len(trained) > 1 else trained[0]
         right, exact = c["right_interval"], c["exact_interval"]
         on = {"samples": "samples of the model", "text": "other text"}[c["training_text"]]
+        by = c.get("optimizer", {"training_steps": "–", "begun": None})
+        optimizer = f"{by['training_steps']}" + (" more, half on guesses" if by["begun"] else "")
         names = [
             f"{how} from the {of}" for how in ("fast", "learned") for of in ("prior", "encoder")
         ]
-        fits = [c.get(name) for name in names]
+        fits = [
+            f"{steps_of(c[name]['steps_quartiles'])}, {c[name]['solved']}/{c[name]['texts']}"
+            if name in c
+            else "–"
+            for name in names
+        ]
+        fits.insert(2, optimizer)
         lines.append(
             f"| {c['model']} | {c['length']} | {at} | {c['training_steps']}, {on} | {c['seed']} "
             f"| {c['right']:.2f} | {right[0]:.2f}–{right[1]:.2f} | {c['exact']}/{c['texts']} "
-            f"| {exact[0]:.2f}–{exact[1]:.2f} | "
-            + " | ".join(
-                "–"
-                if f is None
-                else f"{steps_of(f['steps_quartiles'])}, {f['solved']}/{f['texts']}"
-                for f in fits
-            )
-            + " |"
+            f"| {exact[0]:.2f}–{exact[1]:.2f} | {' | '.join(fits)} |"
         )
     sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
     return "\n".join([*lines, "", "\n\n".join(sources)])

@@ -118,9 +118,9 @@ def learn_optimizer(
     setup = Setup(lm, inputs, recipe, backend, None, network)
     asked = {"positions": positions, "horizon": horizon}
     made = {name: str(value) for name, value in asked.items() if value is not None}
-    begun = [repr(part) for part in (encoder, trained) if part is not None]
+    begun = [part for part in (encoder, trained) if part is not None]
     if begun:
-        made["init"] = "; ".join(begun)
+        made["init"] = "; ".join(f"{type(part).__name__} {part.training}" for part in begun)
     start = given.finished(reach=str(reach), **made)
     kept = None if checkpoint is None else Checkpoint(checkpoint, lm, start.provenance)
 

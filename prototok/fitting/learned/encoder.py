@@ -41,11 +41,7 @@ class Encoder(KeptNetwork[EncoderNetwork]):
     lm: FrozenLM | None = None
 
     def __repr__(self) -> str:
-        made = self.start.provenance
-        return (
-            f"Encoder({self.start.model.name}, up to {self.longest} tokens, trained at N = "
-            f"{made.get('lengths')} for {made.get('steps')} steps)"
-        )
+        return f"Encoder({self.start.model.name}, up to {self.longest} tokens, {self.training})"
 
     form: ClassVar[tuple[str, int]] = ("prototok.encoder", 1)
     _what: ClassVar[str] = "an encoder"

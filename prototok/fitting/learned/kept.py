@@ -46,6 +46,12 @@ class KeptNetwork(OnHub, Generic[N]):
     def model(self) -> ModelIdentity:  # type: ignore[override]  # read of `start`, never set
         return self.start.model
 
+    @property
+    def training(self) -> str:
+        """How it was trained, in words."""
+        made = self.start.provenance
+        return f"trained at N = {made.get('lengths')} for {made.get('steps')} steps"
+
     def network(self, lm: FrozenLM) -> N:
         """Return the network on the model's device and in its dtype, frozen."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}

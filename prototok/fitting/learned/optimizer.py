@@ -26,11 +26,7 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
     """
 
     def __repr__(self) -> str:
-        made = self.start.provenance
-        return (
-            f"LearnedOptimizer({self.start.model.name}, trained at N = {made.get('lengths')} for "
-            f"{made.get('steps')} steps)"
-        )
+        return f"LearnedOptimizer({self.start.model.name}, {self.training})"
 
     form: ClassVar[tuple[str, int]] = ("prototok.optimizer", 1)
     _what: ClassVar[str] = "a learned optimiser"
