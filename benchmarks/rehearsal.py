@@ -470,6 +470,7 @@ def rehearsal(processors: int = 132, may_read: bool = False) -> Iterator[Seen]:
             (slots_module.Slots, "_sent", send),
             (step_module, "named_range", part),
             (runner_module, "named_range", part),
+            (general, "on_cuda", lambda device: True),
             (general, "takes_mask", lambda model: True),  # these two compare values
             (general, "outside_scale", lambda body: 1.0),
             (frozen_lm, "sampled_fingerprint_of", lambda source: "of no weights"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prototok.common.urgent import on_cuda
 from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
@@ -57,7 +58,7 @@ def rows_that_fit(setup: Setup, length: int) -> int:
     """Return how many rows of N = `length` targets a forward takes when nobody says."""
     lm = setup.lm
     full = max(1, _FULL.get(lm.device.type, 2048) // setup.inputs.input_length(length))
-    if lm.device.type != "cuda":
+    if not on_cuda(lm.device):
         return full
     probe = min(full, 8)
     try:

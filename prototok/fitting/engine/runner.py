@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.ranges import named_range
+from prototok.common.urgent import on_cuda
 from prototok.fitting.engine.rows import Group
 from prototok.fitting.engine.slots import Slots, Window
 from prototok.fitting.engine.step import step
@@ -299,7 +300,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _runner(device: torch.device) -> type[StepRunner]:
-    return CapturedStep if device.type == "cuda" else StepRunner
+    return CapturedStep if on_cuda(device) else StepRunner
 
 
 def step_runner(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> StepRunner:

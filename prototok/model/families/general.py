@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prototok.common.urgent import on_cuda
 from prototok_kernels.plan import Plan, Shape
 
 
@@ -59,7 +60,7 @@ class GeneralBody:
         return self._logits(whole)[:, len(self.prefix) :]
 
     def _logits(self, inputs_embeds: Tensor) -> Tensor:
-        if inputs_embeds.device.type == "cpu" or not self._takes_mask:
+        if not on_cuda(inputs_embeds.device) or not self._takes_mask:
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
         return masked_logits(self.model, inputs_embeds)
 

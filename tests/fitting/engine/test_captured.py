@@ -1,26 +1,22 @@
-"""`CapturedStep` itself, on the CPU: stand-ins for torch.cuda's streams, events and graphs.
+"""`CapturedStep` itself, on the CPU, with stand-ins for torch.cuda's streams, events and graphs.
 
-A stand-in graph replays the step it was captured with, and refuses another window. What this cannot
-show is a real capture; what it does show is everything around one.
+What this cannot show is a real capture; what it does show is everything around one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 
-import fake_cuda
 import prototok
-from fake_cuda import CurrentStream
+from fake_cuda import FITTING, Event, FakeCuda, stand_in, windows_of_cuda
 from prototok import FitResult, FrozenLM, Recipe
 from prototok.fitting.engine import runner as module
 from prototok.fitting.engine.runner import CapturedStep, StepRunner
-from prototok.fitting.engine.slots import Slots, Window, _halved
+from prototok.fitting.engine.slots import Slots
 
 RECIPE = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=100)
 real_step = module.step
@@ -39,110 +35,42 @@ class Patient(StepRunner):
         self.burst = CapturedStep.burst if self.advances < 3 else module.burst_for(5e-3)
 
 
-class Event:
-    """Of a device on which a step takes five milliseconds."""
-
-    clock = 0
-    at = 0
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.timing, self.waited = enable_timing, False
-
-    def synchronize(self) -> None:
-        self.waited = True
-
-    def elapsed_time(self, end: Event) -> float:
-        assert self.timing and end.timing and end.waited
-        return 5.0 * (end.at - self.at)
-
-
-class Stream(fake_cuda.Stream):
-    wait_event = fake_cuda.Stream.wait_stream
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.at = Event.clock
-        return event
-
-    def synchronize(self) -> None:
-        self.waited.append("host")
-
-
 @dataclass
-class FakeCuda(CurrentStream):
-    """Rows a step has `room` for, what a capture `refuses` with, and whether a step `waits`."""
+class Device(FakeCuda):
+    """Rows a step has `room` for, what a capture `fails` with, and whether a step `waits`."""
 
     room: int | None = None
-    refuses: str | None = None
+    fails: str | None = None
     waits: bool = False
-    current: list[Stream] = field(default_factory=lambda: [Stream()])
-    graphs: list[Graph] = field(default_factory=list)
-    capturing: Graph | None = None
-    debug: str = "default"
-
-    @contextlib.contextmanager
-    def graph(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Any:
-        assert self.current[-1] is stream and capture_error_mode == "thread_local"
-        self.capturing, graph.stream, graph.fake = graph, stream, self
-        try:
-            yield
-        finally:
-            self.capturing = None
-        self.graphs.append(graph)
+    captured: list[int] = field(default_factory=list)  # rows a forward
 
     def step(self, lm: FrozenLM, slots: Slots, rows: int) -> None:
         if self.room is not None and min(rows, slots.window.rows) > self.room:
             raise torch.OutOfMemoryError("no room")
-        if self.waits and (self.capturing or self.debug == "error"):
-            raise RuntimeError("called a synchronizing CUDA operation")
+        if self.waits:
+            bool(slots.done.any())
         if self.capturing is None:
             Event.clock += 1
-            real_step(lm, slots, rows)
-            return
-        if self.refuses:
-            raise RuntimeError(self.refuses)
-        self.capturing.what = (lm, slots, rows, slots.window)
-
-
-class Graph:
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        lm, slots, rows, window = self.what
-        assert self.fake.current[-1] is self.stream and slots.window == window
-        Event.clock += 1
+        elif self.fails:
+            raise RuntimeError(self.fails)
+        else:
+            self.captured.append(rows)
         real_step(lm, slots, rows)
-        self.replays += 1
 
 
 def fitted(
-    monkeypatch: pytest.MonkeyPatch, lm: FrozenLM, kind: type[StepRunner], fake: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch, lm: FrozenLM, kind: type[StepRunner], fake: Device,
     share: str | None,
 ) -> FitResult:  # fmt: skip
-    def window(slots: Slots) -> Window:  # as on CUDA
-        room = slots.room
-        return Window(
-            _halved(room.rows, slots.rows), _halved(room.groups, len(slots.groups)), room.length
-        )
-
     ids = torch.randint(lm.vocab_size, (6, 2), generator=torch.Generator().manual_seed(0))
     with monkeypatch.context() as patched:
-        for name, value in {
-            "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": fake.graph,
-            "stream": fake.stream,
-            "current_stream": lambda device=None: fake.current[-1], "empty_cache": lambda: None,
-            "graph_pool_handle": lambda: (0, 1), "synchronize": lambda device=None: None,
-            "get_sync_debug_mode": lambda: fake.debug,
-            "set_sync_debug_mode": lambda mode: setattr(fake, "debug", mode),
-        }.items():  # fmt: skip
-            patched.setattr(torch.cuda, name, value)
-        patched.setattr(Slots, "window", property(window))
+        stand_in(patched, fake, *FITTING)
+        windows_of_cuda(patched)
         patched.setattr(module, "step", fake.step)
-        patched.setattr(module, "_runner", lambda device: kind)
+        patched.setattr(module, "CapturedStep", kind)
         return prototok.fast_fit(
             lm, ids, share=share, group_size=2 if share else None, recipe=RECIPE, batch_size=4,
-            progress=False,
+            progress=False, backend="torch",
         )  # fmt: skip
 
 
@@ -158,15 +86,15 @@ def assert_same(found: FitResult, wanted: FitResult) -> None:
 def test_is_the_same_as_steps_without_graphs(
     monkeypatch: pytest.MonkeyPatch, small_lm: FrozenLM, share: str | None, room: int | None
 ) -> None:
-    fake = FakeCuda(room=room)
+    fake = Device(room=room)
     found = fitted(monkeypatch, small_lm, CapturedStep, fake, share)
     assert sum(graph.replays for graph in fake.graphs) > 20
     assert len(fake.current) == 1  # every stream was left
-    assert_same(found, fitted(monkeypatch, small_lm, Patient, FakeCuda(room=room), share))
+    assert_same(found, fitted(monkeypatch, small_lm, Patient, Device(room=room), share))
 
 
 @dataclass
-class TightCapture(FakeCuda):
+class TightCapture(Device):
     """The steps have room, and a graph has it for two rows."""
 
     def step(self, lm: FrozenLM, slots: Slots, rows: int) -> None:
@@ -183,8 +111,8 @@ def test_out_of_memory_in_the_capture_alone(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = fitted(monkeypatch, small_lm, CapturedStep, fake, share)
-    assert fake.graphs and all(graph.what[2] <= 2 for graph in fake.graphs)
-    plain = fitted(monkeypatch, small_lm, Patient, FakeCuda(), share)
+    assert fake.captured and max(fake.captured) <= 2
+    plain = fitted(monkeypatch, small_lm, Patient, Device(), share)
     # Other rows a forward round otherwise; nobody is lost for that.
     assert abs(int(found.exact.sum()) - int(plain.exact.sum())) <= 2
     assert found.steps.min() > 0
@@ -193,11 +121,11 @@ def test_out_of_memory_in_the_capture_alone(
 def test_a_capture_that_fails_otherwise_goes_on_without(
     monkeypatch: pytest.MonkeyPatch, small_lm: FrozenLM
 ) -> None:
-    fake = FakeCuda(refuses="operation not permitted when stream is capturing\nand so on")
+    fake = Device(fails="operation not permitted when stream is capturing\nand so on")
     with pytest.warns(UserWarning, match=r"without a CUDA graph, slower \(operation not permitted"):
         found = fitted(monkeypatch, small_lm, CapturedStep, fake, None)
     assert not fake.graphs
-    assert_same(found, fitted(monkeypatch, small_lm, Patient, FakeCuda(), None))
+    assert_same(found, fitted(monkeypatch, small_lm, Patient, Device(), None))
 
 
 def test_a_model_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +139,11 @@ def test_a_model_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> 
     lm = prototok.load(GPT2LMHeadModel(config).eval(), device="cpu", dtype="float32")
     captures: list[object] = []
     monkeypatch.setattr(CapturedStep, "_capture", lambda runner, key: captures.append(key))
-    fake = FakeCuda(waits=True)
-    with pytest.warns(UserWarning, match="slower .called a synchronizing CUDA operation"):
+    fake = Device(waits=True)
+    with pytest.warns(UserWarning, match=r"slower \(\w+ waits for the device\)"):
         found = fitted(monkeypatch, lm, CapturedStep, fake, None)
-    assert not captures and fake.debug == "default"
-    assert_same(found, fitted(monkeypatch, lm, Patient, FakeCuda(), None))
+    assert not captures and fake.debug == 0
+    assert_same(found, fitted(monkeypatch, lm, Patient, Device(), None))
 
 
 def test_the_time_of_a_step_decides_how_long_a_burst_is() -> None:
@@ -237,7 +165,7 @@ def test_a_burst_is_timed_once_and_without_captures(
         decided.append((replays, runner.burst))
 
     monkeypatch.setattr(CapturedStep, "_decide", seen)
-    fake = FakeCuda()
+    fake = Device()
     fitted(monkeypatch, small_lm, CapturedStep, fake, None)
     first = CapturedStep.burst
     assert decided == [(3 * first - 2, 8)]  # two steps warmed up
