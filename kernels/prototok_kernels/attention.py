@@ -8,11 +8,13 @@ constant positions in front of all rows (prefix.py).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
@@ -204,11 +206,33 @@ def causal_attention(
         position = torch.arange(keys, device=q.device)
         distance = position[keys - length :, None] - position[None, :]
         mask = (distance >= 0) & (distance < (window or keys))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    kernels: AbstractContextManager[object] = nullcontext()
+    if mask is not None and cudnn_may_fail(keys, q.device):
+        kernels = without_cudnn()
+        # Of the others not all that take a mask share the heads of k and v, in every version.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    with kernels:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
     return out.transpose(1, 2).flatten(2).to(dtype)
+
+
+def cudnn_may_fail(keys: int, device: torch.device) -> bool:
+    """Return True if the gradient of cuDNN's attention under a mask may be NaN for so many keys.
+
+    It takes 64 keys too many for logits of 0, where those of a row may all lie so far below that
+    their exponentials overflow (torch 2.11 to 2.13 on Hopper, pytorch issue 196678).
+    """
+    return device.type != "cpu" and keys % 128 == 64
+
+
+def without_cudnn() -> AbstractContextManager[object]:
+    """Let torch attend by its other kernels inside."""
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def rotary(

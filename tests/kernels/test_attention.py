@@ -121,3 +121,28 @@ def test_names_what_does_not_fit():
         attention(qkv, cos[:3], sin[:3], **options)
     with pytest.raises(ValueError, match="window: must be at least 1"):
         attention(qkv, cos, sin, **options, window=0)
+
+
+@pytest.mark.parametrize("prefix", [0, 64])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_cudnn_attends_only_where_its_gradient_is_sound(monkeypatch, kv_heads, prefix):
+    """On a GPU, under a mask, not for 64 keys beyond a multiple of 128."""
+    asked = []
+
+    def attend(q, k, v, *, attn_mask, enable_gqa, **_):
+        assert enable_gqa == (k.shape[1] != q.shape[1])
+        asked.append((k.shape[2], torch.backends.cuda.cudnn_sdp_enabled(), k.shape[1], v.shape[1]))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for device in ("meta", "cpu"):
+        front = torch.zeros(2, kv_heads, prefix, 8, device=device) if prefix else None
+        for length in (63, 64, 128, 192):
+            q, k, v = (torch.empty(1, n, length, 8, device=device) for n in (2, kv_heads, kv_heads))
+            for window in (None, 9):
+                module.causal_attention(q, k, v, 1.0, window, prefix=front)
+                masked = prefix > 0 or window is not None
+                unsound = device == "meta" and masked and (prefix + length) % 128 == 64
+                shared = 2 if unsound else kv_heads
+                assert asked.pop() == (prefix + length, not unsound, shared, shared)
+    assert torch.backends.cuda.cudnn_sdp_enabled()

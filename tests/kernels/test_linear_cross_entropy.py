@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 import types
 
@@ -358,15 +357,7 @@ def test_a_target_outside_the_vocabulary(backend, device, target):
         loss = linear_cross_entropy(hidden, weight, targets, backend=backend).loss
         assert loss.isnan().tolist() == [False, True, False]
     elif device == "cuda":
-        # A device-side assert ends all use of CUDA in its process, so it has one of its own.
-        program = (
-            "import torch; from prototok_kernels.linear_cross_entropy import linear_cross_entropy\n"
-            "h, w = (torch.randn(n, 8, device='cuda') for n in (3, 30))\n"
-            f"t = torch.tensor([0, {target}, 1], device='cuda')\n"
-            "print(linear_cross_entropy(h, w, t, backend='torch').loss)"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode != 0 and "device-side assert" in done.stderr
+        pytest.skip("ends its process: tests/cuda has it in one of its own")
     else:
         with pytest.raises((ValueError, RuntimeError)):
             linear_cross_entropy(hidden, weight, targets, backend=backend)

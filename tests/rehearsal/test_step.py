@@ -95,6 +95,18 @@ def test_a_step_of_the_general_family(case: str) -> None:
     assert {"_head_kernel", "_adamw_kernel"} <= {launch.name for launch in seen.launches}
 
 
+@pytest.mark.parametrize("length", [63, 64])
+def test_transformers_attends_without_cudnn_where_its_gradient_may_be_nan(length: int) -> None:
+    asked = []
+    with rehearsal():
+        lm = frozen(gpt2)
+        lm.body.model.register_forward_pre_hook(
+            lambda module, args: asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        )
+        step(lm, slots_of(lm, "e m*", 2, length), 2)
+    assert asked == [length == 63] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_host_read_is_seen() -> None:
     with rehearsal():
         x = torch.ones(4, device=DEVICE)

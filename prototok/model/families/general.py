@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prototok.common.urgent import on_cuda
+from prototok_kernels.attention import cudnn_may_fail, without_cudnn
 from prototok_kernels.plan import Plan, Shape
 
 
@@ -60,6 +61,12 @@ class GeneralBody:
         return self._logits(whole)[:, len(self.prefix) :]
 
     def _logits(self, inputs_embeds: Tensor) -> Tensor:
+        if cudnn_may_fail(inputs_embeds.shape[1], inputs_embeds.device):
+            with without_cudnn():
+                return self._attended(inputs_embeds)
+        return self._attended(inputs_embeds)
+
+    def _attended(self, inputs_embeds: Tensor) -> Tensor:
         if not on_cuda(inputs_embeds.device) or not self._takes_mask:
             return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
         return masked_logits(self.model, inputs_embeds)

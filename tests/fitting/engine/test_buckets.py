@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -111,17 +110,3 @@ def test_results_do_not_depend_on_the_buckets(
     if share is None:
         solved = apart.exact
         assert float((together.steps - apart.steps)[solved].abs().float().mean()) < 3
-
-
-@pytest.fixture
-def cuda_lm() -> Iterator[FrozenLM]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    from support import small_llama
-
-    yield prototok.load(small_llama(), device="cuda", dtype="bfloat16")
-
-
-def test_rows_that_fit_are_measured_on_cuda(cuda_lm: FrozenLM) -> None:
-    rows = module.rows_that_fit(Setup(cuda_lm, PAIR, RECIPE, "auto", None), 32)
-    assert 64 <= rows <= module._FULL["cuda"] // 32
