@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in runs of ten minutes. The most telling comes first.
 #
-#   benchmarks/gpu.sh [--out OUT] [STEP…]            steps or sets of steps; without any, the set "first"
+#   benchmarks/gpu.sh [--out OUT] [STEP…]            steps or sets of steps; without any, "first second"
 #   benchmarks/gpu.sh --dry-run [--out OUT] [STEP…]  without a GPU: every command at a tiny size
 #   benchmarks/gpu.sh --list                         sets, steps and their limits in seconds
 #
-# OUT (default benchmarks/results/gpu-<device>) gets summary.txt, a line for each step, and one archive,
-# <set>.tar.gz, written anew after every step: NAME.txt, what a step printed as it went, and most a
-# NAME.json. A step that fails does not stop the others; then the exit code is 1.
+# Steps run in the order given, each once, until BUDGET (570) seconds are over: those that a run had no
+# time for are named in summary.txt, and the next run is given them. OUT (default
+# benchmarks/results/gpu-<device>) gets summary.txt, a line for each step, and one archive, <set>.tar.gz,
+# written anew after every step: NAME.txt, what a step printed as it went, and most a NAME.json. A step
+# that fails does not stop the others; then the exit code is 1.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 # A step has at most its limit, and the limits of a set add up to no more than the budget.
 declare -A limit=(
-    [env]=20 [driver]=10 [gemms]=60 [graphs]=90 [tests]=150 [fit-step-pythia-160m]=70
-    [fit-step-llama-3.2-1b]=80 [ncu]=80
-    [fit-step-pythia-1.4b]=90 [fit-step-llama-3.1-8b]=110 [throughput]=150 [slots]=60 [kernels]=100
-    [profile]=40
-    [memcheck]=180 [racecheck]=180 [table4]=190
+    [env]=20 [driver]=10 [gemms]=60 [graphs]=100 [fit-step-pythia-160m]=80 [fit-step-llama-3.2-1b]=90
+    [throughput]=110
+    [tests]=150 [ncu]=80 [fit-step-pythia-1.4b]=80 [fit-step-llama-3.1-8b]=100 [throughput-256]=140
+    [slots]=60 [kernels]=100 [profile]=40 [table4]=190
+    [memcheck]=180 [racecheck]=180
 )
+sets="first second third fourth"
 declare -A set_of=(
-    [first]="env driver gemms graphs tests fit-step-pythia-160m fit-step-llama-3.2-1b ncu"
-    [second]="env fit-step-pythia-1.4b fit-step-llama-3.1-8b throughput slots kernels profile"
-    [third]="env memcheck racecheck table4"
+    [first]="env driver gemms graphs fit-step-pythia-160m fit-step-llama-3.2-1b throughput"
+    [second]="env tests ncu fit-step-pythia-1.4b fit-step-llama-3.1-8b throughput-256"
+    [third]="env slots kernels profile table4"
+    [fourth]="env memcheck racecheck"
 )
 budget=${BUDGET:-570} # seconds for all steps together
 
@@ -31,7 +35,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --dry-run) dry=1 ;;
     --list)
-        for name in first second third; do
+        for name in $sets; do
             total=0 line=
             for step in ${set_of[$name]}; do
                 total=$((total + limit[$step]))
@@ -60,7 +64,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ ${#chosen[@]} -gt 0 ] || { chosen=(${set_of[first]}) archive=first; }
+[ ${#chosen[@]} -gt 0 ] || { chosen=(${set_of[first]} ${set_of[second]}) archive=steps; }
 
 python=${PYTHON:-python3}
 # From the source tree, whether or not prototok is installed.
@@ -118,9 +122,17 @@ pytest=("$python" -m pytest -q -p no:cacheprovider)
 launch=("$python" benchmarks/launch_kernels.py)
 [ $dry ] && launch+=(--device cpu)
 
+# What takes long in tests is compiling.
+parallel() { "$python" -c 'import xdist' 2>/dev/null && echo "-n 8"; }
 fit_step() { # of a preset
     step "fit-step-$1" "$python" benchmarks/fit_step.py --preset "$(either "$1" smoke)" \
-        $(either "--rounds 5" "--rounds 1 --seconds 0.1") --flat-steps 0 --out "$work/fit-step-$1.json"
+        --rounds $(either 5 1) --seconds $(either 0.5 0.1) --flat-steps 0 \
+        --out "$work/fit-step-$1.json"
+}
+throughput() { # a step, and the length it is of
+    step "$1" "$python" benchmarks/throughput.py \
+        --shape $(either "llama-3.2-1b --lengths $2 --texts 4" "smoke --lengths 4") \
+        --out "$work/$1.json"
 }
 sanitize() { # by a tool
     if [ $dry ]; then
@@ -138,18 +150,16 @@ sanitize() { # by a tool
         --error-exitcode 9 "${launch[@]}"
 }
 run() {
-    local names parallel=()
+    local names
     case $1 in
     env) step env "$python" -m prototok env ;;
     driver) [ $dry ] || { have nvidia-smi driver && step driver nvidia-smi; } ;;
     # Which rates the products reach decides what can be asked of a step.
     gemms) step gemms env TRITON_INTERPRET=0 "$python" benchmarks/rehearse.py --gemms \
         $(either "" "--shape pythia-160m") ;;
-    graphs) step graphs "${pytest[@]}" tests/fitting/engine/test_static_buffers.py \
-        tests/fitting/engine/test_buckets.py $(either tests/cuda "") ;;
+    graphs) step graphs "${pytest[@]}" $(parallel) $(either "" "-k decoder") tests/cuda ;;
     tests)
-        "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8) # what takes long is compiling
-        step tests "${pytest[@]}" "${parallel[@]}" $(either \
+        step tests "${pytest[@]}" $(parallel) $(either \
             "tests/kernels tests/fitting/engine tests/model/families tests/autoregressive" \
             "tests/fitting/test_recipe.py tests/fitting/engine/test_rows.py")
         ;;
@@ -164,9 +174,8 @@ run() {
                 --kernel-name "regex:^($(paste -sd'|' <<<"$names"))" "${launch[@]}" --size real
         fi
         ;;
-    throughput) step throughput "$python" benchmarks/throughput.py \
-        --shape $(either "llama-3.2-1b --lengths 128,256 --texts 4" "smoke --lengths 4") \
-        --out "$work/throughput.json" ;;
+    throughput) throughput "$1" 128 ;;
+    throughput-*) throughput "$1" "${1#throughput-}" ;;
     slots) step slots "$python" benchmarks/slots.py --texts $(either 512 4) --slots $(either 64 2) \
         --length $(either 8 2) --singles $(either 8 1) --max-steps $(either 1500 5) \
         --out "$work/slots.json" ;;
@@ -182,10 +191,11 @@ run() {
     esac
 }
 
-# The C++ kernels are built where they are missing: the tests compare with them.
-"$python" -c 'import prototok_kernels._cpu' 2>/dev/null ||
-    "$python" setup.py -q build_ext --inplace >"$work/build.txt" 2>&1
-for name in "${chosen[@]}"; do run "$name"; done
+declare -A done_with=()
+for name in "${chosen[@]}"; do
+    [ "${done_with[$name]:-}" ] || run "$name"
+    done_with[$name]=1
+done
 
 echo
 cat "$out/summary.txt"

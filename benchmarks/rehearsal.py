@@ -68,7 +68,7 @@ class Launch:
     kind   "product", "triton", "attention" or "torch" (all else)
     part   of the step: "forward", "head", "backward", "update", or "" outside of it
     read, written   bytes that cannot be avoided, a broadcast counted once; flops of products
-    shape  of a product (batch, m, n, k)
+    shape  of a product (batch, m, n, k); turned: its second factor lies as (n, k)
     """
 
     name: str
@@ -78,6 +78,7 @@ class Launch:
     written: int
     flops: int = 0
     shape: tuple[int, int, int, int] | None = None
+    turned: bool = False
 
     @property
     def bytes(self) -> int:
@@ -223,7 +224,8 @@ class _Dispatch(TorchDispatchMode):
         batch = a.shape[0] if a.ndim == 3 else 1
         shape = (batch, a.shape[-2], b.shape[-1], a.shape[-1])
         flops = 2 * batch * shape[1] * shape[2] * shape[3]
-        self.seen.note(name, "product", read, written, flops=flops, shape=shape)
+        turned = b.stride(-2) == 1 < b.shape[-1]
+        self.seen.note(name, "product", read, written, flops=flops, shape=shape, turned=turned)
 
 
 # ---- Triton's launches ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -113,7 +114,7 @@ class Rehearsed:
         found: dict[tuple, list[Launch]] = defaultdict(list)
         for launch in self.launches:
             if launch.shape is not None and launch.flops >= SMALL_FLOPS:
-                found[launch.part, launch.shape].append(launch)
+                found[launch.part, launch.shape, launch.turned].append(launch)
         alike = sorted(found.values(), key=lambda some: -sum(one.flops for one in some))
         return [(some[0], len(some)) for some in alike]
 
@@ -195,16 +196,23 @@ def into_docs(tables: dict[str, str]) -> None:
 
 
 def measured(launch: Launch) -> float:
-    """FLOP/s of a product on this GPU in bf16, the fastest of five times."""
+    """FLOP/s of a product on this GPU in bf16: the median of five times ten in a row."""
     assert launch.shape is not None
     batch, m, n, k = launch.shape
-    shapes = ((m, k), (n, k)) if batch == 1 else ((batch, m, k), (batch, n, k))
-    a, b = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    # The weight lies as in nn.Linear: read along its rows forward, across them backward.
-    b = b.transpose(-1, -2) if launch.part in ("forward", "head") else b.mT.contiguous()
-    device = torch.device("cuda")
-    once(lambda: torch.matmul(a, b), device)
-    return launch.flops / min(once(lambda: torch.matmul(a, b), device) for _ in range(5))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        shape = (rows, columns) if batch == 1 else (batch, rows, columns)
+        return torch.randn(shape, device=device).to(torch.bfloat16)
+
+    a, b = factor(m, k), factor(n, k).mT if launch.turned else factor(k, n)
+
+    def ten() -> None:
+        for _ in range(10):
+            torch.matmul(a, b)
+
+    ten()
+    return 10 * launch.flops / statistics.median(once(ten, device) for _ in range(5))
 
 
 def main() -> None:
@@ -219,7 +227,7 @@ def main() -> None:
             for launch, count in one.products():
                 line = {
                     "shape": one.shape, "part": launch.part, "batch_m_n_k": launch.shape,
-                    "times": count, "gflop": launch.flops / 1e9,
+                    "times": count, "turned": launch.turned, "gflop": launch.flops / 1e9,
                     "processors_busy": round(GPUS[0].fill(launch), 3),
                 }  # fmt: skip
                 if torch.cuda.is_available():

@@ -2,8 +2,8 @@
 
 A graph notes torch's operations while it is captured and undoes what they wrote. A replay runs them
 again on the same tensors, into the same memory: whatever was not in that memory, or was decided in
-Python, is not seen. So is nothing that runs outside of torch: the backend must be "torch". What this
-cannot show is a real capture, or that two streams race.
+Python, is not seen, and neither is what runs outside of torch: the backend must be "torch". What
+this cannot show is a real capture, or that two streams race.
 """
 
 from __future__ import annotations

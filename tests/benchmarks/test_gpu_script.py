@@ -64,7 +64,7 @@ def listed() -> dict[str, tuple[int, dict[str, int]]]:
 
 def test_the_limits_of_a_set_add_up_to_its_budget() -> None:
     sets = listed()
-    assert set(sets) == {"first", "second", "third"}
+    assert set(sets) == {"first", "second", "third", "fourth"}
     for total, steps in sets.values():
         assert total == sum(steps.values()) <= 570
     # Every step that there is has its place in a set, and the products come first.
@@ -74,7 +74,7 @@ def test_the_limits_of_a_set_add_up_to_its_budget() -> None:
 
 
 def test_every_step_runs_and_one_archive_keeps_it(tmp_path: Path) -> None:
-    finished, out, calls = run(tmp_path, "first", "second", "third")
+    finished, out, calls = run(tmp_path, "first", "second", "third", "fourth")
     assert finished.returncode == 0, finished.stderr
     summary = (out / "summary.txt").read_text().splitlines()
     assert len(summary) >= 16 and all(": ok, " in line for line in summary)
@@ -84,9 +84,12 @@ def test_every_step_runs_and_one_archive_keeps_it(tmp_path: Path) -> None:
     scripts = {word for call in calls for word in call.split() if word.startswith("benchmarks/")}
     missing = {script for script in scripts if not (ROOT / script).exists()}
     assert not missing
-    # In order of importance: correctness before speed.
+    # In order of importance, and none twice.
     names = [line.split(":")[0] for line in summary]
-    assert names.index("graphs") < names.index("tests") < names.index("kernels")
+    assert len(set(names)) == len(names)
+    telling = ("gemms", "graphs", "fit-step-llama-3.2-1b", "throughput", "tests", "ncu", "kernels")
+    assert sorted(telling, key=names.index) == list(telling)
+    assert any("pytest" in call and call.endswith("tests/cuda") for call in calls)
 
 
 def test_steps_can_be_chosen(tmp_path: Path) -> None:
@@ -103,21 +106,21 @@ def test_steps_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
-    finished, out, _ = run(tmp_path, fails="test_static_buffers")
+    finished, out, _ = run(tmp_path, fails="tests/cuda")
     assert finished.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert "graphs: failed with exit code 3, see graphs.txt" in summary
-    assert kept(out / "first.tar.gz")["graphs.txt"] == "what went wrong\n"
+    assert kept(out / "steps.tar.gz")["graphs.txt"] == "what went wrong\n"
     assert summary.count(": ok, ") >= 6
     assert finished.stdout.strip().endswith(summary.strip().splitlines()[-1])
 
 
 def test_time_is_bounded(tmp_path: Path) -> None:
-    finished, out, _ = run(tmp_path, hangs="test_static_buffers", BUDGET="8")
+    finished, out, _ = run(tmp_path, hangs="tests/cuda", BUDGET="8")
     assert finished.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert re.search(r"graphs: stopped after [5-8] s", summary)
-    assert "tests: not run, no time left" in summary
+    assert "throughput: not run, no time left" in summary
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

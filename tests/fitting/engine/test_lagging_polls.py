@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import prototok
+from fake_cuda import windows_of_cuda
 from prototok import FitResult, FrozenLM, Recipe
 from prototok.fitting import fast_fit as fit_module
 from prototok.fitting.engine import run as run_module
 from prototok.fitting.engine.runner import StepRunner
-from prototok.fitting.engine.slots import Slots, Window, _halved
 
 RECIPE = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
 
@@ -25,14 +25,8 @@ class Lagging(StepRunner):
 
 
 def as_on_cuda(patch: pytest.MonkeyPatch) -> None:
-    def window(slots: Slots) -> Window:
-        room = slots.room
-        return Window(
-            _halved(room.rows, slots.rows), _halved(room.groups, len(slots.groups)), room.length
-        )
-
     patch.setattr(run_module, "step_runner", Lagging)
-    patch.setattr(Slots, "window", property(window))
+    windows_of_cuda(patch)
 
 
 def fit(lm: FrozenLM, share: str | None, **changes: object) -> FitResult:
