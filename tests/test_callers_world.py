@@ -87,6 +87,10 @@ CALLS: dict[str, Callable[[FrozenLM], Tensor]] = {
     "connect": connected,
     "autoregressive.fit": lambda lm: autoregressive.fit(lm, TEXTS, recipe=RECIPE).mem,
     "generate": lambda lm: autoregressive.generate(lm, torch.ones(1, 1, lm.hidden_size), 3),
+    # As on CUDA, whose decoder this is.
+    "generate, by torch": lambda lm: autoregressive.generate(
+        lm, torch.ones(1, 1, lm.hidden_size), 3, backend="torch"
+    ),
     "generate, dynamic": lambda lm: autoregressive.generate(
         lm, torch.ones(1, 1, lm.hidden_size), 3, "dynamic"
     ),

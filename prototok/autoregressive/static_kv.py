@@ -74,7 +74,7 @@ class StaticDecoder:
         """Return the bytes that keys and values take."""
         return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, mem: Tensor, length: int, first: Tensor | None = None) -> Tensor:
         """Generate ids (R, N), on the CPU, behind mem (R, K, d) and t_1 (R,) where it is given."""
         with urgent(self.device):
