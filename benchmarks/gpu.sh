@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in runs of ten minutes. The most telling comes first.
 #
-#   benchmarks/gpu.sh [--out OUT] [STEP…]            steps or sets of steps; without any, "first second"
-#   benchmarks/gpu.sh --dry-run [--out OUT] [STEP…]  without a GPU: every command at a tiny size
-#   benchmarks/gpu.sh --list                         sets, steps and their limits in seconds
+#   benchmarks/gpu.sh [OPTION…] [STEP…]   steps or sets of steps; without any, "first second"
+#       --budget SECONDS                  for all of them together, 570 unless given
+#       --out OUT                         a folder
+#       --dry-run                         without a GPU: every command at a tiny size
+#   benchmarks/gpu.sh --list              sets, steps and their limits in seconds
 #
-# Steps run in the order given, each once, until BUDGET (570) seconds are over: those that a run had no
-# time for are named in summary.txt, and the next run is given them. OUT (default
+# Steps run in the order given, each once, until the budget is spent: those that a run had no time for
+# are named in summary.txt, and the next run is given them. OUT (default
 # benchmarks/results/gpu-<device>) gets summary.txt, a line for each step, and one archive, <set>.tar.gz,
 # written anew after every step: NAME.txt, what a step printed as it went, and most a NAME.json. A step
 # that fails does not stop the others; then the exit code is 1.
@@ -28,7 +30,7 @@ declare -A set_of=(
     [third]="env slots kernels profile table4"
     [fourth]="env memcheck racecheck"
 )
-budget=${BUDGET:-570} # seconds for all steps together
+budget=570
 
 dry= out= chosen=()
 while [ $# -gt 0 ]; do
@@ -44,6 +46,11 @@ while [ $# -gt 0 ]; do
             echo "$name ($total of $budget s):$line"
         done
         exit 0
+        ;;
+    --budget)
+        [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: --budget needs seconds" >&2; exit 2; }
+        budget=$2
+        shift
         ;;
     --out)
         [ $# -gt 1 ] || { echo "gpu.sh: --out needs a folder" >&2; exit 2; }

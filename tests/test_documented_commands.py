@@ -25,6 +25,7 @@ NOT_RUN = {
     r"\.ci/run|pytest": "what runs this test",
     r"source <\(prototok completion": "tests/test_completion.py asks the shells",
     r"nsys|ncu|.*--shape": "needs a GPU",
+    r"benchmarks/gpu.sh": "needs a GPU; tests/benchmarks runs it without",
     r"vllm|curl": "needs vLLM and a GPU",
     r"python exported/": "tests/exporting runs every program that is exported",
     r"python -m prototok.bench": "a minute a model; tests/bench runs a short one",

@@ -27,7 +27,7 @@ exit 0
 
 
 def run(  # type: ignore[no-untyped-def]
-    tmp_path: Path, *steps: str, fails: str = "nothing", hangs: str = "never", **environment: str
+    tmp_path: Path, *arguments: str, fails: str = "nothing", hangs: str = "never"
 ):
     log = tmp_path / "log"
     python = tmp_path / "python"
@@ -35,9 +35,9 @@ def run(  # type: ignore[no-untyped-def]
     python.chmod(0o755)
     out = tmp_path / "out"
     finished = subprocess.run(
-        ["bash", str(SCRIPT), "--dry-run", "--out", str(out), *steps],
+        ["bash", str(SCRIPT), "--dry-run", "--out", str(out), *arguments],
         capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHON": str(python)} | environment, timeout=50,
+        env=os.environ | {"PYTHON": str(python)}, timeout=50,
     )  # fmt: skip
     return finished, out, log.read_text().splitlines()
 
@@ -116,7 +116,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_time_is_bounded(tmp_path: Path) -> None:
-    finished, out, _ = run(tmp_path, hangs="tests/cuda", BUDGET="8")
+    finished, out, _ = run(tmp_path, "first", "--budget", "8", hangs="tests/cuda")
     assert finished.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert re.search(r"graphs: stopped after [5-8] s", summary)
