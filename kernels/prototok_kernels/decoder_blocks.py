@@ -76,15 +76,19 @@ class DecoderBlocks:
         """Take x through the blocks from `start` on and the norm, positions 0 … N − 1, causal.
 
         Behind a prefix these are positions P … P + N − 1, and cos and sin begin with that of P.
-        `projected`: q, k, v and the up-projection of block `start`, which must be a parallel one;
-        Triton's passes overwrite them.
+        `projected`: q, k, v and the up-projection of block `start`, which must be a parallel one,
+        this one activated where the plan's second layer is "combined"; Triton's passes overwrite
+        them.
 
         Raises ValueError for projections that are not this block's.
         """
         if projected is not None:
             _check(projected, x, self.layers[start])
         if plan.blocks.taken != "cpu":
-            return decoder_blocks_ref(self, x, cos, sin, plan.passes.taken, start, projected)
+            activated = plan.second_layer.taken == "combined"
+            return decoder_blocks_ref(
+                self, x, cos, sin, plan.passes.taken, start, projected, activated
+            )
         cpp = self._packed(cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         qkv, z = (None, None) if projected is None else (t.contiguous() for t in projected)
@@ -175,14 +179,14 @@ class _CpuBlocks(torch.autograd.Function):
 
 def decoder_blocks_ref(
     blocks: DecoderBlocks, x: Tensor, cos: Tensor, sin: Tensor, backend: str = "torch",
-    start: int = 0, projected: tuple[Tensor, Tensor] | None = None,
+    start: int = 0, projected: tuple[Tensor, Tensor] | None = None, activated: bool = False,
 ) -> Tensor:  # fmt: skip
     """Run the same block by block, each op by `backend`."""
     delta: Tensor | None = None
     for index, layer in enumerate(blocks.layers[start:]):
         if index == 0 and projected is not None:
             assert is_parallel(layer)
-            delta = parallel_block_end(projected, layer, cos, sin, backend)
+            delta = parallel_block_end(projected, layer, cos, sin, backend, activated)
         else:
             x, delta = decoder_block(x, delta, layer, cos, sin, backend)
     return residual_norm(x, delta, blocks.norm, blocks.norm_bias, blocks.eps, backend)[1]

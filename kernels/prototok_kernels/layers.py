@@ -323,13 +323,14 @@ def parallel_block_end(
     cos: Tensor,  # (≥ N, r)
     sin: Tensor,  # (≥ N, r)
     backend: str,
+    activated: bool = False,  # the second of `projected` is what `down` reads; "triton" alone
 ) -> Tensor:  # (B, N, d)
     """Return what a parallel block adds to the stream, from its q, k, v and up-projection."""
     qkv, z = projected
     if backend != "triton":
         return _mlp_end(z, layer, backend) + _attended(qkv, layer, cos, sin, backend)
     # The MLP's product adds itself to what was attended, and its bias stands in that one's.
-    inner = inner_activation(z, inner_projection(layer)[1], layer, backend)
+    inner = z if activated else inner_activation(z, inner_projection(layer)[1], layer, backend)
     mixed = _mixed(qkv, layer, cos, sin, backend)
     added = F.linear(mixed.flatten(0, 1), layer.o, layer.end_bias)
     added.addmm_(inner.flatten(0, 1), layer.down.T)

@@ -69,7 +69,8 @@ class Plan:
                   products around a scan by "triton" or "torch"
     first_mlp     of a sequential block in closed form: products of S vectors, "combined" and
                   activated in one Triton kernel or, as "span", in two steps; or "positions"
-    second_layer  its first products from the "span" of the first layer's output, or "in full"
+    second_layer  its first products from the span of the first layer's output, as products alone
+                  ("span") or with the activation in one Triton kernel ("combined"), or "in full"
     blocks        "cpu" (all blocks as one C++ op), or "one by one"
     decoder       of a forward without gradient: "cpu" (the C++ decoder), or "blocks"
     token         one more token of each row behind cached keys and values: "cpu" (the C++ decoder),
@@ -227,8 +228,9 @@ def _plan_of(
     cost_of_span += CONSTANT_COST * shape.constants * length
     spanned = cost_of_span < length * shape.hidden_size
     few_positions = None if spanned else "the S spanning vectors cost more than N positions"
-    fits = shape.spanning <= MOST_COMBINED
-    wide_span = None if fits else f"more than {MOST_COMBINED} spanning vectors fit no tile"
+    no_tile = f"more than {MOST_COMBINED} spanning vectors fit no tile"
+    wide_first = no_tile if shape.spanning > MOST_COMBINED else None
+    wide_second = no_tile if shape.spanning + 1 > MOST_COMBINED else None  # one for all positions
     few_on_cuda = kind == "cuda" and rows * length * shape.hidden_size < FEW_ON_CUDA
     no_pair = _against_closed_form(shape, length, pair) or (
         "its small operations cost more than N positions" if few_on_cuda else None
@@ -257,6 +259,12 @@ def _plan_of(
         ("in full",),
     )  # fmt: skip
     in_full = "the first layer is in full" if first_layer.taken == "in full" else None
+    no_second = (
+        no_pair, in_full,
+        None if shape.parallel == (True, True) else "it needs two parallel blocks",
+        # Up to 3 S positions it is no faster (docs/dev/log.md).
+        None if length > 3 * shape.spanning else "it pays beyond 3 S positions",
+    )  # fmt: skip
     head = _choose(("packed", no_cpp, no_products, shape.head_unpacked), (by,))
     has_packed = "cpu" in (blocks.taken, first_layer.taken) or head.taken == "packed"
     unused = None if has_packed else "no part has packed weights"
@@ -281,18 +289,12 @@ def _plan_of(
         attention=attention,
         first_layer=first_layer,
         first_mlp=_choose(
-            ("combined", no_pair, in_full, two_vectors, few_positions, no_triton, wide_span),
+            ("combined", no_pair, in_full, two_vectors, few_positions, no_triton, wide_first),
             ("span", no_pair, in_full, two_vectors, few_positions),
             ("positions",),
         ),
         second_layer=_choose(
-            (
-                "span", no_pair, in_full,
-                None if shape.parallel == (True, True) else "it needs two parallel blocks",
-                # Up to 3 S positions it is no faster (docs/dev/log.md).
-                None if length > 3 * shape.spanning else "it pays beyond 3 S positions",
-            ),
-            ("in full",),
+            ("combined", *no_second, no_triton, wide_second), ("span", *no_second), ("in full",)
         ),
         blocks=blocks,
         decoder=_choose(

@@ -90,7 +90,7 @@ def test_torch_is_taken_where_there_are_no_kernels_or_it_is_asked_for() -> None:
 def test_cuda_takes_triton() -> None:
     found = taken(planned(NEOX, GPU, device="cuda", rows=1024, length=128))
     assert {found[part] for part in ("passes", "first_layer", "head", "update")} == {"triton"}
-    assert found["second_layer"] == "span" and found["blocks"] == "one by one"
+    assert found["second_layer"] == "combined" and found["blocks"] == "one by one"
     # Few positions: the closed form's launches cost more than it saves.
     few = planned(NEOX, GPU, device="cuda", rows=8, length=128)
     assert few.first_layer.taken == few.second_layer.taken == "in full"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from plans import plan_for
 from prototok.model.families.body import DecoderBody
 from prototok_kernels import packed
 from prototok_kernels.backend import _cpu, unavailable
+from prototok_kernels.layers import inner_activation
 from prototok_kernels.pair.first_layer import first_layer_spanned
 from prototok_kernels.pair.second_layer import (
     second_layer_projections,
@@ -144,11 +146,41 @@ def test_errors_are_no_larger_than_those_of_the_general_way(
         assert body._blocks in packed._packed
 
 
-def test_triton() -> None:
-    """One case: Triton's interpreter is slow."""
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(PARALLEL[0], torch.bfloat16), ("gpt-neox, tanh gelu", torch.float32)]
+)
+def test_triton(name: str, dtype: torch.dtype) -> None:
+    """Few cases: Triton's interpreter is slow."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    errors_are_no_larger(PARALLEL[0], SHORTEST, 2, torch.bfloat16, "triton", device, rows=2)
+    body = errors_are_no_larger(name, SHORTEST, 2, dtype, "triton", device, rows=2)
+    assert plan_for(body.layers, 2, SHORTEST, "triton").second_layer.taken == "combined"
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_activated_within_the_combination_it_is_the_same(front: int) -> None:
+    """The inner activations and all gradients, behind a prefix as well."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    body = body_of(PARALLEL[0], torch.float32, device)
+    if front:
+        body = body.behind(torch.randn(front, body.norm.numel(), device=device))
+    first, second = body.layers[:2]
+    e, m, _ = vectors(body.norm.numel(), None, rows=2)
+    tables = body.tables(SHORTEST)
+    plan = plan_for(body.layers, 2, SHORTEST, "triton")
+
+    def run(e: Tensor, m: Tensor, activated: bool) -> tuple[Tensor, ...]:
+        x, coef, span = first_layer_spanned(e, m, None, SHORTEST, first, *tables, plan)
+        qkv, up = second_layer_projections(x, coef, span, second, activated)
+        return x, qkv, up if activated else inner_activation(up, second.up_bias, second, "torch")
+
+    found, expected = (
+        with_gradients(partial(run, activated=a), [e.to(device), m.to(device)], torch.float32)
+        for a in (True, False)
+    )
+    for f, x in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, x, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
 
 
 def test_only_two_parallel_blocks_collapse() -> None:

@@ -52,32 +52,67 @@ def _projected(centred: Tensor, part: _Part, own: int) -> Tensor:
     return out
 
 
+def _activation(layer: DecoderLayer) -> tuple[Tensor | None, str, bool]:
+    """Return bias, name and whether it is gated, of the activation behind the up-projection."""
+    assert isinstance(layer, NeoXLayer)
+    return layer.up_bias, layer.activation, False
+
+
+def _products_backward(
+    grad: Tensor,  # (B, N, O)
+    scaled: Tensor,  # (B, S + 1, N)
+    projected: Tensor,  # (B, S + 1, O)
+    own: int,
+) -> tuple[Tensor, Tensor]:  # (B, S, N), (B, own, O)
+    """Carry a combination's gradient to its coefficients and to the vectors that have one."""
+    return torch.bmm(projected[:, :-1], grad.transpose(1, 2)), torch.bmm(scaled[:, :own], grad)
+
+
 class _SecondLayerProducts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, coef: Tensor, span: Tensor, layer: DecoderLayer
+        ctx: Any, x: Tensor, coef: Tensor, span: Tensor, layer: DecoderLayer, activated: bool
     ) -> tuple[Tensor, ...]:
         rms_inverse, centred = rms_inverse_of(x, layer), centred_for(span, layer)
         scaled = (coef * rms_inverse[:, None]).to(coef.dtype)
         scaled = F.pad(scaled, (0, 0, 0, 1), value=1.0)  # (B, S + 1, N)
         projected = [_projected(centred, part, own_vectors(layer)) for part in _parts(layer)]
-        ctx.layer = layer
+        ctx.layer, ctx.activated = layer, activated
         ctx.save_for_backward(coef, scaled, rms_inverse, centred, *projected)
-        return tuple(combined(scaled, p) for p in projected)
+        qkv, up = projected
+        if not activated:
+            return combined(scaled, qkv), combined(scaled, up)
+        from prototok_kernels.pair.combined_triton import combined_activation
+
+        inner = combined_activation(scaled, up, *_activation(layer))
+        return combined(scaled, qkv), inner
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, *projected = ctx.saved_tensors
-        scaled, own = scaled[:, :-1], own_vectors(layer)
-        grad_scaled, grad_centred = torch.zeros_like(scaled), torch.zeros_like(centred[:, :own])
-        for grad, p, (norm, _, weight, _) in zip(grads, projected, _parts(layer), strict=True):
-            grad_scaled += torch.bmm(p[:, :-1], grad.transpose(1, 2))
-            grad_centred += (torch.bmm(scaled[:, :own], grad) @ weight) * norm
+        own = own_vectors(layer)
+        through = [_products_backward(grads[0], scaled, projected[0], own)]
+        if ctx.activated:
+            from prototok_kernels.pair.combined_triton import combined_activation_backward
+
+            inner = combined_activation_backward(
+                grads[1], scaled, projected[1], own, *_activation(layer)
+            )
+            through.append(inner)
+        else:
+            through.append(_products_backward(grads[1], scaled, projected[1], own))
+        grad_scaled = torch.zeros_like(coef, dtype=through[-1][0].dtype)
+        grad_centred = torch.zeros_like(centred[:, :own])
+        for (towards, grad_projected), (norm, _, weight, _) in zip(
+            through, _parts(layer), strict=True
+        ):
+            grad_scaled += towards[:, : coef.shape[1]]
+            grad_centred += (grad_projected @ weight) * norm
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_centred, coef, rms_inverse, centred, layer
         )
-        return None, grad_coef, grad_span, None
+        return None, grad_coef, grad_span, None, None
 
 
 def second_layer_projections(
@@ -85,13 +120,16 @@ def second_layer_projections(
     coef: Tensor,  # (B, S, N)
     span: Tensor,  # (B, S, d)
     layer: DecoderLayer,  # the parallel block that x enters
+    activated: bool = False,  # by Triton
 ) -> tuple[Tensor, Tensor]:  # (B, N, 3 H·c) with its bias, (B, N, I) without
     """Compute the block's stacked q, k, v and its up-projection, each behind its LayerNorm of x.
 
     x = coefᵀ · span, all three from `first_layer_spanned`. Differentiable in coef and span: x is
     read for its deviation alone, and the gradient of that goes to coef and span as well.
+    `activated`: the second is what `down` reads, and what stands before the activation is never
+    written.
     """
-    return _SecondLayerProducts.apply(x, coef, span, layer)
+    return _SecondLayerProducts.apply(x, coef, span, layer, activated)
 
 
 def second_layer_projections_ref(x: Tensor, layer: NeoXLayer) -> tuple[Tensor, Tensor]:

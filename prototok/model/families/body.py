@@ -115,10 +115,11 @@ class DecoderBody:
         tables = self.tables(length)
         cos, sin = (t[self.prefix_length :] for t in tables)
         pair = (e, m, group, length, self.layers[0], *tables, plan)
-        if plan.second_layer.taken != "span":
+        second = plan.second_layer.taken
+        if second == "in full":
             return self._blocks(first_layer(*pair), cos, sin, plan, start=1)
         x, coef, span = first_layer_spanned(*pair)
-        projected = second_layer_projections(x, coef, span, self.layers[1])
+        projected = second_layer_projections(x, coef, span, self.layers[1], second == "combined")
         return self._blocks(x, cos, sin, plan, start=1, projected=projected)
 
     @cached_property
