@@ -23,11 +23,12 @@ from prototok_kernels.adamw_rows import AdamWSettings, AdamWState, adamw_rows_
 from prototok_kernels.added_products import add_products_
 from prototok_kernels.attention import attention
 from prototok_kernels.cached_attention import Cache, cached_attention
-from prototok_kernels.layers import LlamaLayer, NeoXLayer
+from prototok_kernels.layers import LlamaLayer, NeoXLayer, is_parallel
 from prototok_kernels.linear_cross_entropy import linear_cross_entropy
 from prototok_kernels.next_token import Stream, best_logits, take_next_
 from prototok_kernels.normed_products import NormedProduct, normed_products, products_of
-from prototok_kernels.pair.first_layer import first_layer
+from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
+from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Shape, plan_of
 from prototok_kernels.residual_norm import residual_norm
 
@@ -83,7 +84,7 @@ def optimiser(size: Size, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
-    """A Llama block, the gated MLP of low rank, and a parallel GPT-NeoX block, without."""
+    """A Llama block and two parallel GPT-NeoX blocks in closed form."""
     n, d, inner = size.length, size.width, size.inner
 
     def weight(*shape: int) -> Tensor:
@@ -113,8 +114,13 @@ def block(size: Size, device: torch.device, dtype: torch.dtype) -> None:
             Shape.of([layer], None), rows=1 << 22, length=n, dtype=dtype, device=device,
             backend="triton", pair=True,
         )  # fmt: skip
-        h = first_layer(e, m, None, n, layer, angle.cos(), angle.sin(), plan)
-        torch.autograd.grad(h, (e, m), torch.randn_like(h))
+        pair = e, m, None, n, layer, angle.cos(), angle.sin(), plan
+        if is_parallel(layer):  # with what the second block makes of the first one's span
+            x, coef, span = first_layer_spanned(*pair)
+            outs = [x, *second_layer_projections(x, coef, span, layer, activated=True)]
+        else:
+            outs = [first_layer(*pair)]
+        torch.autograd.grad(outs, (e, m), [torch.randn_like(out) for out in outs])
 
 
 def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:

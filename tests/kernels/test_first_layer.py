@@ -517,7 +517,7 @@ def test_triton_writes_the_whole_span(
     logits, span = span_by_triton(e, m, layer, cos, sin, "triton")
     outs = [t for t in (logits.of_m, logits.of_e, logits.of_prefix, span) if t is not None]
     grads = torch.autograd.grad(sum(t.square().sum() for t in outs), (e, m))
-    coef, wide = torch.randn(2, 5, 19), torch.randn(2, 5, 2 * 21)
+    coef, wide = (torch.randn(2, 5, n, device=TRITON_DEVICE) for n in (19, 2 * 21))
     inner = combined_activation(coef, wide, None, "silu", True)
     more = combined_activation_backward(inner, coef, wide, 3, None, "silu", True)
     assert more[1].shape == (2, 3, 42)
