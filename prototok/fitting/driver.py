@@ -152,7 +152,12 @@ def fit_all(
     bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
     lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
-    outlook = Outlook(setup.recipe.cycle if setup.inputs.is_pair else None, lengths)
+    ends = {}
+    if setup.recipe.cycle is not None and setup.inputs.is_pair:
+        for group in groups:
+            end = setup.recipe.end_of_cycle(0, group.length)
+            ends |= dict.fromkeys((row.index for row in group.rows), end)
+    outlook = Outlook(lengths, ends)
 
     def note() -> str:
         lost = f"{failed} failed, not finite; " if failed else ""

@@ -152,10 +152,12 @@ def _run_bucket(
                     leaving.append(g)
                     yield finished
                     continue
-                until.pop(index, None)
-                if refused.exact:
+                if not refused.exact:
+                    until.pop(index, None)
+                elif index not in until:
                     most = finished.steps + max(1, finished.steps // 4)
-                    until[index] = min(most, setup.recipe.end_of_cycle(finished.steps))
+                    end = setup.recipe.end_of_cycle(finished.steps, finished.group.length)
+                    until[index] = min(most, end)
                 asked = refused.margin
                 runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
             if leaving:

@@ -79,3 +79,20 @@ def test_an_exact_unit_goes_on_for_a_quarter_and_to_the_end_of_its_cycle_at_most
     assert first < 66
     quarter = min(first + first // 4, cycle)
     assert shown[1:] == [quarter if exact else 250] and ended.steps == shown[-1]
+
+
+def test_the_quarter_counts_from_the_first_time_that_a_unit_is_exact(small_lm: FrozenLM) -> None:
+    recipe = Recipe(lr=0.01, betas=(0.9, 0.99), max_steps=400)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    shown: list[int] = []
+
+    def confirm(finished: Finished) -> Refused:
+        shown.append(finished.steps)
+        return Refused(0.0, exact=True)  # a little more is asked for each time
+
+    (ended,) = run(
+        Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
+        make_groups([targets], [0], None, None), confirm, lambda event: None,
+    )  # fmt: skip
+    assert len(shown) > 3
+    assert ended.steps == shown[-1] == shown[0] + shown[0] // 4
