@@ -176,7 +176,8 @@ API: Table = {
             "cycle": (0, 1.5, "3"), "warmup": (-1, 1.5, "3"), "init_std": (0, NAN, None),
             "prior_rate": (0, NAN, "1"), "m_rate": (-1, NAN), "temperature": (0, INF, "1"),
             "max_steps": NO_COUNTS, "patience": NO_COUNTS, "accuracy": (0, 1.1, NAN, "1", None),
-            "lr_width": NO_COUNTS, "cycle_tokens": NO_COUNTS, "spreads": (-1, NAN, "1"), "cooling": (0, -1, NAN),
+            "lr_width": NO_COUNTS, "cycle_tokens": NO_COUNTS,
+            "spreads": (-1, NAN, "1"), "cooling": (0, -1, NAN),
             "margin": (-1, NAN, "1"), "eigenbasis": ("yes", 1), "shipped_prior": ("no", 0),
             "name": (None, 3),
         },
@@ -220,8 +221,6 @@ def extra(function: str, argument: str) -> dict[str, Any]:
     """Arguments without which a value would not be looked at."""
     if function == "Recipe" and argument == "cycle":
         return {"schedule": "cosine"}
-    if function == "Recipe" and argument == "cycle_tokens":
-        return {"schedule": "cosine", "cycle": 300}
     if function == "Source":
         return {"name": "s"} | ({} if argument == "kind" else {"kind": "held-out"})
     return {}

@@ -28,8 +28,9 @@ class Recipe:
         schedule: "constant", or "cosine" from lr to zero.
         cycle: updates of the first cosine, each later one twice as long as the one before
             (Loshchilov & Hutter's warm restarts); None: one cosine over `max_steps`.
-        cycle_tokens: number of tokens that `cycle` is meant for; a longer text has no cosine
-            shorter than `cycle` in proportion to its length; None: any length has the same.
+        cycle_tokens: length of text that `cycle` is meant for; fits of e and m on a longer one have
+            no cosine shorter than `cycle` in proportion to its length, or than `max_steps` where
+            that is less; None: it is meant for any.
         cooling: power that the cosine is raised to; above 1 the rate falls earlier, then is low for
             longer.
         warmup: updates over which lr rises linearly from zero.
@@ -107,8 +108,6 @@ class Recipe:
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
-        if self.cycle_tokens is not None and self.cycle is None:
-            raise ValueError(f"cycle_tokens: {self.cycle_tokens!r} means nothing without a cycle")
         limits = {
             "max_steps": 1, "warmup": 0, "patience": 1, "cycle": 1, "cycle_tokens": 1,
             "lr_width": 1, "learned": 0,
@@ -138,7 +137,7 @@ class Recipe:
     def lr_at(self, step: Tensor, tokens: Tensor | int = 0) -> Tensor:
         """Return the rate of the update that follows `step` updates, on the device, row by row.
 
-        `tokens` is the length of each row's text, where `cycle_tokens` makes the rate depend on it.
+        tokens: the length of each row's text, for `cycle_tokens`
         """
         length = torch.as_tensor(tokens, device=step.device).expand_as(step)
         step = step.float()  # or torch's default dtype would be that of the quotients
@@ -177,6 +176,7 @@ class Recipe:
         shortest = torch.zeros_like(tokens)
         if self.cycle_tokens is not None:
             shortest = -(-self.cycle * tokens // self.cycle_tokens)  # rounded up
+            shortest = shortest.clamp(max=self.max_steps)
         start, length = torch.zeros_like(tokens), self.cycle
         # Those of a short text, which start first, start at cycle · (2^k − 1).
         while length - self.cycle <= self.max_steps:
