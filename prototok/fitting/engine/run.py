@@ -90,7 +90,8 @@ def run(
     A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds.
     One that does not goes on until it clears the margin asked for, or twice its own where that is
     more already, or until its updates are spent. One whose margin alone is too small goes on for a
-    quarter of the updates that it has made, and not into a new cycle, hot again: it is exact.
+    quarter of the updates that it had made when that was first so, and not into a new cycle, hot
+    again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
