@@ -195,7 +195,7 @@ PAPER = Recipe(name="paper")
 
 # A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
 # falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
-# 1200 and 2400 updates, so that hard texts get a long one; a text of more than 18 tokens gets one
+# 1200 and 2400 updates, so that hard texts get a long one; a text of more than 16 tokens gets one
 # from the first. A start nearer to the size of embeddings, or a learned one where the model brings
 # it: from there the way is short, and an update 0.4 long. A sharpened loss that weighs the tokens
 # still wrong. A margin above what the model's dtype rounds away, so that what is exact stays so
@@ -208,7 +208,7 @@ FAST = Recipe(
     weight_decay=0.1,
     schedule="cosine",
     cycle=300,
-    cycle_tokens=18,
+    cycle_tokens=16,
     cooling=2.0,
     warmup=5,
     init_std=0.3,
