@@ -37,7 +37,7 @@ class Finished:
 class Refused:
     """Why a group that reached its goal goes on.
 
-    margin  what to clear next
+    margin  what to clear next; less than it had: twice that
     exact   all of its rows are as right as the recipe asks; it is the margin that is too small
     """
 

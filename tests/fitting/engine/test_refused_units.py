@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from prototok import FrozenLM, Recipe
+from prototok.fitting import driver
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import Finished, Refused, run
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.verify import verify
+from prototok.fitting.recipe import FAST, PAPER
+from prototok.fitting.verify import Verified, verify
 from prototok.results.arrangement import Arrangement
 
 
@@ -96,3 +100,14 @@ def test_the_quarter_counts_from_the_first_time_that_a_unit_is_exact(small_lm: F
     )  # fmt: skip
     assert len(shown) > 3
     assert ended.steps == shown[-1] == shown[0] + shown[0] // 4
+
+
+def test_what_is_wrong_alone_has_no_rounding_to_clear_yet() -> None:
+    ids = torch.zeros(4, dtype=torch.int64)
+    exact = Verified(1.0, 4, margin=0.3, spread=0.4, loss=0.1, ids=ids, margins=torch.ones(4))
+    wrong = replace(exact, accuracy=0.75, correct=3, margin=-0.1)
+    assert driver._refused([exact], FAST) == Refused(2 * 0.4, exact=True)
+    assert driver._refused([wrong], FAST) == driver._refused([exact, wrong], FAST)
+    assert driver._refused([wrong], FAST) == Refused(0.0, exact=False)  # twice its own is asked
+    assert driver._refused([replace(exact, margin=0.9)], FAST) is None
+    assert driver._refused([exact], PAPER) is None
