@@ -153,7 +153,7 @@ def fit_all(
     bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
     lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
-    ends = {}
+    ends: dict[int, int] = {}
     if setup.recipe.cycle is not None and setup.inputs.is_pair:
         for group in groups:
             end = setup.recipe.end_of_cycle(0, group.length)
