@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(FOLDER), help="folder or hub id")
     parser.add_argument("--text", type=Path, action="append", required=True, help="in UTF-8")
     parser.add_argument("--texts", type=int, default=8, help="from the beginning of each file")
+    parser.add_argument("--skip", type=int, default=0, help="pieces of each file before these")
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--recipes", default="paper,fast")
     parser.add_argument("--prefix", action="append", default=[], help="text, or none")
@@ -64,13 +65,17 @@ def main() -> None:
     lm = prototok.load(a.model)
     sink = sink_of(lm)
     print(f"{lm.identity.name}: {sink}")
-    pieces = [p for path in a.text for p in chunks(lm, read_text(path), a.length, a.texts)]
+    most = a.skip + a.texts
+    pieces = [
+        piece for path in a.text for piece in chunks(lm, read_text(path), a.length, most)[a.skip :]
+    ]
     settings = {
         "model": lm.identity.name.rsplit("/", 1)[-1],
         "dtype": str(lm.dtype).removeprefix("torch."),
         "share of attention on position 0": sink.share,
         "sources": [path.name for path in a.text],
         "texts": len(pieces),
+        "skipped": a.skip,
         "length": a.length,
         "max_steps": a.max_steps,
     }
@@ -83,7 +88,7 @@ def main() -> None:
             return
         recipe = dataclasses.replace(recipe_of(name), max_steps=a.max_steps)
         if a.cycle is not None and recipe.cycle is not None:
-            recipe = dataclasses.replace(recipe, cycle=a.cycle)
+            recipe = dataclasses.replace(recipe, cycle=a.cycle, cycle_tokens=None)
         seen = Seen(pieces, None if a.seconds is None else started + a.seconds)
         try:
             fit = prototok.fast_fit(
@@ -147,7 +152,8 @@ def _kept(path: Path, settings: dict) -> list[dict]:
     if not path.exists():
         return []
     record = json.loads(path.read_text())
-    if any(record.get(name) != value for name, value in settings.items()):
+    # Records of before there was something to skip do not say so.
+    if any(({"skipped": 0} | record).get(name) != value for name, value in settings.items()):
         sys.exit(f"{path} is of other texts or steps; name another with --out")
     return record["cells"]
 

@@ -6,6 +6,7 @@ Letters: T texts, S seeds, N targets of a text, K vectors in front, d hidden siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def teacher_forced(
     lm: FrozenLM, k: int, recipe: Recipe, backend: str, batch_size: int | None, given: int
 ) -> Setup:
     """Set up fits of K vectors in front of the text; `given` tokens of it are not scored."""
+    recipe = replace(recipe, cycle_tokens=None)  # it is for vectors that give all tokens at once
     return Setup(lm, TeacherForced(lm.embedding, k, given), recipe, backend, batch_size)
 
 

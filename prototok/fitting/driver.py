@@ -101,7 +101,8 @@ def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
     counts = recipe.spreads > 0 and recipe.accuracy == 1.0
     if exact and (clear or not counts):
         return None
-    return Refused(max(asked), exact)
+    # What is wrong alone has no rounding to clear yet: it is looked at again at twice its margin.
+    return Refused(max(asked) if exact else 0.0, exact)
 
 
 def _ended(finished: Finished, checks: list[C]) -> Iterator[EndedRow[C]]:
@@ -152,7 +153,12 @@ def fit_all(
     bar = Progress(asked.total(), watching.what, watching.progress)
     rows_ended = exact = failed = 0
     lengths = {row.index: len(row.targets) for group in groups for row in group.rows}
-    outlook = Outlook(setup.recipe.cycle if setup.inputs.is_pair else None, lengths)
+    ends: dict[int, int] = {}
+    if setup.recipe.cycle is not None and setup.inputs.is_pair:
+        for group in groups:
+            end = setup.recipe.end_of_cycle(0, group.length)
+            ends |= dict.fromkeys((row.index for row in group.rows), end)
+    outlook = Outlook(lengths, ends)
 
     def note() -> str:
         lost = f"{failed} failed, not finite; " if failed else ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -28,6 +28,9 @@ class Recipe:
         schedule: "constant", or "cosine" from lr to zero.
         cycle: updates of the first cosine, each later one twice as long as the one before
             (Loshchilov & Hutter's warm restarts); None: one cosine over `max_steps`.
+        cycle_tokens: length of text that `cycle` is meant for; fits of e and m on a longer one have
+            no cosine shorter than `cycle` in proportion to its length, or than `max_steps` where
+            that is less; None: it is meant for any.
         cooling: power that the cosine is raised to; above 1 the rate falls earlier, then is low for
             longer.
         warmup: updates over which lr rises linearly from zero.
@@ -61,6 +64,7 @@ class Recipe:
     weight_decay: float = 0.01
     schedule: str = "constant"
     cycle: int | None = None
+    cycle_tokens: int | None = None
     cooling: float = 1.0
     warmup: int = 0
     init_std: float = 1.0
@@ -105,11 +109,12 @@ class Recipe:
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
         limits = {
-            "max_steps": 1, "warmup": 0, "patience": 1, "cycle": 1, "lr_width": 1, "learned": 0,
+            "max_steps": 1, "warmup": 0, "patience": 1, "cycle": 1, "cycle_tokens": 1,
+            "lr_width": 1, "learned": 0,
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)
-            if name in ("patience", "cycle", "lr_width") and value is None:
+            if value is None and name in ("patience", "cycle", "cycle_tokens", "lr_width"):
                 continue
             if not is_integer(value) or value < least:
                 raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
@@ -129,40 +134,55 @@ class Recipe:
             return self
         return replace(self, lr=self.lr * math.sqrt(self.lr_width / width), lr_width=None)
 
-    def lr_at(self, step: Tensor) -> Tensor:
-        """Return the rate of the update that follows `step` updates, on the device, row by row."""
+    def lr_at(self, step: Tensor, tokens: Tensor | int = 0) -> Tensor:
+        """Return the rate of the update that follows `step` updates, on the device, row by row.
+
+        tokens: the length of each row's text, for `cycle_tokens`
+        """
+        length = torch.as_tensor(tokens, device=step.device).expand_as(step)
         step = step.float()  # or torch's default dtype would be that of the quotients
         rate = torch.full_like(step, self.lr)
         if self.schedule == "cosine":
-            falling = (1 + torch.cos(math.pi * self._phase(step))) / 2
+            falling = (1 + torch.cos(math.pi * self._phase(step, length))) / 2
             rate = rate * (falling if self.cooling == 1.0 else falling**self.cooling)
         if self.warmup:
             rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
         return rate
 
-    def end_of_cycle(self, step: int) -> int:
+    def end_of_cycle(self, step: int, tokens: int = 0) -> int:
         """Return the step at which the cosine that `step` is in has come to zero."""
         if self.cycle is None:
             return self.max_steps
-        end = self.cycle
-        while end <= step:
-            end = 2 * end + self.cycle
-        return min(end, self.max_steps)
+        for _, end in self._cycles(torch.tensor(tokens, dtype=torch.int64, device="cpu")):
+            if step < end:
+                return min(int(end), self.max_steps)
+        return self.max_steps
 
-    def _phase(self, step: Tensor) -> Tensor:
+    def _phase(self, step: Tensor, tokens: Tensor) -> Tensor:
         """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""
         if self.cycle is None:
             return step / self.max_steps
-        # Cycle k begins at cycle · (2^k − 1). Its number comes from comparisons, for a logarithm
-        # may round the first step of a cycle into the one before.
-        starts = [0]
-        while starts[-1] <= self.max_steps:
-            starts.append(2 * starts[-1] + self.cycle)
+        # The number of a row's cycle comes from comparisons, for a logarithm may round the first
+        # step of a cycle into the one before.
         phase = torch.zeros_like(step)
-        for start, end in itertools.pairwise(starts):
+        for start, end in self._cycles(tokens):
             inside = (step >= start) & (step < end)
             phase = torch.where(inside, (step - start) / (end - start), phase)
         return phase
+
+    def _cycles(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield where each cycle of texts of `tokens` starts and ends, in updates, int64."""
+        assert self.cycle is not None
+        shortest = torch.zeros_like(tokens)
+        if self.cycle_tokens is not None:
+            shortest = -(-self.cycle * tokens // self.cycle_tokens)  # rounded up
+            shortest = shortest.clamp(max=self.max_steps)
+        start, length = torch.zeros_like(tokens), self.cycle
+        # Those of a short text, which start first, start at cycle · (2^k − 1).
+        while length - self.cycle <= self.max_steps:
+            end = start + shortest.clamp(min=length)
+            yield start, end
+            start, length = end, 2 * length
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -175,10 +195,11 @@ PAPER = Recipe(name="paper")
 
 # A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
 # falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
-# 1200 and 2400 updates, so that hard texts get a long one. A start nearer to the size of
-# embeddings, or a learned one where the model brings it: from there the way is short, and an
-# update 0.4 long. A sharpened loss that weighs the tokens still wrong. A margin above what the
-# model's dtype rounds away, so that what is exact stays so under other kernels.
+# 1200 and 2400 updates, so that hard texts get a long one; a text of more than 16 tokens gets one
+# from the first. A start nearer to the size of embeddings, or a learned one where the model brings
+# it: from there the way is short, and an update 0.4 long. A sharpened loss that weighs the tokens
+# still wrong. A margin above what the model's dtype rounds away, so that what is exact stays so
+# under other kernels.
 FAST = Recipe(
     name="fast",
     lr=0.1,
@@ -187,6 +208,7 @@ FAST = Recipe(
     weight_decay=0.1,
     schedule="cosine",
     cycle=300,
+    cycle_tokens=16,
     cooling=2.0,
     warmup=5,
     init_std=0.3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=300)
 def targets(count: int, length: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(97, (count, length), generator=generator)
+
+
+def test_cosines_do_not_grow_with_the_text(small_lm: FrozenLM) -> None:
+    plain = Recipe(lr=0.1, schedule="cosine", cycle=4, max_steps=12)
+    texts = targets(1, 6)
+    long = replace(plain, cycle_tokens=1)
+    mem = [autoregressive.fit(small_lm, texts, recipe=recipe).mem for recipe in (plain, long)]
+    assert torch.equal(*mem)
+    pairs = [prototok.fast_fit(small_lm, texts, recipe=recipe).tokens.e for recipe in (plain, long)]
+    assert not torch.equal(*pairs)
 
 
 @pytest.mark.parametrize(("k", "given"), [(1, 0), (3, 0), (1, 1), (2, 1)])

@@ -21,7 +21,7 @@ def event(step: int, **correct: int) -> FitEvent:
 
 @pytest.mark.parametrize("stride", [1, 7])  # a look at every step, and every few as on CUDA
 def test_rows_with_few_right_at_the_end_of_the_first_cycle_are_behind(stride: int) -> None:
-    outlook = Outlook(20, {0: 10, 1: 10, 2: 5})
+    outlook = Outlook({0: 10, 1: 10, 2: 5}, {0: 20, 1: 20, 2: 20})
     for step in range(0, 60, stride):
         # Row 0 gets 3 of 10; row 1 has 4 in the middle and loses them; row 2 gets 2 of 5.
         outlook.see(event(step, r0=3, r1=4 if step == 14 else 1, r2=2))
@@ -29,8 +29,16 @@ def test_rows_with_few_right_at_the_end_of_the_first_cycle_are_behind(stride: in
         assert ("1 will hardly end" in outlook.note()) == (step > 20)
 
 
+def test_each_row_has_its_own_first_cycle() -> None:
+    outlook = Outlook({0: 10, 1: 20}, {0: 20, 1: 40})
+    for step in range(60):
+        outlook.see(event(step, r0=1, r1=1))
+        assert outlook.behind == {row for row, end in ((0, 20), (1, 40)) if step > end}
+    assert "2 will hardly end, few tokens right after 40 steps" in outlook.note()
+
+
 def test_nothing_is_said_without_cycles() -> None:
-    outlook = Outlook(None, {0: 10})
+    outlook = Outlook({0: 10}, {})
     for step in range(50):
         outlook.see(event(step, r0=0))
     assert not outlook.behind and outlook.note() == ""

@@ -50,6 +50,22 @@ def test_cycles_double_and_start_anew() -> None:
     assert Recipe(max_steps=5).end_of_cycle(3) == 5
 
 
+def test_a_long_text_has_no_cosine_shorter_than_in_proportion() -> None:
+    plain = Recipe(lr=0.2, schedule="cosine", cycle=10, max_steps=86)
+    recipe = replace(plain, cycle_tokens=4)
+    steps = torch.arange(86)
+    assert torch.equal(recipe.lr_at(steps, 4), plain.lr_at(steps))
+    nine = recipe.lr_at(steps, torch.full_like(steps, 9)).tolist()
+    for start, length in ((0, 23), (23, 23), (46, 40)):  # 10 · 9 / 4 = 22.5, and 4 · 10
+        cosine = [0.1 * (1 + math.cos(math.pi * i / length)) for i in range(length)]
+        assert nine[start : start + length] == pytest.approx(cosine, abs=1e-6)
+        ends = {recipe.end_of_cycle(step, 9) for step in range(start, start + length)}
+        assert ends == {start + length}
+    assert recipe.end_of_cycle(0, 1000) == 86  # the last update is a cold one
+    row_by_row = recipe.lr_at(torch.tensor([12, 12]), torch.tensor([4, 9]))
+    assert row_by_row.tolist() == [plain.lr_at(steps)[12].item(), nine[12]]
+
+
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
     recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
     near = recipe.at_width(256, prior=True)
@@ -86,6 +102,7 @@ def test_an_update_is_as_long_at_any_width() -> None:
         ({"warmup": -1}, "warmup"),
         ({"schedule": "cosine", "cycle": 0}, "cycle"),
         ({"cycle": 10}, "cycle"),
+        ({"schedule": "cosine", "cycle": 10, "cycle_tokens": 0}, "cycle_tokens"),
         ({"prior_rate": 0.0}, "prior_rate"),
         ({"m_rate": -0.1}, "m_rate"),
     ],

@@ -37,7 +37,7 @@ class Finished:
 class Refused:
     """Why a group that reached its goal goes on.
 
-    margin  what to clear next
+    margin  what to clear next; less than it had: twice that
     exact   all of its rows are as right as the recipe asks; it is the margin that is too small
     """
 
@@ -90,7 +90,8 @@ def run(
     A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds.
     One that does not goes on until it clears the margin asked for, or twice its own where that is
     more already, or until its updates are spent. One whose margin alone is too small goes on for a
-    quarter of the updates that it has made, and not into a new cycle, hot again: it is exact.
+    quarter of the updates that it had made when that was first so, and not into a new cycle, hot
+    again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -152,10 +153,12 @@ def _run_bucket(
                     leaving.append(g)
                     yield finished
                     continue
-                until.pop(index, None)
-                if refused.exact:
+                if not refused.exact:
+                    until.pop(index, None)
+                elif index not in until:
                     most = finished.steps + max(1, finished.steps // 4)
-                    until[index] = min(most, setup.recipe.end_of_cycle(finished.steps))
+                    end = setup.recipe.end_of_cycle(finished.steps, finished.group.length)
+                    until[index] = min(most, end)
                 asked = refused.margin
                 runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
             if leaving:

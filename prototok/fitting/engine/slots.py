@@ -94,6 +94,7 @@ class Slots:
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by group
+        self.tokens = full(groups)  # targets of its longest row
         self.step = full(groups)  # updates made
         self.best_correct = full(groups, value=-1)
         self.improved_at = full(groups)  # step of the best correct
@@ -172,6 +173,8 @@ class Slots:
             for zeroed in bank.buffers()[2:]:
                 zeroed[place] = 0
         self._reset_groups(there, done=False)
+        tokens = [group.length for group in groups]
+        self.tokens[there] = self._sent(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         self.group_of_row[here] = self._sent(torch.tensor(owners, dtype=torch.int64, device="cpu"))
         lengths = [len(ids) for ids in rows]
         targets = torch.zeros(len(rows), self.room.length, dtype=torch.int64, device="cpu")
@@ -212,8 +215,9 @@ class Slots:
         self.groups = [self.groups[g] for g in kept_groups]
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
         by_group = [
-            self.step, self.best_correct, self.improved_at, self.best_margin, self.margin_bound,
-            self.done, self.failed, self.by_network, self.progressed_at, self.adam_from,
+            self.tokens, self.step, self.best_correct, self.improved_at, self.best_margin,
+            self.margin_bound, self.done, self.failed, self.by_network, self.progressed_at,
+            self.adam_from,
         ]  # fmt: skip
         for bank in self.banks:
             (by_group if bank.shared else by_row).extend(bank.buffers())

@@ -162,7 +162,7 @@ def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
     """Update the vectors of active groups by AdamW, each group at a step of its own."""
     step, owner = slots.step[: window.groups], slots.group_of_row[: window.rows]
-    rate_of_e = slots.recipe.lr_at(step)
+    rate_of_e = slots.recipe.lr_at(step, slots.tokens[: window.groups])
     for name, bank, n in zip("em", slots.banks, counts, strict=False):
         rate = rate_of_e if name == "e" else rate_of_e * slots.recipe.m_rate
         adam = AdamWState(bank.adam.exp_avg[:n], bank.adam.exp_avg_sq[:n], bank.adam.step[:n])

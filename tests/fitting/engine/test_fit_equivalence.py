@@ -11,8 +11,13 @@ from torch import Tensor
 
 import prototok
 from prototok import FrozenLM, Recipe
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.rows import make_groups
+from prototok.fitting.engine.setup import Setup
+from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.recipe import PAPER
+from prototok.results.arrangement import Arrangement
 from support import losses_by_step
 
 QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
@@ -50,6 +55,35 @@ def test_batched_results_equal_single_fits(any_lm: FrozenLM) -> None:
     for i in range(0, 16, 3):
         alone = prototok.fast_fit(any_lm, [texts[i]], recipe=QUICK)
         assert alone.accuracy.item() == together.accuracy[i].item()
+
+
+def test_each_row_of_a_batch_has_the_cosines_of_its_own_length(any_lm: FrozenLM) -> None:
+    texts = [row[:n] for n, row in zip((8, 6, 7), targets(3, 8, any_lm.vocab_size), strict=True)]
+    plain = Recipe(lr=0.05, schedule="cosine", cycle=6, max_steps=20, margin=1e9)
+    recipe = dataclasses.replace(plain, cycle_tokens=5)
+    together = losses_by_step(any_lm, texts, recipe=recipe, batch_size=3)
+    for i, text in enumerate(texts):
+        # Cosines of 10 and 10, 8 and 12, 9 and 12 updates.
+        cycle, rest = ((10, 10), (8, 12), (9, 12))[i]
+        assert [recipe.end_of_cycle(step, len(text)) for step in (0, cycle)] == [
+            cycle, min(cycle + rest, 20),
+        ]  # fmt: skip
+        alone = losses_by_step(any_lm, [text], recipe=recipe)[0]
+        rel = 2e-5 if any_lm.device.type == "cpu" else 2e-4
+        assert together[i] == pytest.approx(alone, rel=rel)
+        other = losses_by_step(any_lm, [text], recipe=plain)[0]
+        assert together[i] != pytest.approx(other, rel=1e-3)
+
+
+def test_the_length_of_a_row_moves_with_it(small_lm: FrozenLM) -> None:
+    setup = Setup(small_lm, OneForward(Arrangement.parse("e m*")), QUICK, "auto", None)
+    rows = [ids[:n] for n, ids in zip((8, 6, 7), targets(3, 8, 97), strict=True)]
+    slots = Slots(setup, Room(3, 3, 8))
+    slots.admit(make_groups(rows, [0], None, None))
+    assert slots.tokens.tolist() == [8, 6, 7]
+    slots.release([0])
+    slots.admit(make_groups([rows[0]], [0], None, None))
+    assert slots.tokens.tolist() == [6, 7, 8]
 
 
 def test_slots_refill_without_changing_results(any_lm: FrozenLM) -> None:

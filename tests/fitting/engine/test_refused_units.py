@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from prototok import FrozenLM, Recipe
+from prototok.fitting import driver
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import Finished, Refused, run
 from prototok.fitting.engine.setup import Setup
-from prototok.fitting.verify import verify
+from prototok.fitting.recipe import FAST, PAPER
+from prototok.fitting.verify import Verified, verify
 from prototok.results.arrangement import Arrangement
 
 
@@ -79,3 +83,31 @@ def test_an_exact_unit_goes_on_for_a_quarter_and_to_the_end_of_its_cycle_at_most
     assert first < 66
     quarter = min(first + first // 4, cycle)
     assert shown[1:] == [quarter if exact else 250] and ended.steps == shown[-1]
+
+
+def test_the_quarter_counts_from_the_first_time_that_a_unit_is_exact(small_lm: FrozenLM) -> None:
+    recipe = Recipe(lr=0.01, betas=(0.9, 0.99), max_steps=400)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    shown: list[int] = []
+
+    def confirm(finished: Finished) -> Refused:
+        shown.append(finished.steps)
+        return Refused(0.0, exact=True)  # a little more is asked for each time
+
+    (ended,) = run(
+        Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
+        make_groups([targets], [0], None, None), confirm, lambda event: None,
+    )  # fmt: skip
+    assert len(shown) > 3
+    assert ended.steps == shown[-1] == shown[0] + shown[0] // 4
+
+
+def test_what_is_wrong_alone_has_no_rounding_to_clear_yet() -> None:
+    ids = torch.zeros(4, dtype=torch.int64)
+    exact = Verified(1.0, 4, margin=0.3, spread=0.4, loss=0.1, ids=ids, margins=torch.ones(4))
+    wrong = replace(exact, accuracy=0.75, correct=3, margin=-0.1)
+    assert driver._refused([exact], FAST) == Refused(2 * 0.4, exact=True)
+    assert driver._refused([wrong], FAST) == driver._refused([exact, wrong], FAST)
+    assert driver._refused([wrong], FAST) == Refused(0.0, exact=False)  # twice its own is asked
+    assert driver._refused([replace(exact, margin=0.9)], FAST) is None
+    assert driver._refused([exact], PAPER) is None
