@@ -81,14 +81,21 @@ void join_region(void* pointer) {
   work.team.join(work.count());
 }
 
-// What waits at a place for the others, for the `spins`-th time: for as long as a wait should take
-// it only rests, then it lets others run, which may be who it waits for.
-void wait_a_little(int spins) {
+// Returns when `ready()` is true. For as long as a wait should take the thread only rests, then it
+// lets others run, which may be who it waits for.
+template <class Ready>
+void wait_until(const Ready& ready) {
   constexpr int kRests = 4096;
-  if (spins >= kRests) return std::this_thread::yield();
+  for (int rests = 0; !ready();) {
+    if (rests == kRests) {
+      std::this_thread::yield();
+      continue;
+    }
+    ++rests;
 #if defined(__x86_64__)
-  __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #endif
+  }
 }
 
 }  // namespace
@@ -125,9 +132,7 @@ void Member::meet() const {
     place_->round.store(round + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; place_->round.load(std::memory_order_acquire) == round;
-       spins += spins < 1 << 20)
-    wait_a_little(spins);
+  wait_until([&] { return place_->round.load(std::memory_order_acquire) != round; });
 }
 
 void parallel_members(int threads, const void* body,
@@ -148,9 +153,7 @@ void parallel_members(int threads, const void* body,
   try {
     while (int(helpers.size()) < threads - 1)
       helpers.emplace_back([&team] {
-        for (int spins = 0; team.count.load(std::memory_order_acquire) == 0;
-             spins += spins < 1 << 20)
-          wait_a_little(spins);
+        wait_until([&] { return team.count.load(std::memory_order_acquire) > 0; });
         team.join(team.count.load(std::memory_order_relaxed));
       });
   } catch (const std::system_error&) {
