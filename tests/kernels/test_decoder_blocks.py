@@ -137,6 +137,30 @@ def test_threads_that_share_fewer_texts_change_no_bit(name: str, texts: int, len
 
 @needs_bf16
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("texts", "length"), [(1, 70), (2, 31), (3, 5)])
+def test_threads_that_share_given_projections_change_no_bit(texts: int, length: int) -> None:
+    body = body_of("gpt-neox, parallel")
+    blocks, tables = blocks_of(body), body.rotary(length)
+    first = body.layers[0]
+    inputs = [
+        stream(texts, length, width) for width in (body.norm.numel(), len(first.qkv), len(first.up))
+    ]
+
+    def run(x: Tensor, qkv: Tensor, z: Tensor) -> Tensor:
+        plan = plan_for(blocks.layers, texts, length, "cpu", pair=False)
+        return blocks(x, *tables, plan, 0, (qkv, z))
+
+    torch.set_num_threads(1)
+    alone = with_gradients(run, inputs, torch.bfloat16)
+    assert len(alone) == 4 and blocks in packed._packed
+    for count in (2, 3, 4):
+        torch.set_num_threads(count)
+        found = with_gradients(run, inputs, torch.bfloat16)
+        assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+@needs_bf16
+@pytest.mark.usefixtures("threads")
 def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
     body = body_of("mistral, window shorter than the text")
     blocks, tables = blocks_of(body), body.rotary(13)
