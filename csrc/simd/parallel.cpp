@@ -118,10 +118,7 @@ void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const v
     openmp(take_ranges, &work, unsigned(used), 0);
     return;
   }
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < used; ++i) helpers.emplace_back(take_ranges, &work);
-  take_ranges(&work);
-  for (std::thread& helper : helpers) helper.join();
+  parallel_team(used, [&](const Member&) { take_ranges(&work); });
 }
 
 void Member::meet() const {
