@@ -45,6 +45,7 @@ from torch import Tensor
 import prototok
 from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
+from prototok.fitting.learned.encoder import Init
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
 from prototok.texts.files import read_text
@@ -107,17 +108,12 @@ def fitted(lm: FrozenLM, targets: Tensor, **options: object) -> dict:
 
 
 def fits(
-    lm: FrozenLM, targets: Tensor, prior: Prior, encoder: Encoder,
-    optimizer: LearnedOptimizer | None,
-) -> dict[str, dict]:  # fmt: skip
-    """Fit from the prior and from the guess, by `fast` and by the optimiser where there is one."""
-    found = {
-        "fast from the prior": fitted(lm, targets, init=prior),
-        "fast from the encoder": fitted(lm, targets, init=encoder),
-    }
-    if optimizer is not None:
-        for name, init in (("prior", optimizer), ("encoder", (encoder, optimizer))):
-            found[f"learned from the {name}"] = fitted(lm, targets, recipe="learned", init=init)
+    lm: FrozenLM, targets: Tensor, name: str, start: Prior | Encoder, learned: Init | None
+) -> dict[str, dict]:
+    """Fit from `start`, of that name, by `fast`, and by "learned" where its init is given."""
+    found = {f"fast from the {name}": fitted(lm, targets, init=start)}
+    if learned is not None:
+        found[f"learned from the {name}"] = fitted(lm, targets, recipe="learned", init=learned)
     return found
 
 
@@ -147,15 +143,16 @@ def main() -> None:
     model = Path(asked.model).name
     path = RESULTS / "encoder.json"
     record = record_at(path)
+    samples = [] if optimizer is None else torch.from_numpy(np.load(asked.samples))
     for length in asked.lengths:
         targets = unseen(lm, text, texts, length, asked.count)
-        if optimizer is not None:
-            samples = torch.from_numpy(np.load(asked.samples))
-            if known := windows_in(samples, set(map(tuple, targets.tolist())), length):
-                raise SystemExit(f"samples: {len(known)} of the windows occur in {asked.samples}")
+        if known := windows_in(samples, set(map(tuple, targets.tolist())), length):
+            raise SystemExit(f"samples: {len(known)} of the windows occur in {asked.samples}")
+        from_prior = fits(lm, targets, "prior", prior, optimizer)
         for seed, encoder in encoders.items():
             cell = guess_of(prototok.encode(lm, targets, encoder, progress=False))
-            cell |= fits(lm, targets, prior, encoder, optimizer)
+            both = None if optimizer is None else (encoder, optimizer)
+            cell |= from_prior | fits(lm, targets, "encoder", encoder, both)
             if optimizer is not None:
                 cell["optimizer"] = training_of(optimizer)
             cell |= {
