@@ -76,9 +76,9 @@ def cell(preset: str, length: int, rounds: int, seconds: float, copied: float) -
     )  # fmt: skip
     least = []
     for rate in rates["square"]:
-        seconds = roofline_seconds(lm, 1, length, Peak(2 * SQUARE**3 * rate, copied))
-        assert seconds is not None  # that of a family of ours
-        least.append(seconds)
+        bound = roofline_seconds(lm, 1, length, Peak(2 * SQUARE**3 * rate, copied))
+        assert bound is not None  # that of a family of ours
+        least.append(bound)
     best = fastest(rates, ATTENTION)
     return {
         "preset": preset, "length": length, "alike": alike, "best_loop": best,
