@@ -110,11 +110,12 @@ std::unique_ptr<Decoder> decoder(std::shared_ptr<DecoderModel> model, int64_t ro
 }
 
 void decoder_pass(Decoder& self, const View& inputs, int64_t start, int threads) {
-  const int64_t length = inputs.sizes<3>()[1];
-  const float* data = inputs.data<const float>({self.rows(), length, self.model().hidden});
-  require(length >= 1 && start >= 0, "start: must not be negative, and inputs not be empty");
+  const auto [rows, length, hidden] = inputs.sizes<3>();
+  const float* data = inputs.data<const float>({rows, length, self.model().hidden});
+  require(rows >= 1 && length >= 1 && start >= 0,
+          "start: must not be negative, and inputs not be empty");
   const py::gil_scoped_release others_may_run;
-  self.pass(data, length, start, threads);
+  self.pass(data, rows, length, start, threads);
 }
 
 void decoder_logits(Decoder& self, const View& out, int threads) {

@@ -32,7 +32,8 @@ Decoder::Decoder(std::shared_ptr<const DecoderModel> model, const DecoderRoom& r
       kernels_(model_.is_bf16 ? kernels_for(instruction_set).decoder_bf16
                               : kernels_for(instruction_set).decoder_f32),
       room_(room),
-      element_(model_.is_bf16 ? 2 : 4) {
+      element_(model_.is_bf16 ? 2 : 4),
+      rows_(room.rows) {
   const std::int64_t rows = room.rows, positions = room.positions;
   if (positions <= 0 || positions % kPositions != 0)
     throw std::invalid_argument("positions: " + std::to_string(positions) +
@@ -51,10 +52,15 @@ Decoder::Decoder(std::shared_ptr<const DecoderModel> model, const DecoderRoom& r
   logits_.resize(std::size_t(tokens * m.vocabulary));
 }
 
-void Decoder::pass(const float* inputs, std::int64_t length, std::int64_t start, int threads) {
+void Decoder::pass(const float* inputs, std::int64_t rows, std::int64_t length, std::int64_t start,
+                   int threads) {
+  if (rows > room_.rows)
+    throw std::out_of_range("rows: there is room for " + std::to_string(room_.rows) + ", not for " +
+                            std::to_string(rows));
   if (length > room_.longest_pass || start + length > room_.positions)
     throw std::out_of_range("length: " + std::to_string(length) + " positions from " +
                             std::to_string(start) + " on do not fit");
+  rows_ = rows;
   length_ = length;
   std::copy(inputs, inputs + tokens() * model_.hidden, x_.begin());
   for (std::size_t layer = 0; layer < model_.blocks.size(); ++layer)
@@ -151,11 +157,11 @@ void Decoder::logits(float* out, int threads) {
 
 void Decoder::predict(std::int64_t* ids, bool every, int threads) {
   const std::int64_t d = model_.hidden, vocabulary = model_.vocabulary;
-  const std::int64_t read = every ? tokens() : room_.rows;
+  const std::int64_t read = every ? tokens() : rows_;
   if (every) {
     norm(model_.norm, model_.norm_bias, narrow_, threads);
   } else {
-    for (std::int64_t row = 0; row < room_.rows; ++row)
+    for (std::int64_t row = 0; row < rows_; ++row)
       kernels_.norm(x_.data() + ((row + 1) * length_ - 1) * d, model_.norm, model_.norm_bias,
                     model_.eps, d, narrow_.data() + row * d * element_);
   }
@@ -173,13 +179,13 @@ void Decoder::generate(std::int64_t* ids, std::int64_t begin, std::int64_t end, 
   const std::int64_t d = model_.hidden;
   for (std::int64_t i = begin; i < end; ++i, ++start) {
     if (start >= room_.positions) throw std::out_of_range("end: the cache is full");
-    for (std::int64_t row = 0; row < room_.rows; ++row)
+    for (std::int64_t row = 0; row < rows_; ++row)
       kernels_.widen(static_cast<const unsigned char*>(model_.embedding) +
-                         ids[(i - 1) * room_.rows + row] * d * element_,
+                         ids[(i - 1) * rows_ + row] * d * element_,
                      x_.data() + row * d, d);
     for (std::size_t layer = 0; layer < model_.blocks.size(); ++layer)
       block(model_.blocks[layer], std::int64_t(layer), start, threads);
-    predict(ids + i * room_.rows, false, threads);
+    predict(ids + i * rows_, false, threads);
   }
 }
 

@@ -53,13 +53,14 @@ class Decoder {
           const std::string& instruction_set);
 
   const DecoderModel& model() const { return model_; }
-  std::int64_t rows() const { return room_.rows; }
+  std::int64_t rows() const { return rows_; }      // of the last pass; before it, all there is room for
   std::int64_t positions() const { return room_.positions; }
   std::int64_t length() const { return length_; }  // positions of the last pass
 
-  // Inputs (R, P, d) fp32 at positions start ... start + P - 1 through all blocks; their keys and
-  // values enter the cache.
-  void pass(const float* inputs, std::int64_t length, std::int64_t start, int threads);
+  // Inputs (R, P, d) fp32 of the first R rows, at positions start ... start + P - 1, through all
+  // blocks; their keys and values enter the cache. A row's result does not depend on the others.
+  void pass(const float* inputs, std::int64_t rows, std::int64_t length, std::int64_t start,
+            int threads);
   // Logits fp32 (R, P, V) of the last pass.
   void logits(float* out, int threads);
   // The most likely id behind every position of the last pass, (R, P), or the last, (R,).
@@ -75,14 +76,14 @@ class Decoder {
   void norm(const void* weight, const void* bias, std::vector<unsigned char>& out, int threads);
   void linear(const void* weight, const void* bias, const std::vector<unsigned char>& inputs,
               float* out, const LinearShape& shape, int threads);
-  std::int64_t tokens() const { return room_.rows * length_; }
+  std::int64_t tokens() const { return rows_ * length_; }
 
   const std::shared_ptr<const DecoderModel> shared_model_;
   const DecoderModel& model_;
   const DecoderKernels& kernels_;
   const DecoderRoom room_;
   const std::int64_t element_;
-  std::int64_t length_ = 0;
+  std::int64_t rows_, length_ = 0;
   std::vector<unsigned char> keys_;    // (L, R, K, c, T)
   std::vector<unsigned char> values_;  // (L, R, K, T, c)
   // Of the tokens of a pass, at most R * longest_pass:

@@ -70,7 +70,7 @@ def _contiguous(**weights: Tensor | None) -> dict[str, View]:
 
 
 class Decoder:
-    """What one thread decodes with: a cache of R rows and T positions, and room for a pass.
+    """What one thread decodes with: a cache of so many rows and T positions, and room for a pass.
 
     Weights and cache have the model's dtype, float32 or bfloat16; activations and sums are fp32,
     rounded to bfloat16 where they meet a bfloat16 weight. Nothing is allocated behind the
@@ -82,47 +82,48 @@ class Decoder:
         model: Any,  # of `decoder_model`, with its ends
         vocabulary: int,  # V
         rotary: tuple[Tensor, Tensor],  # cos and sin, each (≥ T, r)
-        shape: tuple[int, int, int],  # R, T, longest
+        shape: tuple[int, int, int],  # most rows, T, longest
         instruction_set: str = "",
         prefix: Tensor | None = None,  # (F, d), what stands in front of every row, within T
     ) -> None:
         self.model, self._vocabulary = model, vocabulary
-        self.rows, capacity, self.longest = shape
+        self.most_rows, capacity, self.longest = shape
+        self._rows = self.most_rows
         self._front = 0 if prefix is None else len(prefix)
         self.positions = -(-capacity // POSITIONS) * POSITIONS
         cos, sin = (table.float().contiguous() for table in rotary)
         self._cpp: Any = _cpu.Decoder(
-            model=model, rows=self.rows, positions=self.positions, longest_pass=self.longest,
+            model=model, rows=self.most_rows, positions=self.positions, longest_pass=self.longest,
             **views(cos=cos, sin=sin), instruction_set=instruction_set,
         )  # fmt: skip
         # Nothing writes these positions of the cache again.
         for start in range(0, self._front, self.longest):
             assert prefix is not None
-            part = prefix[start : start + self.longest].expand(self.rows, -1, -1)
+            part = prefix[start : start + self.longest].expand(self.most_rows, -1, -1)
             self._pass(part, start)
 
     def pass_(self, inputs: Tensor, start: int) -> None:
-        """Take inputs (R, P, d), at positions start … start + P − 1, through all blocks.
+        """Take inputs (R, P, d), at positions start … start + P − 1 of R rows, through all blocks.
 
-        Positions are counted behind the prefix.
+        Positions are counted behind the prefix. What a row gives does not depend on the others.
         """
         self._pass(inputs, self._front + start)
 
     def _pass(self, inputs: Tensor, start: int) -> None:
         inputs = inputs.float().contiguous()
-        self._length = inputs.shape[1]
+        self._rows, self._length, _ = inputs.shape
         self._cpp.pass_(**views(inputs=inputs), start=start, threads=torch.get_num_threads())
 
     def logits(self) -> Tensor:
         """Return logits (R, P, V) fp32, behind every position of the last pass."""
-        shape = self.rows, self._length, self._vocabulary
+        shape = self._rows, self._length, self._vocabulary
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         self._cpp.logits(**views(out=out), threads=torch.get_num_threads())
         return out
 
     def ids(self) -> Tensor:
         """Return the most likely id behind every position of the last pass, (R, P) int64."""
-        ids = torch.empty(self.rows, self._length, dtype=torch.int64, device="cpu")
+        ids = torch.empty(self._rows, self._length, dtype=torch.int64, device="cpu")
         self._cpp.predict(**views(ids=ids), threads=torch.get_num_threads())
         return ids
 

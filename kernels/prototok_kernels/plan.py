@@ -100,6 +100,15 @@ class Plan:
     update: Choice
     products: Choice
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a forward without gradient gives a row the same bits whatever rows are beside it.
+
+        C++ sums in one order. Torch and transformers choose theirs by the size of the batch.
+        """
+        packed = self.blocks.taken == "cpu" and self.head.taken == "packed"
+        return self.decoder.taken == "cpu" or packed
+
     def choices(self) -> dict[str, Choice]:
         """Return the choice of each part, by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

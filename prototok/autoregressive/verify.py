@@ -1,10 +1,11 @@
-"""Generate one row's text alone, at batch 1 and in both dtypes: what makes a [mem] fit exact.
+"""Generate rows' texts alone, at batch 1 and in both dtypes: what makes a [mem] fit exact.
 
 Letters: K vectors in front, N targets, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,8 +50,12 @@ class Generated:
         return replace(self, accuracy=0.0, correct=0, margin=none, teacher_forced=0.0)
 
 
-def verify(setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
-    """Generate from a row's vectors (K, d) and compare with its targets (N,)."""
+def verify(setup: Setup, rows: Sequence[tuple[Tensor, Tensor]]) -> list[Generated]:
+    """Generate from each row's vectors (K, d) and compare with its targets (N,)."""
+    return [_verified(setup, targets, mem) for targets, mem in rows]
+
+
+def _verified(setup: Setup, targets: Tensor, mem: Tensor) -> Generated:
     models = setup.lm.in_both_dtypes()
     margins = [_margins(lm, targets, mem, setup.backend)[setup.inputs.given :] for lm in models]
     both = [

@@ -359,7 +359,7 @@ def _step_seconds(
     recipe = dataclasses.replace(recipe_of("paper"), max_steps=steps)
     groups = make_groups(targets, [0], None, None)
     setup = Setup(lm, OneForward(arrangement), recipe, "auto", len(targets))
-    for _ in run(setup, groups, lambda finished: None, mark):
+    for _ in run(setup, groups, lambda finished: [None] * len(finished), mark):
         pass
     between = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
     return statistics.median(seconds / made for seconds, made in between if made)

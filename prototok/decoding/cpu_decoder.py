@@ -18,7 +18,7 @@ _decoders = PerThread()
 
 
 def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decoder:
-    """Return a decoder of R rows with room for `positions`, at most `longest` of them a pass.
+    """Return a decoder with room for R rows of `positions`, at most `longest` of them a pass.
 
     It is this thread's until its next call with the same model. Only where the plan's decoder is
     "cpu".
@@ -30,7 +30,7 @@ def cpu_decoder(lm: FrozenLM, rows: int, positions: int, longest: int) -> Decode
     if (
         found is None
         or found.model is not model
-        or found.rows != rows
+        or found.most_rows < rows
         or found.positions < body.prefix_length + positions
         or found.longest < longest
     ):

@@ -25,6 +25,10 @@ from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
+from prototok_kernels.plan import Plan
+
+# Rows that are decoded together where none of them notices: positions, and logits that are kept.
+_POSITIONS, _LOGITS = 256, 4 << 20
 
 Scores = list[Tensor]  # (R, N) each
 
@@ -54,9 +58,16 @@ def decode_vectors(
     length: int,
     targets: Tensor | None,  # (R, N) int64
     backend: str,
+    as_fitted: bool = False,
+    plan: Plan | None = None,
 ) -> Decoded:
-    """Run one forward for rows of one length; the results are on the CPU."""
-    plan = lm.plan(len(vectors), arrangement.input_length(length), backend)
+    """Run one forward for rows of one length; the results are on the CPU.
+
+    With `as_fitted` by what fits run on: it rounds to the model's dtype after every operation, as
+    transformers does, where the C++ decoder, which is quicker for few rows, keeps its sums in fp32.
+    With `plan` by that, of another number of rows.
+    """
+    plan = plan or lm.plan(len(vectors), arrangement.input_length(length), backend)
     given = [] if targets is None else [targets.to(lm.device)]
 
     def score(states: Tensor, weight: Tensor | None, by: str, given: Sequence[Tensor]) -> Scores:
@@ -71,7 +82,7 @@ def decode_vectors(
         return score(states, lm.body.head, plan.head.taken, given)
 
     with named_range("decode", lm.device):
-        if plan.decoder.taken == "cpu":
+        if plan.decoder.taken == "cpu" and not as_fitted:
             logits = _passed(lm, vectors, arrangement, length).logits()  # fp32, as e and m are
             return Decoded(*score(logits, None, plan.update.taken, given))
         key = ("scores", len(given), len(vectors), arrangement, length, backend)
@@ -87,9 +98,10 @@ def decode_ids(
     arrangement: Arrangement,
     length: int,
     backend: str,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Run the same forward for its ids (R, N) alone, on the CPU."""
-    plan = lm.plan(len(vectors), arrangement.input_length(length), backend)
+    plan = plan or lm.plan(len(vectors), arrangement.input_length(length), backend)
 
     def compute(vectors: Tensor, layout: Tensor) -> Scores:
         states = lm.hidden(vectors[:, layout], backend)[:, arrangement.offset :][:, :length]
@@ -104,6 +116,39 @@ def decode_ids(
         with urgent(lm.device):
             inputs = _inputs(lm, vectors, arrangement, length)
             return on_the_host(lm, key, compute, inputs)[0]
+
+
+def alone(lm: FrozenLM, arrangement: Arrangement, length: int, backend: str) -> tuple[Plan, int]:
+    """Return the plan of one row, and how many rows by it still have the bits of each alone.
+
+    A pass over the weights then serves them all.
+    """
+    positions = arrangement.input_length(length)
+    plan = lm.plan(1, positions, backend)
+    most = min(_POSITIONS // positions, _LOGITS // (positions * lm.vocab_size))
+    return plan, max(1, most) if plan.by_row else 1
+
+
+def decode_alone(
+    lm: FrozenLM,
+    vectors: Tensor,  # (R, slots, d)
+    arrangement: Arrangement,
+    length: int,
+    targets: Tensor,  # (R, N) int64
+    backend: str,
+    as_fitted: bool = False,
+) -> Decoded:
+    """Decode rows of one length, each with the bits of `decode_vectors` of it alone."""
+    plan, at_once = alone(lm, arrangement, length, backend)
+    parts = [
+        decode_vectors(lm, some, arrangement, length, given, backend, as_fitted, plan)
+        for some, given in zip(vectors.split(at_once), targets.split(at_once), strict=True)
+    ]
+    return Decoded(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.margin for part in parts]),
+        torch.cat([part.loss for part in parts]),
+    )
 
 
 def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Tensor]:
@@ -164,7 +209,8 @@ def decode(
             one.
         length: read this many tokens of every row instead of its own number.
         batch_size: rows a forward. 1, the default, is how exactness was verified: another batch
-            size can round differently and flip a token whose margin is near zero.
+            size can round differently and flip a token whose margin is near zero. Where C++ gives
+            each row the bits that it has alone, 1 still takes several at once.
         text: return strings.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto".
 
@@ -194,10 +240,13 @@ def decode(
     ids = torch.full((len(tokens), max(lengths, default=0)), -1, dtype=torch.int64, device="cpu")
     for size in sorted(set(lengths)):
         rows = [r for r, n in enumerate(lengths) if n == size]
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
+        plan, at_once = None, batch_size
+        if batch_size == 1:
+            plan, at_once = alone(lm, arrangement, size, backend)
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
             vectors = torch.stack([tokens.vectors(r) for r in part])
-            ids[part, :size] = decode_ids(lm, vectors, arrangement, size, backend)
+            ids[part, :size] = decode_ids(lm, vectors, arrangement, size, backend, plan)
     if not text:
         return ids
     return [lm.decode_ids(row[:size]) for row, size in zip(ids, lengths, strict=True)]

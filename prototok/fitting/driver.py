@@ -46,7 +46,8 @@ class Check(Protocol):
 
 C = TypeVar("C", bound=Check)
 R = TypeVar("R", FitResult, MemFit)
-Verify = Callable[[Setup, Tensor, Tensor], C]  # of targets (N,) and vectors (slots, d)
+# Of rows alone, each its targets (N,) and vectors (slots, d).
+Verify = Callable[[Setup, Sequence[tuple[Tensor, Tensor]]], list[C]]
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,19 @@ def fit_groups(
     """Fit groups and yield each with its rows as it ends, every row verified alone."""
     verified: dict[int, list[C]] = {}
 
-    def confirm(finished: Finished) -> Refused | None:
-        group = finished.group
-        rows = zip(group.rows, by_row(finished.vectors, len(group.rows)), strict=True)
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        rows = [
+            (row.targets, vectors)
+            for one in finished
+            for row, vectors in zip(
+                one.group.rows, by_row(one.vectors, len(one.group.rows)), strict=True
+            )
+        ]
         with urgent(setup.lm.device):  # the next steps are queued already
-            checks = [verify(setup, row.targets, vectors) for row, vectors in rows]
-        verified[group.index] = checks
-        return _refused(checks, setup.recipe)
+            checks = iter(verify(setup, rows))
+        mine = [[next(checks) for _ in one.group.rows] for one in finished]
+        verified.update(zip((one.group.index for one in finished), mine, strict=True))
+        return [_refused(some, setup.recipe) for some in mine]
 
     setup.lm.cast(torch.float32)  # its memory is taken before `run` sizes batches by what is free
     for finished in run(setup, groups, confirm, observe):

@@ -26,6 +26,8 @@ from prototok.results.fit_result import FitResult
 from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of
 
+_ROWS = 256  # from one look at the bar to the next
+
 
 @own_world
 def encode(
@@ -70,14 +72,18 @@ def encode(
     ended: list[EndedRow[Verified]] = []
     exact = 0
     with Progress(len(groups), "encode", progress) as bar:
-        for group in groups:
-            (row,) = group.rows
-            assert row.start is not None
-            check = verify(setup, row.targets, row.start)
-            ended.append(
-                EndedRow(row, group.index, row.start, check, check.accuracy, 0, share, failed=False)
-            )
-            exact += check.exact
+        for first in range(0, len(groups), _ROWS):
+            guesses = []
+            for group in groups[first : first + _ROWS]:
+                (row,) = group.rows
+                assert row.start is not None
+                guesses.append((group.index, row, row.start))
+            checks = verify(setup, [(row.targets, start) for _, row, start in guesses])
+            for (index, row, start), check in zip(guesses, checks, strict=True):
+                ended.append(
+                    EndedRow(row, index, start, check, check.accuracy, 0, share, failed=False)
+                )
+                exact += check.exact
             bar.update(len(ended), f"{exact} exact")
     plan = lm.plan(
         len(targets), layout.input_length(max(map(len, targets))), backend, layout.is_pair

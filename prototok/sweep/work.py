@@ -218,7 +218,8 @@ def recheck(run: RunFolder, key: str, rows: list[dict[str, Any]], lm: FrozenLM) 
         target = torch.tensor(row["target_ids"], dtype=torch.int64, device="cpu")
         at = row["row"]
         vectors = stored.mem[at, 0] if isinstance(stored, MemFit) else stored.vectors(at)
-        found = mode.verify(mode.setup, target, vectors).correct
+        (check,) = mode.verify(mode.setup, [(target, vectors)])
+        found = check.correct
         if found != row["correct"]:
             problems.append(
                 f"{key}, row {at}: {found} of {len(target)} tokens right when decoded again, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 import prototok
 from prototok import Recipe
-from prototok.decoding.decode import decode_vectors
+from prototok.decoding.decode import alone, decode_vectors
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.verify import verify
 from prototok.results.arrangement import Arrangement
+from prototok_kernels.backend import _cpu
 from support import small_llama
 
 PAIR = Arrangement.parse("e m*")
@@ -28,7 +30,7 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
     worse_first = 0
     for targets in texts:
         vectors = torch.randn(2, lm.hidden_size, generator=generator)
-        found = verify(setup, targets, vectors)
+        (found,) = verify(setup, [(targets, vectors)])
         own, exactly = (
             decode_vectors(model, vectors[None], PAIR, 6, targets[None], "auto")
             for model in (lm, lm.cast(torch.float32))
@@ -39,17 +41,47 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
         assert found.correct == min(right) and found.accuracy == min(right) / 6
         assert found.margin == min(float(d.margin.min()) for d in (own, exactly))
         assert found.loss == max(losses)
-        plain = decode_vectors(lm, vectors[None], PAIR, 6, targets[None], "torch")
-        differences = (plain.margin - exactly.margin).square().mean()
+        rounding = decode_vectors(lm, vectors[None], PAIR, 6, targets[None], "auto", as_fitted=True)
+        differences = (rounding.margin - exactly.margin).square().mean()
         rounded = dtype == "bfloat16"
         assert found.spread == (pytest.approx(float(differences.sqrt())) if rounded else 0.0)
         assert (found.spread > 0) == (dtype == "bfloat16")
-        unasked = verify(replace(setup, recipe=Recipe()), targets, vectors)
+        (unasked,) = verify(replace(setup, recipe=Recipe()), [(targets, vectors)])
         assert unasked.spread == 0.0 and unasked.margin == found.margin
         assert int((found.ids == targets).sum()) == found.correct
         assert len(found.margins) == 6
     # Or the last loss would be the larger one by chance.
     assert worse_first > 0 or dtype == "float32"
+
+
+@pytest.fixture(params=[1, 2, 5])  # C++ chooses its way by them
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_together_are_each_as_alone(dtype: str, backend: str) -> None:
+    lm = prototok.load(small_llama(), "cpu", dtype)
+    _, at_once = alone(lm.cast(torch.float32), PAIR, 9, backend)
+    assert at_once == (28 if backend == "auto" and _cpu is not None else 1)
+    generator = torch.Generator().manual_seed(0)
+    setup = Setup(lm, OneForward(PAIR), Recipe(spreads=1.0), backend, None)
+    rows = [
+        (torch.randint(lm.vocab_size, (length,), generator=generator),
+         torch.randn(2, lm.hidden_size, generator=generator))
+        for length in (1, 6, 6, 2, 6, 1, 40, 6, 40, 40) + (9,) * 40
+    ]  # fmt: skip
+    for (ids, vectors), found in zip(rows, verify(setup, rows), strict=True):
+        (by_itself,) = verify(setup, [(ids, vectors)])
+        for name in ("accuracy", "correct", "margin", "spread", "loss"):
+            assert getattr(found, name) == getattr(by_itself, name), name
+        assert torch.equal(found.ids, by_itself.ids)
+        assert torch.equal(found.margins, by_itself.margins)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -65,9 +97,7 @@ def test_a_fit_goes_on_until_its_margin_is_above_the_rounding(dtype: str) -> Non
     margins = {}
     for spreads, fit in fits.items():
         assert fit.exact.all()
-        found = [
-            verify(setup, ids, fit.tokens.vectors(r)) for r, ids in enumerate(fit.targets)
-        ]  # fmt: skip
+        found = verify(setup, [(ids, fit.tokens.vectors(r)) for r, ids in enumerate(fit.targets)])
         margins[spreads] = [one.margin - 8 * one.spread for one in found]
     assert min(margins[8.0]) >= 0
     assert (min(margins[0.0]) < 0) == (dtype == "bfloat16")

@@ -75,6 +75,38 @@ def test_passes_one_after_another_are_one_pass(name: str, dtype: torch.dtype) ->
         start += length
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN)
+def test_a_row_has_the_bits_that_it_has_alone(
+    name: str, dtype: torch.dtype, instruction_set: str
+) -> None:
+    lm = loaded(name, dtype)
+    for length in (1, 2, 3, 19):
+        x = inputs_for(lm, 7, length)
+        decoder = decoder_of(lm, 7, length, length, instruction_set)
+        decoder.pass_(x, 0)
+        together = decoder.logits()
+        for rows in (1, 2, 4):  # a decoder has room for more
+            for start in range(0, 7 - rows + 1, rows):
+                decoder.pass_(x[start : start + rows], 0)
+                assert torch.equal(decoder.logits(), together[start : start + rows])
+                assert len(decoder.ids()) == rows
+
+
+def test_greedy_goes_on_with_the_rows_of_the_pass() -> None:
+    lm = loaded("qwen3, tied")
+    x = inputs_for(lm, 3, 3)
+    decoder = decoder_of(lm, 3, 40, 20)
+    together = torch.full((17, 3), -1)
+    decoder.pass_(x, 0)
+    decoder.greedy(together, 0, 3)
+    ids = torch.full((17, 2), -1)
+    decoder.pass_(x[1:], 0)
+    decoder.greedy(ids, 0, 3)
+    assert torch.equal(ids, together[:, 1:])
+
+
 def test_greedy_is_the_argmax_of_passes() -> None:
     lm = loaded("qwen3, tied")
     x = inputs_for(lm, 2, 3)

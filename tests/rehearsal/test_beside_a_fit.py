@@ -93,7 +93,7 @@ def verified(lm: FrozenLM, fit: FitResult) -> None:
     lm = lm.behind(fit.tokens.prefix)
     layout = Arrangement.parse(fit.tokens.arrangement)
     setup = one_forward(lm, layout, Recipe(spreads=2.0), None, "auto", None)
-    verify(setup, fit.targets[0], fit.tokens.vectors(0))
+    verify(setup, [(fit.targets[0], fit.tokens.vectors(0))])
     wide = lm.cast(torch.float32)
     assert wide.body.family == "general" or isinstance(wide.body.layers, Upcast)
 

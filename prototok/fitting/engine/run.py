@@ -82,16 +82,16 @@ def by_row(vectors: list[Tensor], rows: int) -> list[Tensor]:
 def run(
     setup: Setup,
     groups: list[Group],
-    confirm: Callable[[Finished], Refused | None],
+    confirm: Callable[[list[Finished]], list[Refused | None]],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     """Fit all groups and yield each as it ends, bucket by bucket, the longest first.
 
-    A group that reached the recipe's goal is shown to `confirm`, which returns None where it holds.
-    One that does not goes on until it clears the margin asked for, or twice its own where that is
-    more already, or until its updates are spent. One whose margin alone is too small goes on for a
-    quarter of the updates that it had made when that was first so, and not into a new cycle, hot
-    again: it is exact.
+    Groups that reached the recipe's goal between two looks are shown to `confirm`, which returns
+    None for each that holds. One that does not goes on until it clears the margin asked for, or
+    twice its own where that is more already, or until its updates are spent. One whose margin alone
+    is too small goes on for a quarter of the updates that it had made when that was first so, and
+    not into a new cycle, hot again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -103,7 +103,7 @@ def run(
 def _run_bucket(
     setup: Setup,
     bucket: Bucket,
-    confirm: Callable[[Finished], Refused | None],
+    confirm: Callable[[list[Finished]], list[Refused | None]],
     observe: Callable[[FitEvent], None],
 ) -> Iterator[Finished]:
     queue = deque(bucket.groups)
@@ -135,18 +135,20 @@ def _run_bucket(
                 continue
             observe(_event(poll, runner))
             place = {group.index: g for g, group in enumerate(slots.groups)}
-            leaving = []
             ending = poll.done | poll.spent | poll.failed
             for p, group in enumerate(poll.groups):
                 if group.index in until:
                     ending[p] |= int(poll.step[p]) >= until[group.index]
-            for p in ending.nonzero()[:, 0].tolist():
-                g = place.get(poll.groups[p].index)
-                if g is None:  # left after the poll before
-                    continue
-                finished = _finished(poll, p, runner.best_of(g), seconds)
-                refused, margin = confirm(finished), float(poll.best_margin[p])
-                index = finished.group.index
+            ended = [
+                (p, g, _finished(poll, p, runner.best_of(g), seconds))
+                for p in ending.nonzero()[:, 0].tolist()
+                # Others left after the poll before.
+                if (g := place.get(poll.groups[p].index)) is not None
+            ]
+            answers = confirm([finished for *_, finished in ended]) if ended else []
+            leaving = []
+            for (p, g, finished), refused in zip(ended, answers, strict=True):
+                index, margin = finished.group.index, float(poll.best_margin[p])
                 last = index in until and finished.steps >= until[index]
                 holds = refused is None or (refused.exact and last)
                 if refused is None or holds or finished.failed or poll.spent[p]:

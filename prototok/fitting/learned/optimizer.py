@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -78,7 +79,10 @@ def _reach_of(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:
     """Return the one in the package for the model that `lm` holds; None where there is none."""
-    if lm.identity.name not in BUILT_IN:
-        return None
-    path = Path(path_of(lm.identity.name)) / FILE
+    return _shipped(lm.identity.name) if lm.identity.name in BUILT_IN else None
+
+
+@cache  # a few megabytes, and as long to read as to make three updates
+def _shipped(name: str) -> LearnedOptimizer | None:
+    path = Path(path_of(name)) / FILE
     return LearnedOptimizer.load(path) if path.exists() else None

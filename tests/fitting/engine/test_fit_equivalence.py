@@ -200,12 +200,12 @@ def test_a_claim_that_does_not_hold_alone_goes_on(
 
     verify, refusals = module.verify, []
 
-    def strict(*args: object) -> object:
-        found = verify(*args)
+    def strict(*args: object) -> list[object]:
+        (found,) = verify(*args)
         if len(refusals) < 2:
             refusals.append(found.margin)
-            return dataclasses.replace(found, accuracy=0.5, correct=1)
-        return found
+            return [dataclasses.replace(found, accuracy=0.5, correct=1)]
+        return [found]
 
     ids = targets(1, 2, any_lm.vocab_size)
     first = prototok.fast_fit(any_lm, ids, recipe=QUICK)

@@ -71,10 +71,10 @@ def test_a_claim_that_does_not_hold_is_asked_about_once(
     as_on_cuda(monkeypatch)
     verify, margins = fit_module.verify, []
 
-    def strict(*args: object) -> object:
-        found = verify(*args)
+    def strict(*args: object) -> list[object]:
+        (found,) = verify(*args)
         margins.append(found.margin)
-        return dataclasses.replace(found, accuracy=0.5) if len(margins) < 3 else found
+        return [dataclasses.replace(found, accuracy=0.5) if len(margins) < 3 else found]
 
     monkeypatch.setattr(fit_module, "verify", strict)
     ids = torch.randint(small_lm.vocab_size, (1, 2), generator=torch.Generator().manual_seed(0))

@@ -25,9 +25,9 @@ def test_what_is_asked_for_rises_with_each_refusal(small_lm: FrozenLM, accuracy:
     targets = torch.randint(small_lm.vocab_size, (length,), generator=torch.manual_seed(1))
     shown: list[Finished] = []
 
-    def confirm(finished: Finished) -> Refused | None:
-        shown.append(finished)
-        return None if len(shown) == 3 else Refused(0.0, exact=False)
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        shown.extend(finished)
+        return [None if len(shown) == 3 else Refused(0.0, exact=False)]
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
@@ -54,9 +54,11 @@ def test_the_margin_asked_for_is_the_one_to_clear(small_lm: FrozenLM) -> None:
     asked = iter([Refused(0.5, exact=False), None])
     margins: list[float] = []
 
-    def confirm(finished: Finished) -> Refused | None:
-        margins.append(verify(setup, targets, torch.cat([v[0] for v in finished.vectors])).margin)
-        return next(asked)
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        (one,) = finished
+        (check,) = verify(setup, [(targets, torch.cat([v[0] for v in one.vectors]))])
+        margins.append(check.margin)
+        return [next(asked)]
 
     list(run(setup, make_groups([targets], [0], None, None), confirm, lambda event: None))
     assert margins[0] < 0.25 and 0.49 < margins[1] < 1.0
@@ -71,9 +73,9 @@ def test_an_exact_unit_goes_on_for_a_quarter_and_to_the_end_of_its_cycle_at_most
     targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
     shown: list[int] = []
 
-    def confirm(finished: Finished) -> Refused:
-        shown.append(finished.steps)
-        return Refused(1e6, exact)
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        shown.extend(one.steps for one in finished)
+        return [Refused(1e6, exact)]
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
@@ -90,9 +92,9 @@ def test_the_quarter_counts_from_the_first_time_that_a_unit_is_exact(small_lm: F
     targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
     shown: list[int] = []
 
-    def confirm(finished: Finished) -> Refused:
-        shown.append(finished.steps)
-        return Refused(0.0, exact=True)  # a little more is asked for each time
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        shown.extend(one.steps for one in finished)
+        return [Refused(0.0, exact=True)]  # a little more is asked for each time
 
     (ended,) = run(
         Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
