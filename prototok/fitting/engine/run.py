@@ -129,8 +129,9 @@ def _run_bucket(
             runner.advance(runner.burst)
             poll = runner.poll()
             clock, before = time.perf_counter(), clock
+            share = (clock - before) / slots.rows
             for group in slots.groups:
-                seconds[group.index] = seconds.get(group.index, 0.0) + (clock - before) / slots.rows
+                seconds[group.index] = seconds.get(group.index, 0.0) + share
             if poll is None:
                 continue
             observe(_event(poll, runner))
@@ -172,11 +173,10 @@ def _run_bucket(
 
 def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, float]) -> Finished:
     group = poll.groups[p]
-    start = sum(len(other.rows) for other in poll.groups[:p])
     return Finished(
         group=group,
         vectors=vectors,
-        correct=poll.row_correct[start : start + len(group.rows)].tolist(),
+        correct=poll.row_correct[slice(*poll.first_rows[p : p + 2])].tolist(),
         steps=int(poll.step[p]),
         seconds=seconds[group.index],
         failed=bool(poll.failed[p]),

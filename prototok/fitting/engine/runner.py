@@ -36,6 +36,7 @@ class Poll:
     """The flags of the groups and the scores of the rows as they were after some step, on the host.
 
     groups      those in flight, in the order of what follows
+    first_rows  the first row of each of them, and one behind the last
     done        (G,) bool, reached the goal; spent (G,) bool, out of updates
     failed      (G,) bool, ended by a loss or a gradient that is not finite
     step        (G,) updates made; best_margin (G,) of the vectors kept
@@ -44,6 +45,7 @@ class Poll:
     """
 
     groups: list[Group]
+    first_rows: list[int]
     done: Tensor
     spent: Tensor
     failed: Tensor
@@ -140,7 +142,8 @@ class StepRunner:
             return part.to("cpu", non_blocking=True) if part.is_cuda else part.clone()
 
         return Poll(
-            groups=list(slots.groups),
+            groups=slots.groups,
+            first_rows=slots.first_rows,
             done=copied(slots.done, groups),
             spent=copied(slots.spent(), groups),
             failed=copied(slots.failed, groups),

@@ -9,6 +9,7 @@ hidden size, N targets (of the longest row), L input positions; buffers have roo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class Slots:
         )  # fmt: skip
         self.device, self.width = lm.device, lm.hidden_size
         self.network = setup.network
-        self.groups: list[Group] = []
+        self._hold([])
         rows, groups, length = room.rows, room.groups, room.length
 
         def full(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -125,10 +126,17 @@ class Slots:
         self.margin = full(rows, dtype=torch.float32)  # smallest over the row's targets
         self.row_correct = full(rows)  # of the best vectors
 
+    def _hold(self, groups: list[Group]) -> None:
+        """Note which groups are in flight, once a change: there may be thousands, at every step."""
+        self.groups = groups
+        # The first row of each group, and behind the last.
+        self.first_rows = [0, *itertools.accumulate(len(group.rows) for group in groups)]
+        self._longest = max((group.length for group in groups), default=0)
+
     @property
     def rows(self) -> int:
         """Count the rows in flight."""
-        return sum(len(group.rows) for group in self.groups)
+        return self.first_rows[-1]
 
     @property
     def clock(self) -> Tensor:
@@ -145,8 +153,7 @@ class Slots:
         that the buffers hold, halved as often as what is in flight still fits.
         """
         if self.device.type == "cpu":
-            longest = max((group.length for group in self.groups), default=0)
-            return Window(self.rows, len(self.groups), longest)
+            return Window(self.rows, len(self.groups), self._longest)
         return Window(
             _halved(self.room.rows, self.rows),
             _halved(self.room.groups, len(self.groups)),
@@ -164,7 +171,7 @@ class Slots:
         rows = [row.targets for group in groups for row in group.rows]
         old_rows, old_groups = self.rows, len(self.groups)
         owners = [old_groups + g for g, group in enumerate(groups) for _ in group.rows]
-        self.groups = self.groups + groups
+        self._hold(self.groups + groups)
         here, there = slice(old_rows, self.rows), slice(old_groups, len(self.groups))
         for b, bank in enumerate(self.banks):
             place = there if bank.shared else here
@@ -212,7 +219,7 @@ class Slots:
         kept_groups = [g for g in range(len(self.groups)) if g not in gone]
         owners = [g for g, group in enumerate(self.groups) for _ in group.rows]
         kept_rows = [r for r, g in enumerate(owners) if g not in gone]
-        self.groups = [self.groups[g] for g in kept_groups]
+        self._hold([self.groups[g] for g in kept_groups])
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
         by_group = [
             self.tokens, self.step, self.best_correct, self.improved_at, self.best_margin,
@@ -262,8 +269,7 @@ class Slots:
 
     def best_of(self, group: int) -> list[Tensor]:
         """Return e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a group at their best."""
-        start = sum(len(other.rows) for other in self.groups[:group])
-        rows = slice(start, start + len(self.groups[group].rows))
+        rows = slice(*self.first_rows[group : group + 2])
         return [
             bank.best[group : group + 1] if bank.shared else bank.best[rows] for bank in self.banks
         ]
