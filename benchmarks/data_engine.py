@@ -6,7 +6,7 @@
 Rates: `fit_stream` on windows of each built-in model's held-out text, one shard a length; CPU time
 and wall time of everything, tokens to files. On a GPU, by the rehearsal (docs/gpu.md): a step of
 full slots, times the steps a text took here. Nothing is timed there, and verification is counted
-apart: three decodings of each text alone, launched one by one without a graph, at an assumed 8 µs a
+apart: two decodings of each text alone, launched one by one without a graph, at an assumed 8 µs a
 launch of the host.
 
 The long run: `prototok dataset` in processes of its own, once in peace and once with SIGKILL at
@@ -48,7 +48,7 @@ OUT = RESULTS / "data_engine.json"
 # Texts a cell: what takes well under a minute of one core.
 CELLS = {("tiny-neox", 8): 2048, ("tiny-neox", 16): 512, ("tiny-llama", 8): 1024,
          ("tiny-llama", 16): 128}  # fmt: skip
-LAUNCH, DECODINGS = 8e-6, 3  # seconds of the host a launch, assumed; decodings that verify a text
+LAUNCH, DECODINGS = 8e-6, 2  # seconds of the host a launch, assumed; decodings that verify a text
 GPU_POSITIONS = 65536  # of full slots
 
 

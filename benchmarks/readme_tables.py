@@ -571,7 +571,7 @@ def data_engine() -> str:
         gpu = rates["cells"][0]["gpu"]["gpus"][0]
         lines += [
             "", f"GPU: an estimate for {gpu} by a rehearsal (docs/gpu.md), nothing was run there. "
-            "Steps are those of full slots; verification is three decodings a text, alone and "
+            "Steps are those of full slots; verification is two decodings a text, alone and "
             "without a graph, at an assumed 8 µs a launch.",
             "", f"`{rates['command']}`: {source(rates)}",
         ]  # fmt: skip
