@@ -37,7 +37,6 @@ from torch import Tensor
 import prototok
 from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.learned.optimizer import shipped_optimizer
 from prototok.fitting.prior import shipped_prior
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
@@ -118,7 +117,7 @@ def optimizers(
 
 def shipped(lm: FrozenLM) -> LearnedOptimizer:
     """Return the optimiser in the package."""
-    found = shipped_optimizer(lm)
+    found = LearnedOptimizer.shipped(lm)
     if found is None:
         raise SystemExit(f"shipped: none comes with {lm.identity.name}")
     return found

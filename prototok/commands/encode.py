@@ -18,14 +18,15 @@ from prototok.common.command_line import (
     say,
 )
 
+_ENCODER = "A file of `prototok learn encoder`. Default: what a built-in model brings."
 _LENGTH = "Tokens a chunk. Default: as many as the encoder takes."
 
 
 def encode(
     book: Annotated[Path, typer.Argument(help="A plain-text file in UTF-8.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")],
-    encoder: Annotated[Path, typer.Option(help="A file of `prototok learn encoder`.")],
     model: Model = "tiny-llama",
+    encoder: Annotated[Path | None, typer.Option(help=_ENCODER)] = None,
     length: Annotated[int | None, typer.Option(help=_LENGTH)] = None,
     limit: Annotated[int | None, typer.Option(help="Encode only this many chunks.")] = None,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
@@ -45,9 +46,12 @@ def encode(
     from prototok.model.load import load
     from prototok.results.fit_folder import FitFolder
 
-    found = Encoder.load(encoder)
+    found = None if encoder is None else Encoder.load(encoder)
     with FitFolder(out, overwrite=overwrite).claimed() as folder:
         lm = load(model, device, dtype)
+        found = found or Encoder.shipped(lm)
+        if found is None:
+            raise ValueError(f"encoder: none comes with {lm.identity.name}; name one by --encoder")
         pieces = chunks(lm, text, length or found.longest, limit)
         result = encode_texts(lm, pieces, found, prefix=front_asked(prefix), progress=True)
         result = labelled(result, text_difference(lm, text, pieces))

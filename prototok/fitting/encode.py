@@ -33,7 +33,7 @@ _ROWS = 256  # from one look at the bar to the next
 def encode(
     lm: FrozenLM,
     texts: Texts,
-    encoder: Encoder,
+    encoder: Encoder | None = None,
     *,
     length: int | None = None,
     prefix: PrefixLike | Prefix = "auto",
@@ -48,7 +48,7 @@ def encode(
     Args:
         lm: the frozen model, from `prototok.load`.
         texts: as in `fast_fit`, none longer than `encoder.longest`.
-        encoder: from `prototok.learn_encoder`, of this model.
+        encoder: from `prototok.learn_encoder`, of this model; None: what a built-in model brings.
         length: cut every text to this many tokens.
         prefix: what stands in front of e; "auto": what the encoder was trained behind.
         backend, progress: as in `fast_fit`.
@@ -57,6 +57,9 @@ def encode(
         ValueError: an argument that cannot be met, named.
     """
     require_frozen(lm)
+    encoder = Encoder.shipped(lm) if encoder is None else encoder
+    if encoder is None:
+        raise ValueError(f"encoder: none comes with {lm.identity.name}; see learn_encoder")
     if not isinstance(encoder, Encoder):
         raise ValueError(f"encoder: {type(encoder).__name__} is not an Encoder; see learn_encoder")
     encoder = encoder.on(lm)

@@ -21,8 +21,8 @@ from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
-from prototok.fitting.learned.encoder import Init, parted
-from prototok.fitting.learned.optimizer import LearnedOptimizer, shipped_optimizer
+from prototok.fitting.learned.encoder import Encoder, Init, parted
+from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.prior import Prior, shipped_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.verify import Verified, verify
@@ -82,8 +82,8 @@ def fast_fit(
             `prototok.learn_optimizer`. An encoder, from `prototok.learn_encoder`, starts seed 0 of
             each text at its guess, other seeds near to it, a shared vector at the mean of the
             guesses; with "learned" pass both, (encoder, optimizer). None leaves it to the recipe:
-            "fast" starts built-in models from the prior they come with, "learned" takes the network
-            they come with.
+            "fast" starts built-in models from the prior they come with, "learned" takes the
+            networks they come with, an encoder for the texts that are not too long for it.
         backend: which kernels: "torch", "triton" (CUDA), "cpu" (C++), or "auto", the fastest there
             is; what was taken is in `tokens.provenance`.
         batch_size: rows on the device at once; a larger sharing group takes turns inside a step.
@@ -107,13 +107,16 @@ def fast_fit(
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     encoder, common = parted(init)
+    brought = settings.learned > 0 and init is None  # by a built-in model: for texts that it takes
+    if brought:
+        encoder = Encoder.shipped(lm)
     has_network = isinstance(common, LearnedOptimizer)
     if settings.learned and not has_network and (init is None or encoder is not None):
-        common = shipped_optimizer(lm) or common
+        common = LearnedOptimizer.shipped(lm) or common
     start = start_of(common)
     if start is not None:
         start.require_model(lm)
-    if encoder is not None and not layout.is_pair:
+    if encoder is not None and not layout.is_pair and not brought:
         raise ValueError(f"arrangement: an Encoder is for 'e m*', not for {arrangement!r}")
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
@@ -132,7 +135,7 @@ def fast_fit(
     setup = one_forward(lm, layout, settings, common, backend, rows_at_once)
     groups = make_groups(targets, chosen, share, group_size)
     if encoder is not None:
-        groups = encoder.started(lm, groups)
+        groups = encoder.started(lm, groups, shorter=brought)
     what = "fit" if lm.prefix is None else f"fit behind {in_front}"
     recorder = Recorder([len(ids) for ids in targets], len(chosen)) if history else None
 

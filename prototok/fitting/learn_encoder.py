@@ -28,7 +28,7 @@ from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
 from prototok.texts.targets import Texts
 
-_WIDTH, _DEPTH = 1024, 4
+_WIDTH, _DEPTH = 640, 4
 _RATE = 1e-3  # of the AdamW that trains the network
 _TEMPERATURE = 0.7  # of the loss
 

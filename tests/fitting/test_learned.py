@@ -11,14 +11,13 @@ from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prototok
-from prototok import FitResult, FrozenLM, LearnedOptimizer, Prior, Recipe
+from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior, Recipe
 from prototok.fitting.engine.learned import hand_over
-from prototok.fitting.engine.rows import Group, Row
+from prototok.fitting.engine.rows import Group, Row, make_groups
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool, training
-from prototok.fitting.learned.optimizer import FILE, shipped_optimizer
 from prototok.fitting.learned.pool import Pool
 from prototok.fitting.recipe import LEARNED
 from prototok.model.load import BUILT_IN, load, path_of
@@ -302,20 +301,42 @@ def test_a_recipe_of_ones_own_keeps_what_it_says(
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_models_bring_theirs(name: str) -> None:
-    """It is what is used where none is given, and worth having."""
+    """They are what is used where none is given, and worth having."""
     lm = load(name)
-    shipped = shipped_optimizer(lm)
-    assert shipped is not None and shipped.model.fingerprint == lm.identity.fingerprint
-    assert (Path(path_of(name)) / FILE).stat().st_size < 10e6
+    encoder, optimizer = Encoder.shipped(lm), LearnedOptimizer.shipped(lm)
+    for network in (encoder, optimizer):
+        assert network is not None and network.model.fingerprint == lm.identity.fingerprint
+        assert (Path(path_of(name)) / network._file).stat().st_size < 10e6
     ids = lm.encode((Path(path_of(name)) / "held_out.txt").read_text())
     texts = [ids[i : i + 8] for i in range(0, 128, 8)]
     fast = prototok.fast_fit(lm, texts, progress=False)
     found = prototok.fast_fit(lm, texts, recipe="learned", progress=False)
     assert bool(found.exact.all()) and bool(fast.exact.all())
-    assert float(found.steps.float().median()) < 0.5 * float(fast.steps.float().median())
-    named = prototok.fast_fit(lm, texts, recipe="learned", init=shipped, progress=False)
+    assert float(found.steps.float().median()) < 0.2 * float(fast.steps.float().median())
+    both = (encoder, optimizer)
+    named = prototok.fast_fit(lm, texts, recipe="learned", init=both, progress=False)
     assert torch.equal(named.tokens.e, found.tokens.e)
+    guesses = prototok.encode(lm, texts, progress=False)
+    assert float(guesses.accuracy.mean()) > 0.6
+
+
+def test_a_text_too_long_for_the_encoder_starts_from_the_prior() -> None:
+    lm = load("tiny-neox")
+    ids = lm.encode((Path(path_of("tiny-neox")) / "held_out.txt").read_text())
+    texts = [ids[:9], ids[20:28]]
+    encoder, optimizer = Encoder.shipped(lm), LearnedOptimizer.shipped(lm)
+    assert encoder is not None
+    groups = make_groups([torch.tensor(text) for text in texts], [0], None, None)
+    starts = [group.rows[0].start for group in encoder.started(lm, groups, shorter=True)]
+    assert starts[0] is None and starts[1] is not None
+    assert torch.equal(starts[1], torch.stack(encoder.on(lm)(texts[1:])).squeeze(1))
+    found = prototok.fast_fit(lm, texts, recipe="learned", progress=False)
+    assert found.exact.all() and found.steps[1] < found.steps[0]
+    with pytest.raises(ValueError, match="text 0 has 9 tokens"):
+        prototok.fast_fit(lm, texts, recipe="learned", init=(encoder, optimizer), progress=False)
 
 
 def test_other_models_bring_none(small_lm: FrozenLM) -> None:
-    assert shipped_optimizer(small_lm) is None
+    assert LearnedOptimizer.shipped(small_lm) is None and Encoder.shipped(small_lm) is None
+    with pytest.raises(ValueError, match="^encoder: none comes with"):
+        prototok.encode(small_lm, [[1, 2]])

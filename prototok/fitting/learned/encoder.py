@@ -91,7 +91,7 @@ class Encoder(KeptNetwork[EncoderNetwork]):
                     f"texts: text {i} has {len(ids)} tokens, more than the {self.longest} that "
                     "this encoder takes"
                 )
-        guess, found = self.guesser(lm), []
+        guess, found = self.guesser(lm), [torch.empty(0, *self.start.mean.shape)]
         for first in range(0, len(targets), _ROWS):
             part = targets[first : first + _ROWS]
             lengths = torch.tensor([len(ids) for ids in part], dtype=torch.int64, device=lm.device)
@@ -104,9 +104,13 @@ class Encoder(KeptNetwork[EncoderNetwork]):
         network, rows = self.network(lm), token_rows(lm)
         return lambda ids, lengths: placed(self.start, network(rows[ids], lengths).cpu())
 
-    def started(self, lm: FrozenLM, groups: list[Group]) -> list[Group]:
-        """Return groups whose rows start at the guess, seeds other than 0 near to it."""
-        rows = [row for group in groups for row in group.rows]
+    def started(self, lm: FrozenLM, groups: list[Group], shorter: bool = False) -> list[Group]:
+        """Return groups whose rows start at the guess, seeds other than 0 near to it.
+
+        With `shorter` a group with a text that is too long for the encoder stays as it is.
+        """
+        taken = [one for one in groups if not shorter or one.length <= self.longest]
+        rows = [row for group in taken for row in group.rows]
         made = []
         for row, guess in zip(rows, self.vectors(lm, [row.targets for row in rows]), strict=True):
             if row.seed:
@@ -114,7 +118,11 @@ class Encoder(KeptNetwork[EncoderNetwork]):
                 guess = guess + self.start.std * torch.cat([noise[0][0], noise[1]])
             made.append(replace(row, start=guess))
         left = iter(made)
-        return [replace(group, rows=tuple(next(left) for _ in group.rows)) for group in groups]
+        found = {
+            group.index: replace(group, rows=tuple(next(left) for _ in group.rows))
+            for group in taken
+        }
+        return [found.get(group.index, group) for group in groups]
 
     @classmethod
     def _blank(

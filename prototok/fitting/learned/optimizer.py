@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.network import UpdateNetwork
-from prototok.model.frozen_lm import FrozenLM
-from prototok.model.load import BUILT_IN, path_of
-
-FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,7 +25,7 @@ class LearnedOptimizer(KeptNetwork[UpdateNetwork]):
 
     form: ClassVar[tuple[str, int]] = ("prototok.optimizer", 1)
     _what: ClassVar[str] = "a learned optimiser"
-    _file: ClassVar[str] = FILE
+    _file: ClassVar[str] = "optimizer.safetensors"
     _usage: ClassVar[str] = (
         'optimizer = prototok.LearnedOptimizer.from_pretrained("{repo_id}")\n'
         'fit = prototok.fast_fit(lm, ["Call me Ishmael."], recipe="learned", init=optimizer)'
@@ -75,14 +69,3 @@ def _reach_of(shapes: dict[str, tuple[int, ...]]) -> int:
     narrow, _ = shapes["token.weight"]
     _, columns = shapes["along.weight"]
     return columns // (2 * narrow + 2)
-
-
-def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer | None:
-    """Return the one in the package for the model that `lm` holds; None where there is none."""
-    return _shipped(lm.identity.name) if lm.identity.name in BUILT_IN else None
-
-
-@cache  # a few megabytes, and as long to read as to make three updates
-def _shipped(name: str) -> LearnedOptimizer | None:
-    path = Path(path_of(name)) / FILE
-    return LearnedOptimizer.load(path) if path.exists() else None
