@@ -91,7 +91,7 @@ class Encoder(KeptNetwork[EncoderNetwork]):
                     f"texts: text {i} has {len(ids)} tokens, more than the {self.longest} that "
                     "this encoder takes"
                 )
-        guess, found = self.guesser(lm), [torch.empty(0, *self.start.mean.shape)]
+        guess, found = self.guesser(lm), [self.start.mean.new_empty(0, 2, lm.hidden_size)]
         for first in range(0, len(targets), _ROWS):
             part = targets[first : first + _ROWS]
             lengths = torch.tensor([len(ids) for ids in part], dtype=torch.int64, device=lm.device)

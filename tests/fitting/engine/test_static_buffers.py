@@ -86,7 +86,7 @@ def test_windows_halve_with_what_is_in_flight(small_lm: FrozenLM) -> None:
     assert (slots.window.rows, slots.window.length) == (6, 8)  # the CPU computes what is there
     slots.device = torch.device("cuda")
     assert (slots.window.rows, slots.window.groups, slots.window.length) == (8, 8, 8)
-    slots.groups = slots.groups[:4]
+    slots._hold(slots.groups[:4])
     assert slots.window.rows == 4
-    slots.groups = slots.groups[:1]
+    slots._hold(slots.groups[:1])
     assert slots.window.rows == 1
