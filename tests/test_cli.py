@@ -92,6 +92,9 @@ def test_an_encoder_encodes_and_fits_start_from_it(book: Path, tmp_path: Path) -
     fit = ["fit", str(book), "--length", "2", "--limit", "2", "-o", "fits"]
     fitted = prototok_cli(*fit, "--init", "enc.safetensors", cwd=tmp_path)
     assert fitted.returncode == 0 and "2 exact" in fitted.stderr, fitted.stderr
+    own = ["encode", str(book), "--model", "tiny-neox", "--limit", "3", "-o", "own"]
+    brought = prototok_cli(*own, cwd=tmp_path)  # the model brings one
+    assert brought.returncode == 0 and "3 chunks, 24 tokens" in brought.stderr, brought.stderr
     for wrong, said in (
         (encode, "out: "),
         ([*encode, "--length", "3", "--overwrite"], "texts: text 0 has 3 tokens, more than the 2"),

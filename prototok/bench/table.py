@@ -102,7 +102,7 @@ def _equal_length(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...
 
 
 def _with_and_without(record: dict) -> list[str]:
-    """Return the block that sets `fast` beside the optimiser of a built-in model, if it ran."""
+    """Return the block that sets `fast` beside the networks of a built-in model, if they ran."""
     rows: list[tuple[str, ...]] = [
         ("model", "N", "fast: exact", "steps", "fit s", "learned: exact", "steps", "fit s")
     ]
@@ -121,7 +121,7 @@ def _with_and_without(record: dict) -> list[str]:
         rows.append(tuple(row))
     if len(rows) == 1:
         return []
-    return ["", "Fits without and with the learned optimiser of the model:", *_aligned(rows)]
+    return ["", "Fits without and with the networks that the model brings:", *_aligned(rows)]
 
 
 def _own_longest(record: dict) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:

@@ -89,12 +89,12 @@ def test_fits_without_and_with_the_optimiser_of_a_built_in_model(
     assert 0 < case.learned.steps_median < 0.5 * case.fit_steps_median
     assert case.learned.seconds_per_text > 0
     shown = table.table(record | {"cases": [dataclasses.asdict(case)]}).splitlines()
-    title = shown.index("Fits without and with the learned optimiser of the model:")
+    title = shown.index("Fits without and with the networks that the model brings:")
     header, row = shown[title + 1 : title + 3]
     assert row.split()[:4] == ["tiny-neox", "8", "4/4", f"{case.fit_steps_median:.0f}"]
     assert row.split()[5:7] == ["4/4", f"{case.learned.steps_median:.0f}"]
     assert len(header) == len(row) <= 80
-    assert "learned optimiser" not in table.table(record)
+    assert "networks that the model" not in table.table(record)
 
 
 def test_json_takes_the_place_of_the_table(
