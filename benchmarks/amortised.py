@@ -207,12 +207,13 @@ def main() -> None:
     parser.add_argument("--reach", type=int)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--horizon", type=int)
+    parser.add_argument("--samples", type=int, default=512, help="made where FOLDER has none")
     parser.add_argument("--shipped", action="store_true", help="the one in the package")
     parser.add_argument("--begin", type=Path, nargs="+", help="files that training begins with")
     parser.add_argument("--idle", action="store_true", help="keep times")
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
-    samples = samples_of(lm, asked.folder)
+    samples = samples_of(lm, asked.folder, asked.samples)
     model = Path(asked.model).name
     path = RESULTS / "amortised.json"
     record = record_at(path)
