@@ -533,10 +533,11 @@ def amortised() -> str:
         "| against fast | paid after texts |",
         "|---" * 10 + "|",
     ]
-    # Those that were trained behind an encoder are in its table.
+    # Those that were trained behind an encoder are in its table, short trainings in that of lengths.
     own = [
         c for c in cells
-        if c.get("trained") == [c["length"]] and "Encoder" not in (c.get("begun") or "")
+        if c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
+        and "Encoder" not in (c.get("begun") or "")
     ]  # fmt: skip
     used = {(c["model"], c["length"]): fast[c["model"], c["length"]] for c in own}
     shown = [c for c in cells if c in own or c in used.values()]
