@@ -6,6 +6,8 @@
     python benchmarks/amortised.py tiny-neox --shipped --folder FOLDER/tiny-neox
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 16 --folder FOLDER \\
         --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
+    python benchmarks/amortised.py tiny-neox --shipped --text stories.txt --folder FOLDER/tiny-neox
+    python benchmarks/amortised.py tiny-neox --shipped --random --folder FOLDER/tiny-neox
 
 Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
 comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser
@@ -14,6 +16,7 @@ training goes on from a trained optimiser, or starts half of its texts at the gu
 or both. Samples, prior and optimisers are kept in FOLDER, one folder a model, and made only where
 they are not there; a training that was interrupted goes on.
 With --shipped it is the optimiser in the package, and FOLDER that of train_optimizers.py.
+With a --text of its own, or --random ids, a built-in model is tried on what it was not made for.
 Times are CPU seconds of everything, the network and the verification included; they are kept only
 with --idle, on a machine that does nothing else.
 """
@@ -76,6 +79,19 @@ def training_of(optimizer: LearnedOptimizer) -> dict:
         "training_steps": int(made["steps"]),
         "begun": made.get("init"),
     }
+
+
+def positions_of(network: Encoder | LearnedOptimizer) -> int:
+    """Count the positions, rows × tokens, that went forward and backward in its training."""
+    made = network.start.provenance
+    return int(made["steps"]) * int(made.get("positions", 1024))
+
+
+def cost_of(optimizer: LearnedOptimizer, begun: Iterable[Encoder | LearnedOptimizer]) -> int | None:
+    """Count the positions of training, of all it began with too; None where these are not known."""
+    if any("init" in part.start.provenance for part in begun):
+        return None
+    return positions_of(optimizer) + sum(map(positions_of, begun))
 
 
 def optimizer_of(
@@ -146,6 +162,19 @@ def unseen(lm: FrozenLM, text: str, texts: Iterable[Tensor], length: int, count:
     return torch.tensor([found[i * len(found) // count] for i in range(count)])
 
 
+def random_ids(lm: FrozenLM, length: int, count: int) -> Tensor:
+    """Return texts (count, length) of ids drawn from the whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(lm.vocab_size, (count, length), generator=generator)
+
+
+def other_text(asked: argparse.Namespace) -> str | None:
+    """Name what is fitted where it is not of the kind that the model was trained on."""
+    if asked.random:
+        return "random ids"
+    return asked.text.name if asked.text is not None and asked.model in BUILT_IN else None
+
+
 def cell_of(fit: FitResult, seconds: float) -> dict:
     """What is kept of the fits of one recipe; steps of an unsolved text are None."""
     pairs = zip(fit.steps.flatten().tolist(), fit.exact.flatten().tolist(), strict=True)
@@ -162,6 +191,19 @@ def cell_of(fit: FitResult, seconds: float) -> dict:
         "steps": steps,
         "cpu_ms": 1000 * seconds / len(steps),
     }
+
+
+def key_of(cell: dict) -> str:
+    """Name a cell by all that makes it another one."""
+    key = f"{cell['model']} {cell['length']} {cell['recipe']}"
+    if "trained" in cell:
+        key += f", {cell['training_steps']} steps on {cell['trained']}"
+        for name in ("reach", "horizon"):
+            if cell[name] is not None:
+                key += f", {name} {cell[name]}"
+        if cell["begun"]:
+            key += f", begun with {cell['begun']}"
+    return key + ("" if cell["text"] is None else f", on {cell['text']}")
 
 
 def save(record: dict, path: Path) -> None:
@@ -206,21 +248,27 @@ def main() -> None:
     parser.add_argument("--reach", type=int)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--horizon", type=int)
+    parser.add_argument("--samples", type=int, default=512, help="made where FOLDER has none")
+    parser.add_argument("--random", action="store_true", help="fit random ids")
     parser.add_argument("--shipped", action="store_true", help="the one in the package")
     parser.add_argument("--begin", type=Path, nargs="+", help="files that training begins with")
     parser.add_argument("--idle", action="store_true", help="keep times")
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
-    samples = samples_of(lm, asked.folder)
+    samples = samples_of(lm, asked.folder, asked.samples)
     model = Path(asked.model).name
     path = RESULTS / "amortised.json"
     record = record_at(path)
+    learned, begun = optimizers(lm, prior, samples, asked), read_networks(asked.begin or [])
+    other = other_text(asked)
+    runs = {"fast": {"init": prior}} | {
+        name: {"recipe": "learned", "init": optimizer} for name, optimizer in learned.items()
+    }
     for length in asked.lengths:
-        targets = unseen(lm, text, samples, length, asked.count)
-        learned = optimizers(lm, prior, samples, asked)
-        runs = {"fast": {"init": prior}} | {
-            name: {"recipe": "learned", "init": optimizer} for name, optimizer in learned.items()
-        }
+        if asked.random:
+            targets = random_ids(lm, length, asked.count)
+        else:
+            targets = unseen(lm, text, samples, length, asked.count)
         for name, options in runs.items():
             prototok.fast_fit(lm, targets[:8], progress=False, **options)  # warm
             start = time.process_time()
@@ -231,17 +279,13 @@ def main() -> None:
                   f"{cell['cpu_ms']:.2f} CPU ms a text")  # fmt: skip
             if not asked.idle:
                 del cell["cpu_ms"]
-            if name != "fast":
-                cell |= training_of(learned[name]) | {"reach": asked.reach}
-                name += f", trained on {cell['trained']}" + (
-                    "" if asked.reach is None else f", reach {asked.reach}"
-                )
-                if asked.horizon is not None:
-                    name += f", horizon {asked.horizon}"
-                if cell["begun"]:
-                    name += f", begun with {cell['begun']}"
-            cell |= {"model": model, "length": length, "recipe": name} | provenance()
-            record["cells"][f"{model} {length} {name}"] = cell
+            if name in learned:
+                cell |= training_of(learned[name]) | {
+                    "reach": asked.reach, "horizon": asked.horizon,
+                    "training_positions": cost_of(learned[name], begun),
+                }  # fmt: skip
+            cell |= {"model": model, "length": length, "recipe": name, "text": other}
+            record["cells"][key_of(cell)] = cell | provenance()
             save(record, path)
     print(f"\nwritten to {path}")
 

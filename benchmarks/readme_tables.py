@@ -485,27 +485,128 @@ def capacity() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
-def amortised() -> str:
-    cells = sorted(
-        result("amortised.json")["cells"].values(), key=lambda c: (c["model"], c["length"])
+def amortised_cells() -> list[dict]:
+    cells = result("amortised.json")["cells"].values()
+    return sorted(cells, key=lambda c: (c["model"], c["length"], "trained" in c))
+
+
+def amortised_commands() -> str:
+    """The command lines of all cells, under the machine that ran them."""
+    runs: dict[str, dict[str, dict[str, None]]] = {}
+    for c in amortised_cells():
+        on, _, when = source(c).partition(c["date"])
+        found = runs.setdefault(on.strip(" ,"), {}).setdefault(c["command"], {})
+        found[c["date"] + when.rstrip(".")] = None
+    return "\n\n".join(
+        "\n".join([f"{on}:", "", *(f"* `{name}`: {'; '.join(of)}" for name, of in made.items())])
+        for on, made in runs.items()
     )
+
+
+def network_of(cell: dict) -> str:
+    """Name a network by its training."""
+    before = re.search(r"Optimizer trained at N = ([\d, ]+) for (\d+)", cell.get("begun") or "")
+    at = ", ".join(map(str, cell["trained"]))
+    words = f"{at}: {cell['training_steps']} steps"
+    if before is not None:
+        words = f"{before[1]}: {before[2]} steps, then {words}"
+    return words
+
+
+def paid(cell: dict, fast: dict) -> str:
+    """The texts after which training has cost fewer positions than it has saved."""
+    of_training = cell.get("training_positions")
+    means = [statistics.mean(s for s in c["steps"] if s is not None) for c in (fast, cell)]
+    saved = (means[0] - means[1]) * cell["length"]
+    if of_training is None or saved <= 0:
+        return "–"
+    texts = of_training / saved
+    digits = 10 ** (math.floor(math.log10(texts)) - 1)
+    return f"{round(texts / digits) * digits:,}"
+
+
+def amortised() -> str:
+    cells = [c for c in amortised_cells() if c.get("text") is None]
+    fast = {(c["model"], c["length"]): c for c in cells if "trained" not in c}
     lines = [
-        "| model | N | recipe | solved | 95 % | steps | 95 % of texts within | against fast |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | N | network | trained at N | solved | 95 % | steps | 95 % of texts within "
+        "| against fast | paid after texts |",
+        "|---" * 10 + "|",
     ]
-    fast = {(c["model"], c["length"]): c for c in cells if c["recipe"] == "fast"}
-    for c in cells:
+    # Those that were trained behind an encoder are in its table, short trainings in that of lengths.
+    own = [
+        c for c in cells
+        if c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
+        and "Encoder" not in (c.get("begun") or "")
+    ]  # fmt: skip
+    used = {(c["model"], c["length"]): fast[c["model"], c["length"]] for c in own}
+    shown = [c for c in cells if c in own or c in used.values()]
+    for c in shown:
         low, high = c["solved_interval"]
-        mine, theirs = (x["steps_quartiles"][1] for x in (c, fast[c["model"], c["length"]]))
-        how = f", {c['training_steps']} steps" if "training_steps" in c else ""
+        theirs = used[c["model"], c["length"]]
+        name, how, after = "none: `fast`", "", ""
+        if c is not theirs:
+            name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
+        quartiles, last = c["steps_quartiles"], c["steps_95"]
         lines.append(
-            f"| {c['model']} | {c['length']} | {c['recipe']}{how} | {c['solved']}/{c['texts']} "
-            f"| {low:.2f}–{high:.2f} | {steps_of(c['steps_quartiles'])} "
-            f"| {'–' if c['steps_95'] is None else c['steps_95']} "
-            f"| {theirs / mine:.1f}× |"
+            f"| {c['model']} | {c['length']} | {name} | {how} | {c['solved']}/{c['texts']} "
+            f"| {low:.2f}–{high:.2f} | {steps_of(quartiles)} | {'–' if last is None else last} "
+            f"| {theirs['steps_quartiles'][1] / quartiles[1]:.1f}× | {after} |"
         )
-    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
-    return "\n".join([*lines, "", "\n\n".join(sources)])
+    return "\n".join(lines)
+
+
+def amortised_lengths() -> str:
+    """Median steps of networks that were tried at several lengths."""
+    cells = [c for c in amortised_cells() if c.get("text") is None]
+    lengths = sorted({c["length"] for c in cells})
+    lines = [
+        "| model | network, trained at N | " + " | ".join(f"N = {n}" for n in lengths) + " |",
+        "|---" * (2 + len(lengths)) + "|",
+    ]
+    rows: dict[tuple[str, str], dict[int, dict]] = {}
+    for c in cells:
+        name = "none: `fast`"
+        if "trained" in c:
+            name = f"{c['recipe'].split(', ')[1]}, {network_of(c)}"
+        rows.setdefault((c["model"], name), {})[c["length"]] = c
+    rows = {name: row for name, row in rows.items() if len(row) > 1}
+    for (model, name), row in sorted(rows.items()):
+        shown = []
+        for n in lengths:
+            c = row.get(n)
+            if c is None:
+                shown.append("")
+                continue
+            missed = c["texts"] - c["solved"]
+            shown.append(steps_of(c["steps_quartiles"]) + (f", {missed} missed" if missed else ""))
+        lines.append(f"| {model} | {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def amortised_texts() -> str:
+    """Steps on texts of another kind than the model was trained on."""
+    names = {None: "held-out novel", "valid.txt": "children's stories"}
+    cells = [c for c in amortised_cells() if "trained" not in c or "shipped" in c["recipe"]]
+    others = {(c["model"], c["length"]) for c in cells if c.get("text") is not None}
+    lines = ["| model | N | texts | `fast` | solved | shipped | solved | against fast |"]
+    lines.append("|---" * 8 + "|")
+    pairs: dict[tuple, dict[bool, dict]] = {}
+    for c in cells:
+        if (c["model"], c["length"]) in others:
+            which = (c["model"], c["length"], c.get("text"))
+            pairs.setdefault(which, {})["trained" in c] = c
+    for (model, n, text), both in pairs.items():
+        fast, learned = both[False], both[True]
+        middle = [c["steps_quartiles"][1] for c in (fast, learned)]
+        shown = " | ".join(
+            f"{steps_of(c['steps_quartiles'])} | {c['solved']}/{c['texts']}"
+            for c in (fast, learned)
+        )
+        lines.append(
+            f"| {model} | {n} | {names.get(text, text)} | {shown} | {middle[0] / middle[1]:.1f}× |"
+        )
+    return "\n".join(lines)
 
 
 def encoder() -> str:
@@ -619,7 +720,13 @@ def kills() -> str:
 DOCUMENTS = {
     "docs/scaling.md": (data_engine,),
     "docs/sink.md": (sinks, fronts, real_model),
-    "docs/amortised.md": (amortised, encoder),
+    "docs/amortised.md": (
+        amortised,
+        amortised_lengths,
+        amortised_texts,
+        amortised_commands,
+        encoder,
+    ),
     "docs/reliability.md": (kills, soak),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
     "README.md": (bench_short,),
