@@ -67,21 +67,24 @@ def optimizer_of(
 ) -> tuple[LearnedOptimizer, list[dict]]:
     """Return what all stages end with, and what each was."""
     name, trained, stages = f"optimizer-{asked.reach}", None, []
-    for length, steps, positions, horizon in asked.stage:
-        name += f"-{length}x{steps}x{positions}x{horizon}"
+    rates = asked.rates or [None] * len(asked.stage)
+    for (length, steps, positions, horizon), rate in zip(asked.stage, rates, strict=True):
+        name += f"-{length}x{steps}x{positions}x{horizon}" + (f"x{rate}" if rate else "")
         path = asked.folder / f"{name}.safetensors"
         if not path.exists():
             start = time.process_time()
             prototok.learn_optimizer(
                 lm, pieces, lengths=(length,), reach=asked.reach, steps=steps, positions=positions,
-                horizon=horizon, prior=prior if trained is None else None, init=trained,
-                checkpoint=asked.folder / f"{name}.training.safetensors", progress=True,
+                horizon=horizon, rate=rate, prior=prior if trained is None else None,
+                init=trained, checkpoint=asked.folder / f"{name}.training.safetensors",
+                progress=True,
             ).save(path)  # fmt: skip
             print(f"{path.name}: {time.process_time() - start:.0f} CPU s of training", flush=True)
         trained = LearnedOptimizer.load(path)
         stages.append(
-            {"length": length, "steps": steps, "positions": positions, "horizon": horizon}
-        )
+            {"length": length, "steps": steps, "positions": positions, "horizon": horizon,
+             "rate": rate}
+        )  # fmt: skip
     assert trained is not None
     return trained, stages
 
@@ -172,6 +175,7 @@ def main() -> None:
     parser.add_argument("--train-text", type=Path, nargs="+", required=True)
     parser.add_argument("--stage", type=int, nargs=4, action="append", required=True,
                         metavar=("N", "STEPS", "POSITIONS", "HORIZON"))  # fmt: skip
+    parser.add_argument("--rates", type=float, nargs="+", help="of training, one a stage")
     parser.add_argument("--reach", type=int, default=0)
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")
