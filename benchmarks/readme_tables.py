@@ -609,6 +609,33 @@ def amortised_texts() -> str:
     return "\n".join(lines)
 
 
+def amortised_real() -> str:
+    """A learned optimiser on a real model, beside `fast` from noise and from the same prior."""
+    cells = sorted(
+        result("amortised_real.json")["cells"].values(),
+        key=lambda c: (c["model"], c["length"], "stages" in c),
+    )
+    lines = [
+        "| N | recipe | solved | 95 % | steps | 95 % of the median | first right "
+        "| tokens right after 4 / 8 / 16 / 32 / 64 |",
+        "|---" * 8 + "|",
+    ]
+    for c in cells:
+        name, (low, high) = c["recipe"], c["solved_interval"]
+        if "stages" in c:
+            stages = (f"{s['steps']} steps at {s['length']}" for s in c["stages"])
+            name += f", {', '.join(stages)}"
+        right = " / ".join(f"{share:.2f}" for share in c["right"].values())
+        middle = "–".join("∞" if s is None else f"{s:.0f}" for s in c["median_interval"])
+        first = "–" if c["first_right"] is None else c["first_right"]
+        lines.append(
+            f"| {c['length']} | {name} | {c['solved']}/{c['texts']} | {low:.2f}–{high:.2f} "
+            f"| {steps_of(c['steps_quartiles'])} | {middle} | {first} | {right} |"
+        )
+    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
+    return "\n".join([*lines, "", "\n\n".join(sources)])
+
+
 def encoder() -> str:
     cells = sorted(
         result("encoder.json")["cells"].values(),
@@ -726,6 +753,7 @@ DOCUMENTS = {
         amortised_texts,
         amortised_commands,
         encoder,
+        amortised_real,
     ),
     "docs/reliability.md": (kills, soak),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -11,6 +12,11 @@ from typing import Any, TypeGuard
 def is_integer(value: object) -> TypeGuard[int]:
     """Return True for an int or what stands for one, such as np.int64; False for a truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return True for a finite real number; False for a truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, is_number
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
 from prototok.fitting.engine.setup import Setup
@@ -42,6 +42,7 @@ def learn_optimizer(
     steps: int = 3000,
     positions: int | None = None,
     horizon: int | None = None,
+    rate: float | None = None,
     prior: Prior | None = None,
     init: Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer] | None = None,
     prefix: PrefixLike | Prefix = "auto",
@@ -67,6 +68,8 @@ def learn_optimizer(
         positions: texts under way times their tokens; None: 1024, which is few for long texts, that
             stay for many updates.
         horizon: updates that a text is granted in training; None: 16, or N² / 4 where that is more.
+        rate: of the AdamW that trains the network, at its peak; None: 5e-4. Half of it is better
+            where few rows are under way.
         prior: where fits start, from `learn_shared`; None: what comes with a built-in model, or
             `learn_shared(lm)`.
         init: what training begins with, in the form in which `fast_fit` takes it. An optimiser: it
@@ -87,6 +90,8 @@ def learn_optimizer(
     for name, value in (("positions", positions), ("horizon", horizon)):
         if value is not None and not is_count(value):
             raise ValueError(f"{name}: {value!r} is not a positive integer")
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise ValueError(f"rate: {rate!r} is not a positive number")
     encoder, trained = parted(init)
     if isinstance(trained, Prior):
         if encoder is None:
@@ -116,7 +121,7 @@ def learn_optimizer(
     network.to(lm.device)
     inputs = OneForward(given.layout, prior=given.start)
     setup = Setup(lm, inputs, recipe, backend, None, network)
-    asked = {"positions": positions, "horizon": horizon}
+    asked = {"positions": positions, "horizon": horizon, "rate": rate}
     made = {name: str(value) for name, value in asked.items() if value is not None}
     begun = [part for part in (encoder, trained) if part is not None]
     if begun:
@@ -135,5 +140,5 @@ def learn_optimizer(
 
         return make
 
-    train("learn optimizer", network, steps, _RATE, kept, begin, progress)
+    train("learn optimizer", network, steps, rate or _RATE, kept, begin, progress)
     return LearnedOptimizer(start, weights_of(network))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import hint, is_integer
+from prototok.common.arguments import hint, is_integer, is_number
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -91,20 +89,18 @@ class Recipe:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not True or False")
         for name in ("lr", "init_std", "temperature", "eps", "cooling"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"{name}: {value!r} is not a positive number")
-        if self.prior_rate is not None and not (
-            _is_number(self.prior_rate) and self.prior_rate > 0
-        ):
+        if self.prior_rate is not None and not (is_number(self.prior_rate) and self.prior_rate > 0):
             raise ValueError(f"prior_rate: {self.prior_rate!r} is not None or a positive number")
         for name in ("weight_decay", "margin", "m_rate", "spreads"):
             value = getattr(self, name)
-            if not (_is_number(value) and value >= 0):
+            if not (is_number(value) and value >= 0):
                 raise ValueError(f"{name}: {value!r} is negative or not a number")
-        if not (_is_number(self.accuracy) and 0 < self.accuracy <= 1):
+        if not (is_number(self.accuracy) and 0 < self.accuracy <= 1):
             raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        if not (pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas)):
+        if not (pair and all(is_number(b) and 0 <= b < 1 for b in self.betas)):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")
@@ -183,10 +179,6 @@ class Recipe:
             end = start + shortest.clamp(min=length)
             yield start, end
             start, length = end, 2 * length
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The paper's §4.1: AdamW lr 0.01, betas (0.9, 0.9), weight decay 0.01, N(0, 1), at most 5000 steps,

@@ -156,6 +156,14 @@ def test_rows_under_way_and_their_updates_are_as_asked(
     assert (made.start.provenance["positions"], made.start.provenance["horizon"]) == ("60", "5")
 
 
+def test_the_rate_of_training_is_as_asked(small_lm: FrozenLM, prior: Prior) -> None:
+    # Zero before the first update of AdamW, which is as long as its rate.
+    made = [learn(small_lm, prior=prior, steps=2, **asked) for asked in ({}, {"rate": 2e-3})]
+    usual, higher = (float(one.weights["blocks.0.down.weight"].abs().max()) for one in made)
+    assert usual > 0 and higher / usual == pytest.approx(4.0, rel=0.02)
+    assert made[1].start.provenance["rate"] == "0.002" and "rate" not in made[0].start.provenance
+
+
 def test_a_checkpoint_of_another_beginning_is_refused(
     small_lm: FrozenLM, prior: Prior, optimizer: LearnedOptimizer, tmp_path: Path
 ) -> None:
@@ -173,6 +181,8 @@ def test_what_does_not_go_together_is_refused(
         ({"init": 3}, "init: int is not"),
         ({"prior": prior, "positions": 0}, "positions: 0 is not a positive integer"),
         ({"prior": prior, "horizon": 2.5}, "horizon: 2.5 is not a positive integer"),
+        ({"prior": prior, "rate": 0}, "rate: 0 is not a positive number"),
+        ({"prior": prior, "rate": float("nan")}, "rate: nan is not a positive number"),
         ({"init": optimizer, "prior": prior}, "prior: a network that was trained"),
         ({"init": optimizer, "reach": LENGTH - 1}, "reach: 2 is less than the 3 of"),
     ):
