@@ -533,7 +533,7 @@ def amortised() -> str:
         "| against fast | paid after texts |",
         "|---" * 10 + "|",
     ]
-    # Those that were trained behind an encoder are in its table, short trainings in that of lengths.
+    # Those trained behind an encoder are in its table, short trainings in that of lengths.
     own = [
         c for c in cells
         if c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
