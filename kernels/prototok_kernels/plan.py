@@ -100,14 +100,14 @@ class Plan:
     update: Choice
     products: Choice
 
-    @property
-    def by_row(self) -> bool:
+    def by_row(self, as_fitted: bool = False) -> bool:
         """Whether a forward without gradient gives a row the same bits whatever rows are beside it.
 
-        C++ sums in one order. Torch and transformers choose theirs by the size of the batch.
+        C++ sums in one order. Torch and transformers choose theirs by the size of the batch. With
+        `as_fitted` of the forward that fits run, not of the decoder.
         """
         packed = self.blocks.taken == "cpu" and self.head.taken == "packed"
-        return self.decoder.taken == "cpu" or packed
+        return packed or (self.decoder.taken == "cpu" and not as_fitted)
 
     def choices(self) -> dict[str, Choice]:
         """Return the choice of each part, by its name."""

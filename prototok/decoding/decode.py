@@ -118,7 +118,9 @@ def decode_ids(
             return on_the_host(lm, key, compute, inputs)[0]
 
 
-def alone(lm: FrozenLM, arrangement: Arrangement, length: int, backend: str) -> tuple[Plan, int]:
+def alone(
+    lm: FrozenLM, arrangement: Arrangement, length: int, backend: str, as_fitted: bool = False
+) -> tuple[Plan, int]:
     """Return the plan of one row, and how many rows by it still have the bits of each alone.
 
     A pass over the weights then serves them all.
@@ -126,7 +128,7 @@ def alone(lm: FrozenLM, arrangement: Arrangement, length: int, backend: str) -> 
     positions = arrangement.input_length(length)
     plan = lm.plan(1, positions, backend)
     most = min(_POSITIONS // positions, _LOGITS // (positions * lm.vocab_size))
-    return plan, max(1, most) if plan.by_row else 1
+    return plan, max(1, most) if plan.by_row(as_fitted) else 1
 
 
 def decode_alone(
@@ -139,7 +141,7 @@ def decode_alone(
     as_fitted: bool = False,
 ) -> Decoded:
     """Decode rows of one length, each with the bits of `decode_vectors` of it alone."""
-    plan, at_once = alone(lm, arrangement, length, backend)
+    plan, at_once = alone(lm, arrangement, length, backend, as_fitted)
     parts = [
         decode_vectors(lm, some, arrangement, length, given, backend, as_fitted, plan)
         for some, given in zip(vectors.split(at_once), targets.split(at_once), strict=True)

@@ -16,7 +16,9 @@ from prototok.fitting.engine.setup import Setup
 from prototok.fitting.verify import verify
 from prototok.results.arrangement import Arrangement
 from prototok_kernels.backend import _cpu
+from prototok_kernels.plan import this_machine
 from support import small_llama
+from zoo import OWN, made
 
 PAIR = Arrangement.parse("e m*")
 
@@ -54,7 +56,18 @@ def test_every_number_is_the_worse_of_both_dtypes(dtype: str) -> None:
     assert worse_first > 0 or dtype == "float32"
 
 
-@pytest.fixture(params=[1, 2, 5])  # C++ chooses its way by them
+@pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
+def test_what_is_by_row_is_known() -> None:
+    for model, takes_packed in (("tiny-neox", True), (made(OWN["qwen3, tied"]), False)):
+        lm = prototok.load(model, "cpu", torch.bfloat16)
+        packed = takes_packed and bool(this_machine().packed)
+        assert alone(lm, PAIR, 9, "auto")[1] == 28
+        assert alone(lm, PAIR, 9, "auto", as_fitted=True)[1] == (28 if packed else 1)
+        assert alone(lm, PAIR, 9, "torch")[1] == 1
+        assert alone(lm.cast(torch.float32), PAIR, 9, "auto")[1] == 28
+
+
+@pytest.fixture(params=[1, 3])  # C++ chooses its way by them
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -63,18 +76,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_together_are_each_as_alone(dtype: str, backend: str) -> None:
-    lm = prototok.load(small_llama(), "cpu", dtype)
-    _, at_once = alone(lm.cast(torch.float32), PAIR, 9, backend)
-    assert at_once == (28 if backend == "auto" and _cpu is not None else 1)
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "qwen3, tied"])
+def test_rows_together_are_each_as_alone(name: str, dtype: str) -> None:
+    lm = prototok.load(made(OWN[name]), "cpu", dtype)
     generator = torch.Generator().manual_seed(0)
-    setup = Setup(lm, OneForward(PAIR), Recipe(spreads=1.0), backend, None)
+    setup = Setup(lm, OneForward(PAIR), Recipe(spreads=1.0), "auto", None)
     rows = [
         (torch.randint(lm.vocab_size, (length,), generator=generator),
          torch.randn(2, lm.hidden_size, generator=generator))
-        for length in (1, 6, 6, 2, 6, 1, 40, 6, 40, 40) + (9,) * 40
+        for length in (1, 6, 6, 2, 6, 1, 40, 6, 40, 40) + (9,) * 30
     ]  # fmt: skip
     for (ids, vectors), found in zip(rows, verify(setup, rows), strict=True):
         (by_itself,) = verify(setup, [(ids, vectors)])
