@@ -312,12 +312,12 @@ def test_built_in_models_bring_theirs(name: str) -> None:
     fast = prototok.fast_fit(lm, texts, progress=False)
     found = prototok.fast_fit(lm, texts, recipe="learned", progress=False)
     assert bool(found.exact.all()) and bool(fast.exact.all())
-    assert float(found.steps.float().median()) < 0.2 * float(fast.steps.float().median())
+    assert float(found.steps.float().median()) < 0.3 * float(fast.steps.float().median())
     both = (encoder, optimizer)
     named = prototok.fast_fit(lm, texts, recipe="learned", init=both, progress=False)
     assert torch.equal(named.tokens.e, found.tokens.e)
     guesses = prototok.encode(lm, texts, progress=False)
-    assert float(guesses.accuracy.mean()) > 0.6
+    assert float(guesses.accuracy.mean()) > 0.4
 
 
 def test_a_text_too_long_for_the_encoder_starts_from_the_prior() -> None:
