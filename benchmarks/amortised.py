@@ -3,7 +3,7 @@
     python benchmarks/amortised.py tiny-neox --lengths 8 --seeds 0 1 2 --folder FOLDER
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 8 16 --folder FOLDER
     python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER    # the gradient alone
-    python benchmarks/amortised.py tiny-neox --shipped --folder FOLDER/tiny-neox
+    python benchmarks/amortised.py tiny-neox --shipped --train-text NOVELS --folder FOLDER/tiny-neox
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 16 --folder FOLDER \\
         --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
     python benchmarks/amortised.py tiny-neox --shipped --text stories.txt --folder FOLDER/tiny-neox
@@ -15,7 +15,8 @@ learns from samples of the model; windows of the text that occur in them are lef
 training goes on from a trained optimiser, or starts half of its texts at the guesses of an encoder,
 or both. Samples, prior and optimisers are kept in FOLDER, one folder a model, and made only where
 they are not there; a training that was interrupted goes on.
-With --shipped it is the optimiser in the package, and FOLDER that of train_optimizers.py.
+With --shipped they are the networks in the package and FOLDER is that of train_networks.py; windows
+of --train-text, which the encoder learned from, are left out as well.
 With a --text of its own, or --random ids, a built-in model is tried on what it was not made for.
 Times are CPU seconds of everything, the network and the verification included; they are kept only
 with --idle, on a machine that does nothing else.
@@ -45,6 +46,8 @@ from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
 from prototok.results.tensor_file import form_of
 from prototok.texts.files import read_text
+
+SHIPPED = "learned, shipped, behind its encoder"
 
 
 def prior_of(lm: FrozenLM, folder: Path) -> Prior:
@@ -128,7 +131,7 @@ def optimizers(
             f"learned, seed {seed}": optimizer_of(lm, prior, samples, seed, asked)
             for seed in asked.seeds
         }
-    return {"learned, shipped": shipped(lm)}
+    return {SHIPPED: shipped(lm)}
 
 
 def shipped(lm: FrozenLM) -> LearnedOptimizer:
@@ -137,6 +140,22 @@ def shipped(lm: FrozenLM) -> LearnedOptimizer:
     if found is None:
         raise SystemExit(f"shipped: none comes with {lm.identity.name}")
     return found
+
+
+def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
+    """Return what windows are cut from: about --train-tokens ids, of each file as many."""
+    if asked.train_text is None:
+        return list(own_texts(lm, 512, 128, seed=1))
+    files = [asked.train_text]
+    if asked.train_text.is_dir():
+        files = sorted(asked.train_text.glob("*.txt"))
+        if lm.identity.name in BUILT_IN:
+            made = Path(path_of(lm.identity.name)) / "training.json"
+            files = [
+                asked.train_text / name for name in json.loads(made.read_text())["train_files"]
+            ]
+    each = asked.train_tokens // len(files)
+    return [torch.tensor(lm.encode(read_text(file)[: 8 * each])[:each]) for file in files]
 
 
 def windows_in(texts: Iterable[Tensor], asked: set[tuple], length: int) -> set[tuple]:
@@ -239,6 +258,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--train-text", type=Path, help="an encoder's; default: samples")
+    parser.add_argument("--train-tokens", type=int, default=2_000_000)
     return parser
 
 
@@ -260,15 +281,18 @@ def main() -> None:
     path = RESULTS / "amortised.json"
     record = record_at(path)
     learned, begun = optimizers(lm, prior, samples, asked), read_networks(asked.begin or [])
+    known = [*samples, *([] if asked.train_text is None else training_texts(lm, asked))]
     other = other_text(asked)
     runs = {"fast": {"init": prior}} | {
-        name: {"recipe": "learned", "init": optimizer} for name, optimizer in learned.items()
+        # Those in the package are what it takes by itself, an encoder where the text is short.
+        name: {"recipe": "learned", "init": None if asked.shipped else optimizer}
+        for name, optimizer in learned.items()
     }
     for length in asked.lengths:
         if asked.random:
             targets = random_ids(lm, length, asked.count)
         else:
-            targets = unseen(lm, text, samples, length, asked.count)
+            targets = unseen(lm, text, known, length, asked.count)
         for name, options in runs.items():
             prototok.fast_fit(lm, targets[:8], progress=False, **options)  # warm
             start = time.process_time()
@@ -282,7 +306,7 @@ def main() -> None:
             if name in learned:
                 cell |= training_of(learned[name]) | {
                     "reach": asked.reach, "horizon": asked.horizon,
-                    "training_positions": cost_of(learned[name], begun),
+                    "training_positions": None if asked.shipped else cost_of(learned[name], begun),
                 }  # fmt: skip
             cell |= {"model": model, "length": length, "recipe": name, "text": other}
             record["cells"][key_of(cell)] = cell | provenance()

@@ -20,7 +20,6 @@ folder a model, and made only where they are not there; a training that was inte
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from amortised import (
     save,
     shipped,
     training_of,
+    training_texts,
     unseen,
     windows_in,
 )
@@ -44,27 +44,8 @@ from torch import Tensor
 
 import prototok
 from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
-from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned.encoder import Init
-from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
-from prototok.texts.files import read_text
-
-
-def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
-    """Return what windows are cut from: about --train-tokens ids, of each file as many."""
-    if asked.train_text is None:
-        return list(own_texts(lm, 512, 128, seed=1))
-    files = [asked.train_text]
-    if asked.train_text.is_dir():
-        files = sorted(asked.train_text.glob("*.txt"))
-        if lm.identity.name in BUILT_IN:
-            made = Path(path_of(lm.identity.name)) / "training.json"
-            files = [
-                asked.train_text / name for name in json.loads(made.read_text())["train_files"]
-            ]
-    each = asked.train_tokens // len(files)
-    return [torch.tensor(lm.encode(read_text(file)[: 8 * each])[:each]) for file in files]
 
 
 def encoder_of(
@@ -133,8 +114,6 @@ def main() -> None:
     parser.description = __doc__.split("\n")[0]
     parser.add_argument("--optimizer", help="a file, or 'shipped' for the one in the package")
     parser.add_argument("--samples", type=Path, help="what that was trained on")
-    parser.add_argument("--train-text", type=Path, help="default: samples of the model")
-    parser.add_argument("--train-tokens", type=int, default=2_000_000)
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
     optimizer = optimizer_of(asked, lm)

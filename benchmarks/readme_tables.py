@@ -510,7 +510,7 @@ def network_of(cell: dict) -> str:
     words = f"{at}: {cell['training_steps']} steps"
     if before is not None:
         words = f"{before[1]}: {before[2]} steps, then {words}"
-    return words
+    return words + (" behind its encoder" if "shipped" in cell["recipe"] else "")
 
 
 def paid(cell: dict, fast: dict) -> str:
@@ -537,7 +537,7 @@ def amortised() -> str:
     own = [
         c for c in cells
         if c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
-        and "Encoder" not in (c.get("begun") or "")
+        and ("shipped" in c["recipe"] or "Encoder" not in (c.get("begun") or ""))
     ]  # fmt: skip
     used = {(c["model"], c["length"]): fast[c["model"], c["length"]] for c in own}
     shown = [c for c in cells if c in own or c in used.values()]

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from amortised import samples_of
-from encoder import training_texts
+from amortised import samples_of, training_texts
 
 import prototok
 from prototok import Encoder, FrozenLM, LearnedOptimizer
