@@ -513,6 +513,12 @@ def network_of(cell: dict) -> str:
     return words + (" behind its encoder" if "shipped" in cell["recipe"] else "")
 
 
+def name_of(cell: dict) -> str:
+    """Name a cell's network; what a model brings began with the one that was brought before."""
+    name = cell["recipe"].split(", ")[1]
+    return f"{name}, first part" if name == "shipped" and not cell["begun"] else name
+
+
 def paid(cell: dict, fast: dict) -> str:
     """The texts after which training has cost fewer positions than it has saved."""
     of_training = cell.get("training_positions")
@@ -546,7 +552,7 @@ def amortised() -> str:
         theirs = used[c["model"], c["length"]]
         name, how, after = "none: `fast`", "", ""
         if c is not theirs:
-            name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
+            name, how, after = name_of(c), network_of(c), paid(c, theirs)
         quartiles, last = c["steps_quartiles"], c["steps_95"]
         lines.append(
             f"| {c['model']} | {c['length']} | {name} | {how} | {c['solved']}/{c['texts']} "
@@ -568,10 +574,15 @@ def amortised_lengths() -> str:
     for c in cells:
         name = "none: `fast`"
         if "trained" in c:
-            name = f"{c['recipe'].split(', ')[1]}, {network_of(c)}"
+            name = f"{name_of(c)}, {network_of(c)}"
         rows.setdefault((c["model"], name), {})[c["length"]] = c
     rows = {name: row for name, row in rows.items() if len(row) > 1}
-    for (model, name), row in sorted(rows.items()):
+
+    def order(item: tuple[tuple[str, str], dict[int, dict]]) -> tuple:
+        (model, name), row = item
+        return model, next(iter(row.values())).get("trained", []), name
+
+    for (model, name), row in sorted(rows.items(), key=order):
         shown = []
         for n in lengths:
             c = row.get(n)
@@ -589,7 +600,7 @@ def amortised_texts() -> str:
     names = {None: "held-out novel", "valid.txt": "children's stories"}
     cells = [c for c in amortised_cells() if "trained" not in c or "shipped" in c["recipe"]]
     others = {(c["model"], c["length"]) for c in cells if c.get("text") is not None}
-    lines = ["| model | N | texts | `fast` | solved | shipped | solved | against fast |"]
+    lines = ["| model | N | texts | `fast` | solved | learned | solved | against fast |"]
     lines.append("|---" * 8 + "|")
     pairs: dict[tuple, dict[bool, dict]] = {}
     for c in cells:
