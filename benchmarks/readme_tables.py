@@ -513,12 +513,6 @@ def network_of(cell: dict) -> str:
     return words + (" behind its encoder" if "shipped" in cell["recipe"] else "")
 
 
-def name_of(cell: dict) -> str:
-    """Name a cell's network; what a model brings began with the one that was brought before."""
-    name = cell["recipe"].split(", ")[1]
-    return f"{name}, first part" if name == "shipped" and not cell["begun"] else name
-
-
 def paid(cell: dict, fast: dict) -> str:
     """The texts after which training has cost fewer positions than it has saved."""
     of_training = cell.get("training_positions")
@@ -552,7 +546,7 @@ def amortised() -> str:
         theirs = used[c["model"], c["length"]]
         name, how, after = "none: `fast`", "", ""
         if c is not theirs:
-            name, how, after = name_of(c), network_of(c), paid(c, theirs)
+            name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
         quartiles, last = c["steps_quartiles"], c["steps_95"]
         lines.append(
             f"| {c['model']} | {c['length']} | {name} | {how} | {c['solved']}/{c['texts']} "
@@ -574,7 +568,7 @@ def amortised_lengths() -> str:
     for c in cells:
         name = "none: `fast`"
         if "trained" in c:
-            name = f"{name_of(c)}, {network_of(c)}"
+            name = f"{c['recipe'].split(', ')[1]}, {network_of(c)}"
         rows.setdefault((c["model"], name), {})[c["length"]] = c
     rows = {name: row for name, row in rows.items() if len(row) > 1}
 
@@ -608,6 +602,8 @@ def amortised_texts() -> str:
             which = (c["model"], c["length"], c.get("text"))
             pairs.setdefault(which, {})["trained" in c] = c
     for (model, n, text), both in pairs.items():
+        if len(both) < 2:
+            continue
         fast, learned = both[False], both[True]
         middle = [c["steps_quartiles"][1] for c in (fast, learned)]
         shown = " | ".join(
