@@ -571,7 +571,12 @@ def amortised_lengths() -> str:
             name = f"{c['recipe'].split(', ')[1]}, {network_of(c)}"
         rows.setdefault((c["model"], name), {})[c["length"]] = c
     rows = {name: row for name, row in rows.items() if len(row) > 1}
-    for (model, name), row in sorted(rows.items()):
+
+    def order(item: tuple[tuple[str, str], dict[int, dict]]) -> tuple:
+        (model, name), row = item
+        return model, next(iter(row.values())).get("trained", []), name
+
+    for (model, name), row in sorted(rows.items(), key=order):
         shown = []
         for n in lengths:
             c = row.get(n)
@@ -589,7 +594,7 @@ def amortised_texts() -> str:
     names = {None: "held-out novel", "valid.txt": "children's stories"}
     cells = [c for c in amortised_cells() if "trained" not in c or "shipped" in c["recipe"]]
     others = {(c["model"], c["length"]) for c in cells if c.get("text") is not None}
-    lines = ["| model | N | texts | `fast` | solved | shipped | solved | against fast |"]
+    lines = ["| model | N | texts | `fast` | solved | learned | solved | against fast |"]
     lines.append("|---" * 8 + "|")
     pairs: dict[tuple, dict[bool, dict]] = {}
     for c in cells:
@@ -597,6 +602,8 @@ def amortised_texts() -> str:
             which = (c["model"], c["length"], c.get("text"))
             pairs.setdefault(which, {})["trained" in c] = c
     for (model, n, text), both in pairs.items():
+        if len(both) < 2:
+            continue
         fast, learned = both[False], both[True]
         middle = [c["steps_quartiles"][1] for c in (fast, learned)]
         shown = " | ".join(
