@@ -530,8 +530,8 @@ def amortised() -> str:
     fast = {(c["model"], c["length"]): c for c in cells if "trained" not in c}
     lines = [
         "| model | N | network | trained at N | solved | 95 % | steps | 95 % of texts within "
-        "| against fast | paid after texts |",
-        "|---" * 10 + "|",
+        "| against fast | CPU ms a text | paid after texts |",
+        "|---" * 11 + "|",
     ]
     # Those trained behind an encoder are in its table, short trainings in that of lengths.
     own = [
@@ -548,10 +548,11 @@ def amortised() -> str:
         if c is not theirs:
             name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
         quartiles, last = c["steps_quartiles"], c["steps_95"]
+        cpu = f"{c['cpu_ms']:.1f}" if "cpu_ms" in c else ""
         lines.append(
             f"| {c['model']} | {c['length']} | {name} | {how} | {c['solved']}/{c['texts']} "
             f"| {low:.2f}–{high:.2f} | {steps_of(quartiles)} | {'–' if last is None else last} "
-            f"| {theirs['steps_quartiles'][1] / quartiles[1]:.1f}× | {after} |"
+            f"| {theirs['steps_quartiles'][1] / quartiles[1]:.1f}× | {cpu} | {after} |"
         )
     return "\n".join(lines)
 
