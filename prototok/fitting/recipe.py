@@ -52,9 +52,9 @@ class Recipe:
         learned: a learned optimiser makes the first updates; after so many without progress, or
             twenty times as many in all, AdamW takes over and has `max_steps` of its own. 0: AdamW
             makes all.
-        cold: a row that is right in its batch and does not hold alone goes on at this multiple of
-            lr, for as many updates again as it has made; so does one that was right in its batch by
-            the end of a cosine, in place of a hot restart. None: both follow the schedule.
+        cold: a row that is right in its batch and does not hold alone goes no faster than this
+            multiple of lr, for as many updates again as it has made; nor does one that was right in
+            its batch when a cosine ends, which would start hot again. None: they may.
     """
 
     name: str = "custom"
@@ -152,7 +152,8 @@ class Recipe:
             rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
         if self.cold is None:
             return rate
-        return torch.where(torch.as_tensor(cold, device=step.device), self.cold * self.lr, rate)
+        cold = torch.as_tensor(cold, device=step.device)
+        return torch.where(cold, rate.clamp(max=self.cold * self.lr), rate)
 
     def end_of_cycle(self, step: int, tokens: int = 0) -> int:
         """Return the step at which the cosine that `step` is in has come to zero."""

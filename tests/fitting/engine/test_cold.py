@@ -59,6 +59,15 @@ def test_what_is_refused_goes_on_cold_for_as_many_updates_again(small_lm: Frozen
     assert torch.equal(later[5:], scheduled[20:25])
 
 
+def test_the_schedule_may_be_colder(small_lm: FrozenLM) -> None:
+    slots = fits(small_lm, RECIPE, [3])
+    rates_of(small_lm, slots, 45)
+    slots.reopen(0, 0.5)
+    rates = rates_of(small_lm, slots, 15)[:, 0]
+    assert rates[0] == COLD and rates[-1] < 0.1 * COLD
+    assert torch.equal(rates, RECIPE.lr_at(torch.arange(45, 60)).clamp(max=COLD))
+
+
 def test_no_hot_cosine_for_what_was_right_by_the_end_of_one(small_lm: FrozenLM) -> None:
     slots = fits(small_lm, RECIPE, [1, 30])
     rates_of(small_lm, slots, 60)
