@@ -177,7 +177,7 @@ API: Table = {
             "prior_rate": (0, NAN, "1"), "m_rate": (-1, NAN), "temperature": (0, INF, "1"),
             "max_steps": NO_COUNTS, "patience": NO_COUNTS, "accuracy": (0, 1.1, NAN, "1", None),
             "lr_width": NO_COUNTS, "cycle_tokens": NO_COUNTS,
-            "spreads": (-1, NAN, "1"), "cooling": (0, -1, NAN),
+            "cold": (0, NAN, "1"), "spreads": (-1, NAN, "1"), "cooling": (0, -1, NAN),
             "margin": (-1, NAN, "1"), "eigenbasis": ("yes", 1), "shipped_prior": ("no", 0),
             "name": (None, 3),
         },

@@ -108,7 +108,7 @@ def _refused(checks: Sequence[Check], recipe: Recipe) -> Refused | None:
     counts = recipe.spreads > 0 and recipe.accuracy == 1.0
     if exact and (clear or not counts):
         return None
-    # What is wrong alone has no rounding to clear yet: it is looked at again at twice its margin.
+    # What is wrong alone has no rounding to clear yet: it is looked at again a little later.
     return Refused(max(asked) if exact else 0.0, exact)
 
 

@@ -52,6 +52,9 @@ class Recipe:
         learned: a learned optimiser makes the first updates; after so many without progress, or
             twenty times as many in all, AdamW takes over and has `max_steps` of its own. 0: AdamW
             makes all.
+        cold: a row that is right in its batch and does not hold alone goes no faster than this
+            multiple of lr, for as many updates again as it has made; nor does one that was right in
+            its batch when a cosine ends, which would start hot again. None: they may.
     """
 
     name: str = "custom"
@@ -78,6 +81,7 @@ class Recipe:
     margin: float = 0.0
     spreads: float = 0.0
     learned: int = 0
+    cold: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -91,8 +95,10 @@ class Recipe:
             value = getattr(self, name)
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{name}: {value!r} is not a positive number")
-        if self.prior_rate is not None and not (is_number(self.prior_rate) and self.prior_rate > 0):
-            raise ValueError(f"prior_rate: {self.prior_rate!r} is not None or a positive number")
+        for name in ("prior_rate", "cold"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and value > 0):
+                raise ValueError(f"{name}: {value!r} is not None or a positive number")
         for name in ("weight_decay", "margin", "m_rate", "spreads"):
             value = getattr(self, name)
             if not (is_number(value) and value >= 0):
@@ -130,10 +136,11 @@ class Recipe:
             return self
         return replace(self, lr=self.lr * math.sqrt(self.lr_width / width), lr_width=None)
 
-    def lr_at(self, step: Tensor, tokens: Tensor | int = 0) -> Tensor:
+    def lr_at(self, step: Tensor, tokens: Tensor | int = 0, cold: Tensor | bool = False) -> Tensor:
         """Return the rate of the update that follows `step` updates, on the device, row by row.
 
         tokens: the length of each row's text, for `cycle_tokens`
+        cold: rows that go on cold, bool, for `cold`
         """
         length = torch.as_tensor(tokens, device=step.device).expand_as(step)
         step = step.float()  # or torch's default dtype would be that of the quotients
@@ -143,7 +150,10 @@ class Recipe:
             rate = rate * (falling if self.cooling == 1.0 else falling**self.cooling)
         if self.warmup:
             rate = rate * ((step + 1) / self.warmup).clamp(max=1.0)
-        return rate
+        if self.cold is None:
+            return rate
+        cold = torch.as_tensor(cold, device=step.device)
+        return torch.where(cold, rate.clamp(max=self.cold * self.lr), rate)
 
     def end_of_cycle(self, step: int, tokens: int = 0) -> int:
         """Return the step at which the cosine that `step` is in has come to zero."""
@@ -153,6 +163,15 @@ class Recipe:
             if step < end:
                 return min(int(end), self.max_steps)
         return self.max_steps
+
+    def restarts(self, step: Tensor, tokens: Tensor) -> Tensor:
+        """Flag rows that have made `step` updates and start a further cosine, hot again: bool."""
+        starts = torch.zeros_like(step, dtype=torch.bool)
+        if self.cycle is None:
+            return starts
+        for start, _ in self._cycles(tokens):
+            starts |= (step == start) & (start > 0)
+        return starts
 
     def _phase(self, step: Tensor, tokens: Tensor) -> Tensor:
         """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""
@@ -191,7 +210,7 @@ PAPER = Recipe(name="paper")
 # from the first. A start nearer to the size of embeddings, or a learned one where the model brings
 # it: from there the way is short, and an update 0.4 long. A sharpened loss that weighs the tokens
 # still wrong. A margin above what the model's dtype rounds away, so that what is exact stays so
-# under other kernels.
+# under other kernels; for that a row that is right goes on cold, for it has nothing left to find.
 FAST = Recipe(
     name="fast",
     lr=0.1,
@@ -211,6 +230,7 @@ FAST = Recipe(
     max_steps=4500,
     margin=0.2,
     spreads=2.0,
+    cold=0.1,
 )
 
 # A learned optimiser begins, and `fast` goes on from its best vectors.

@@ -66,6 +66,15 @@ def test_a_long_text_has_no_cosine_shorter_than_in_proportion() -> None:
     assert row_by_row.tolist() == [plain.lr_at(steps)[12].item(), nine[12]]
 
 
+def test_a_further_cosine_starts_where_the_one_before_has_ended() -> None:
+    recipe = Recipe(schedule="cosine", cycle=10, cycle_tokens=4, max_steps=86)
+    steps = torch.arange(87)
+    for tokens, starts in ((4, [10, 30, 70]), (9, [23, 46, 86])):
+        flags = recipe.restarts(steps, torch.full_like(steps, tokens))
+        assert flags.nonzero()[:, 0].tolist() == starts
+    assert not Recipe(schedule="cosine").restarts(steps, steps).any()
+
+
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
     recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
     near = recipe.at_width(256, prior=True)
@@ -104,6 +113,7 @@ def test_an_update_is_as_long_at_any_width() -> None:
         ({"cycle": 10}, "cycle"),
         ({"schedule": "cosine", "cycle": 10, "cycle_tokens": 0}, "cycle_tokens"),
         ({"prior_rate": 0.0}, "prior_rate"),
+        ({"cold": 0.0}, "cold"),
         ({"m_rate": -0.1}, "m_rate"),
     ],
 )

@@ -53,7 +53,7 @@ def update(lm: FrozenLM, slots: Slots, window: Window, active: Tensor, backend: 
     """
     step, owner = slots.step[: window.groups], slots.group_of_row[: window.rows]
     by_network, recipe = slots.by_network[: window.groups], slots.recipe
-    rate = recipe.lr_at(slots.clock[: window.groups], slots.tokens[: window.groups])
+    rate = slots.rate_after(slots.clock[: window.groups])
     rates = [rate, rate * recipe.m_rate]  # of e and of m, by group
     where = [slice(None) if bank.shared else owner for bank in slots.banks]  # a vector's group
     moves = [

@@ -37,7 +37,7 @@ class Finished:
 class Refused:
     """Why a group that reached its goal goes on.
 
-    margin  what to clear next; less than it had: twice that
+    margin  what to clear next; less than it had: half as much again as that
     exact   all of its rows are as right as the recipe asks; it is the margin that is too small
     """
 
@@ -89,9 +89,9 @@ def run(
 
     Groups that reached the recipe's goal between two looks are shown to `confirm`, which returns
     None for each that holds. One that does not goes on until it clears the margin asked for, or
-    twice its own where that is more already, or until its updates are spent. One whose margin alone
-    is too small goes on for a quarter of the updates that it had made when that was first so, and
-    not into a new cycle, hot again: it is exact.
+    half as much again as its own where that is more already, or until its updates are spent. One
+    whose margin alone is too small goes on for a quarter of the updates that it had made when that
+    was first so, and not into a new cycle, hot again: it is exact.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -163,7 +163,7 @@ def _run_bucket(
                     end = setup.recipe.end_of_cycle(finished.steps, finished.group.length)
                     until[index] = min(most, end)
                 asked = refused.margin
-                runner.reopen(g, max(0.05, asked if asked > margin else 2 * margin))
+                runner.reopen(g, max(0.05, asked if asked > margin else 1.5 * margin))
             if leaving:
                 with runner.changing():
                     slots.release(leaving)

@@ -104,6 +104,7 @@ class Slots:
         self.done = full(groups, value=True, dtype=torch.bool)  # free places are
         # A loss or a gradient was not finite: the group ends, and is nothing but failed.
         self.failed = full(groups, dtype=torch.bool)
+        self.cold_until = full(groups)  # updates up to which the rate is the recipe's `cold`
         # by group, where a network makes the first updates
         self.by_network = full(groups, dtype=torch.bool)
         self.progressed_at = full(groups)  # step of the best vectors
@@ -223,8 +224,8 @@ class Slots:
         by_row = [self.targets, self.scored, self.wanted, self.layout, self.row_correct]
         by_group = [
             self.tokens, self.step, self.best_correct, self.improved_at, self.best_margin,
-            self.margin_bound, self.done, self.failed, self.by_network, self.progressed_at,
-            self.adam_from,
+            self.margin_bound, self.done, self.failed, self.cold_until, self.by_network,
+            self.progressed_at, self.adam_from,
         ]  # fmt: skip
         for bank in self.banks:
             (by_group if bank.shared else by_row).extend(bank.buffers())
@@ -249,16 +250,27 @@ class Slots:
         self.group_of_row[len(moved) : rows] = 0
 
     def reopen(self, group: int, margin: float) -> None:
-        """Let a group that was done go on, now with `margin` to clear.
+        """Let a group that was done go on, cold where the recipe says so, with `margin` to clear.
 
         Where less than all tokens are asked for no margin counts: then it is one more right token
         than it had, or the same vectors would be done again before they are updated.
         """
         self.done[group] = False
         self.margin_bound[group] = margin
+        self.cool(slice(group, group + 1), torch.ones_like(self.done[:1]))
         if self.recipe.accuracy < 1.0:
             mine = self.group_of_row == group
             self.wanted.copy_(torch.where(mine, self.row_correct + 1, self.wanted))
+
+    def rate_after(self, step: Tensor) -> Tensor:
+        """Return the rate of the update that follows `step` updates by AdamW, (G,) like it."""
+        groups = slice(len(step))
+        return self.recipe.lr_at(step, self.tokens[groups], step < self.cold_until[groups])
+
+    def cool(self, groups: slice, where: Tensor) -> None:
+        """Make groups cold, where they are not, for as many updates again as they have made."""
+        step, until = self.clock[groups], self.cold_until[groups]
+        torch.where(where & (step >= until), 2 * step, until, out=until)
 
     def spent(self) -> Tensor:
         """Flag groups that have made all updates their recipe grants: (room.groups,) bool."""
@@ -282,6 +294,7 @@ class Slots:
         self.margin_bound[groups] = self.recipe.margin
         self.done[groups] = done
         self.failed[groups] = False
+        self.cold_until[groups] = 0
         self.by_network[groups] = self.network is not None and not done
         self.progressed_at[groups] = 0
         self.adam_from[groups] = 0

@@ -131,6 +131,8 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     _put(best_correct, improved, correct)
     _put(best_margin, improved, margin)
     _put(slots.row_correct[rows], improved[owner], correct_of_row)
+    if slots.recipe.cold is not None:
+        slots.cool(groups, moving & _right_at_a_restart(slots, window))
     for bank in slots.banks:
         of_vector = improved if bank.shared else improved[owner]
         n = len(of_vector)
@@ -143,6 +145,15 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     if slots.network is not None:
         active &= ~learned.hand_over(slots, window, improved, bad)
     return active
+
+
+def _right_at_a_restart(slots: Slots, window: Window) -> Tensor:
+    """Flag groups that a cosine left as right as they are asked to be, at their best: (G,) bool."""
+    rows, groups = slice(window.rows), slice(window.groups)
+    right = slots.recipe.restarts(slots.clock[groups], slots.tokens[groups]).long()
+    of_row = slots.row_correct[rows] >= slots.wanted[rows]
+    right.scatter_reduce_(0, slots.group_of_row[rows], of_row.long(), "amin")
+    return right > 0
 
 
 def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
@@ -162,7 +173,7 @@ def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
 def _update(slots: Slots, window: Window, counts: list[int], active: Tensor, backend: str) -> None:
     """Update the vectors of active groups by AdamW, each group at a step of its own."""
     step, owner = slots.step[: window.groups], slots.group_of_row[: window.rows]
-    rate_of_e = slots.recipe.lr_at(step, slots.tokens[: window.groups])
+    rate_of_e = slots.rate_after(step)
     for name, bank, n in zip("em", slots.banks, counts, strict=False):
         rate = rate_of_e if name == "e" else rate_of_e * slots.recipe.m_rate
         adam = AdamWState(bank.adam.exp_avg[:n], bank.adam.exp_avg_sq[:n], bank.adam.step[:n])

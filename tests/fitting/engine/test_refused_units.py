@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,26 @@ def test_the_margin_asked_for_is_the_one_to_clear(small_lm: FrozenLM) -> None:
 
     list(run(setup, make_groups([targets], [0], None, None), confirm, lambda event: None))
     assert margins[0] < 0.25 and 0.49 < margins[1] < 1.0
+
+
+def test_what_has_the_margin_already_is_shown_again_at_half_as_much_again(
+    small_lm: FrozenLM,
+) -> None:
+    recipe = Recipe(lr=0.002, betas=(0.9, 0.99), max_steps=2000, margin=0.2)
+    setup = Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    margins: list[float] = []
+
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        (one,) = finished
+        (check,) = verify(setup, [(targets, torch.cat([v[0] for v in one.vectors]))])
+        margins.append(check.margin)
+        return [None if len(margins) == 3 else Refused(0.0, exact=False)]
+
+    list(run(setup, make_groups([targets], [0], None, None), confirm, lambda event: None))
+    assert 0.199 < margins[0] < 0.3
+    for before, after in itertools.pairwise(margins):
+        assert 1.49 * before < after < 1.9 * before
 
 
 @pytest.mark.parametrize("exact", [True, False])
