@@ -132,6 +132,26 @@ def test_adamw_starts_as_new_from_the_best_vectors(
     assert hand_over(slots, slots.window, none, ~none).tolist() == [False, True, False]
 
 
+def test_adamw_goes_on_cold_from_what_the_network_left_right(
+    small_lm: FrozenLM, optimizer: LearnedOptimizer
+) -> None:
+    recipe = dataclasses.replace(LEARNED, learned=5, cold=0.1, warmup=0)
+    setup = one_forward(small_lm, Arrangement.parse("e m*"), recipe, optimizer, "auto", None)
+    slots = Slots(setup, Room(2, 2, LENGTH))
+    ids = torch.tensor([1, 2, 3])
+    slots.admit([Group(g, (Row(g, g, 0, ids),), None) for g in range(2)])
+    slots.step[:] = 9
+    slots.progressed_at[:] = 4
+    slots.row_correct[:] = torch.tensor([3, 2])
+    none = torch.zeros(2, dtype=torch.bool)
+    assert hand_over(slots, slots.window, none, none).all()
+    lr, full = setup.recipe.lr, setup.recipe.lr_at(torch.arange(10), 3)
+    slots.step[:] = 9 + 8  # for as many updates as the network made
+    assert slots.rate_after(slots.clock).tolist() == pytest.approx([0.1 * lr, float(full[8])])
+    slots.step[:] = 9 + 9
+    assert slots.rate_after(slots.clock).tolist() == [float(full[9])] * 2
+
+
 def test_rows_do_not_influence_each_other(
     small_lm: FrozenLM, optimizer: LearnedOptimizer, unseen: torch.Tensor
 ) -> None:

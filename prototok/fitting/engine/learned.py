@@ -42,6 +42,9 @@ def hand_over(slots: Slots, window: Window, improved: Tensor, bad: Tensor) -> Te
         bank.adam.step[:n].masked_fill_(mine, 0)
     adam_from = slots.adam_from[groups]
     torch.where(taken, step, adam_from, out=adam_from)
+    if slots.recipe.cold is not None:  # what is right already has nothing to find, but a margin
+        until = slots.cold_until[groups]
+        torch.where(taken & slots.right_at_best(window), step, until, out=until)
     slots.by_network[groups] &= ~taken
     return taken
 

@@ -272,6 +272,14 @@ class Slots:
         step, until = self.clock[groups], self.cold_until[groups]
         torch.where(where & (step >= until), 2 * step, until, out=until)
 
+    def right_at_best(self, window: Window) -> Tensor:
+        """Flag groups whose best vectors are as right as they are asked to be: (G,) bool."""
+        rows = slice(window.rows)
+        right = torch.ones_like(self.step[: window.groups])
+        of_row = (self.row_correct[rows] >= self.wanted[rows]).long()
+        right.scatter_reduce_(0, self.group_of_row[rows], of_row, "amin")
+        return right > 0
+
     def spent(self) -> Tensor:
         """Flag groups that have made all updates their recipe grants: (room.groups,) bool."""
         over = self.clock >= self.recipe.max_steps

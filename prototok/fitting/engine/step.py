@@ -132,7 +132,8 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     _put(best_margin, improved, margin)
     _put(slots.row_correct[rows], improved[owner], correct_of_row)
     if slots.recipe.cold is not None:
-        slots.cool(groups, moving & _right_at_a_restart(slots, window))
+        ends = slots.recipe.restarts(slots.clock[groups], slots.tokens[groups])
+        slots.cool(groups, moving & ends & slots.right_at_best(window))
     for bank in slots.banks:
         of_vector = improved if bank.shared else improved[owner]
         n = len(of_vector)
@@ -145,15 +146,6 @@ def _keep_best(slots: Slots, window: Window, grads: list[Tensor]) -> Tensor:
     if slots.network is not None:
         active &= ~learned.hand_over(slots, window, improved, bad)
     return active
-
-
-def _right_at_a_restart(slots: Slots, window: Window) -> Tensor:
-    """Flag groups that a cosine left as right as they are asked to be, at their best: (G,) bool."""
-    rows, groups = slice(window.rows), slice(window.groups)
-    right = slots.recipe.restarts(slots.clock[groups], slots.tokens[groups]).long()
-    of_row = slots.row_correct[rows] >= slots.wanted[rows]
-    right.scatter_reduce_(0, slots.group_of_row[rows], of_row.long(), "amin")
-    return right > 0
 
 
 def _finite(slots: Slots, owner: Tensor, grads: list[Tensor]) -> Tensor:
