@@ -689,20 +689,23 @@ def data_engine() -> str:
     if "rates" in record:
         rates = record["rates"]
         lines += [
-            "| model | N | exact | steps a text | CPU ms a text | texts an hour | bytes a text "
-            "| GPU: rows at once | ms a step | µs a text, steps | µs a text, verified "
-            "| texts an hour |",
-            "|---" * 12 + "|",
+            "| model | N | recipe | exact | steps a text | CPU ms a text | texts an hour "
+            "| bytes a text | GPU: rows at once | ms a step | µs a text, steps "
+            "| µs a text, verified | texts an hour |",
+            "|---" * 13 + "|",
         ]
         for c in rates["cells"]:
-            g = c["gpu"]
+            on_gpu = "| | | | | |"
+            if (g := c.get("gpu")) is not None:
+                step, verified = g["us_of_steps_a_text"][0], g["us_of_verification_a_text"]
+                on_gpu = (
+                    f"| {g['rows']} | {g['ms_a_step'][0]:.1f} | {step:.0f} "
+                    f"| {step + verified:,.0f} | {g['texts_an_hour'][0]:,.0f} |"
+                )
             lines.append(
-                f"| {c['model']} | {c['length']} | {c['exact']}/{c['texts']} "
+                f"| {c['model']} | {c['length']} | {c['recipe']} | {c['exact']}/{c['texts']} "
                 f"| {c['steps_a_text']:.0f} | {c['cpu_ms_a_text']:.1f} | {c['texts_an_hour']:,.0f} "
-                f"| {c['bytes_a_text']:,.0f} | {g['rows']} | {g['ms_a_step'][0]:.1f} "
-                f"| {g['us_of_steps_a_text'][0]:.0f} "
-                f"| {g['us_of_steps_a_text'][0] + g['us_of_verification_a_text']:,.0f} "
-                f"| {g['texts_an_hour'][0]:,.0f} |"
+                f"| {c['bytes_a_text']:,.0f} {on_gpu}"
             )
         gpu = rates["cells"][0]["gpu"]["gpus"][0]
         lines += [
