@@ -86,7 +86,7 @@ def test_fits_without_and_with_the_optimiser_of_a_built_in_model(
     settings = measure.BenchSettings(models=("tiny-neox",), texts=4)
     case, exact = measure._measure(lm, "tiny-neox", 8, settings, peak)
     assert case.learned is not None and exact == [True] * 4 and case.learned.exact == 4
-    assert 0 < case.learned.steps_median < 0.5 * case.fit_steps_median
+    assert 0 <= case.learned.steps_median < 0.5 * case.fit_steps_median
     assert case.learned.seconds_per_text > 0
     shown = table.table(record | {"cases": [dataclasses.asdict(case)]}).splitlines()
     title = shown.index("Fits without and with the networks that the model brings:")

@@ -212,10 +212,13 @@ def test_a_step_makes_no_fresh_page() -> None:
 
     for _ in range(15):  # until the heap has places for all of it
         both_ways()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        both_ways()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20
+    faults = []
+    for _ in range(3):  # other threads of the process may fault by the way, a step always would
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            both_ways()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 20
 
 
 @needs_bf16
