@@ -41,20 +41,18 @@ from torch import Tensor
 import prototok
 from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.prior import shipped_prior
+from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
 from prototok.results.tensor_file import form_of
 from prototok.texts.files import read_text
-
-SHIPPED = "learned, shipped, behind its encoder"
 
 
 def prior_of(lm: FrozenLM, folder: Path) -> Prior:
     """Return the prior in the package or in the folder; learned where there is none."""
     path = folder / "prior.safetensors"
     if not path.exists():
-        (shipped_prior(lm) or prototok.learn_shared(lm, progress=True)).save(path)
+        (shipped(Prior, lm) or prototok.learn_shared(lm, progress=True)).save(path)
     return Prior.load(path)
 
 
@@ -131,12 +129,12 @@ def optimizers(
             f"learned, seed {seed}": optimizer_of(lm, prior, samples, seed, asked)
             for seed in asked.seeds
         }
-    return {SHIPPED: shipped(lm)}
+    return {"learned, shipped, behind its encoder": shipped_optimizer(lm)}
 
 
-def shipped(lm: FrozenLM) -> LearnedOptimizer:
+def shipped_optimizer(lm: FrozenLM) -> LearnedOptimizer:
     """Return the optimiser in the package."""
-    found = LearnedOptimizer.shipped(lm)
+    found = shipped(LearnedOptimizer, lm)
     if found is None:
         raise SystemExit(f"shipped: none comes with {lm.identity.name}")
     return found

@@ -31,7 +31,7 @@ from amortised import (
     opened,
     record_at,
     save,
-    shipped,
+    shipped_optimizer,
     training_of,
     training_texts,
     unseen,
@@ -105,7 +105,7 @@ def optimizer_of(asked: argparse.Namespace, lm: FrozenLM) -> LearnedOptimizer | 
     if asked.samples is None:
         raise SystemExit("samples: name those that the optimiser was trained on")
     if asked.optimizer == "shipped":
-        return shipped(lm)
+        return shipped_optimizer(lm)
     return LearnedOptimizer.load(asked.optimizer)
 
 

@@ -38,6 +38,7 @@ from prototok.fitting.engine.setup import Setup
 from prototok.fitting.fast_fit import FitEvent, fast_fit
 from prototok.fitting.learned.optimizer import LearnedOptimizer
 from prototok.fitting.recipe import LEARNED, Recipe, recipe_of
+from prototok.fitting.shipped import shipped
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.load import BUILT_IN, load, path_of
 from prototok.model.shapes import load_shape
@@ -220,7 +221,7 @@ def _measure(
         fit, per_text = _timed_fit(lm, pieces, _recipe(settings), look)
         which = fit.exact[:, 0].tolist()
         exact, accuracy, steps = sum(which), float(fit.accuracy.mean()), _median_steps(fit)
-        if settings.recipe == "fast" and LearnedOptimizer.shipped(lm) is not None:
+        if settings.recipe == "fast" and shipped(LearnedOptimizer, lm) is not None:
             found, seconds = _timed_fit(lm, pieces, _cut_short(LEARNED, settings))
             learned = LearnedFit(int(found.exact.sum()), seconds, _median_steps(found))
         row = int(fit.exact.flatten().int().argmax())

@@ -42,16 +42,15 @@ def encode(
     require_positive(length=length, limit=limit)
     text = read_text(book)
     from prototok.fitting.encode import encode as encode_texts
+    from prototok.fitting.encode import encoder_for
     from prototok.fitting.learned.encoder import Encoder
     from prototok.model.load import load
     from prototok.results.fit_folder import FitFolder
 
-    found = None if encoder is None else Encoder.load(encoder)
+    given = None if encoder is None else Encoder.load(encoder)
     with FitFolder(out, overwrite=overwrite).claimed() as folder:
         lm = load(model, device, dtype)
-        found = found or Encoder.shipped(lm)
-        if found is None:
-            raise ValueError(f"encoder: none comes with {lm.identity.name}; name one by --encoder")
+        found = encoder_for(lm, given)
         pieces = chunks(lm, text, length or found.longest, limit)
         result = encode_texts(lm, pieces, found, prefix=front_asked(prefix), progress=True)
         result = labelled(result, text_difference(lm, text, pieces))

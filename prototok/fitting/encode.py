@@ -17,6 +17,7 @@ from prototok.fitting.fast_fit import one_forward, result_of, tokens_of
 from prototok.fitting.front import front_of
 from prototok.fitting.learned.encoder import Encoder
 from prototok.fitting.recipe import FAST
+from prototok.fitting.shipped import shipped
 from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
@@ -27,6 +28,20 @@ from prototok.results.provenance import provenance_of
 from prototok.texts.targets import Texts, targets_of
 
 _ROWS = 256  # from one look at the bar to the next
+
+
+def encoder_for(lm: FrozenLM, encoder: Encoder | None) -> Encoder:
+    """Return the encoder, or the one that a built-in model brings, with the model it reads with.
+
+    Raises:
+        ValueError: none was given and none comes with the model, or it is of another one.
+    """
+    encoder = shipped(Encoder, lm) if encoder is None else encoder
+    if encoder is None:
+        raise ValueError(f"encoder: none comes with {lm.identity.name}; see learn_encoder")
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"encoder: {type(encoder).__name__} is not an Encoder; see learn_encoder")
+    return encoder.on(lm)
 
 
 @own_world
@@ -57,12 +72,7 @@ def encode(
         ValueError: an argument that cannot be met, named.
     """
     require_frozen(lm)
-    encoder = Encoder.shipped(lm) if encoder is None else encoder
-    if encoder is None:
-        raise ValueError(f"encoder: none comes with {lm.identity.name}; see learn_encoder")
-    if not isinstance(encoder, Encoder):
-        raise ValueError(f"encoder: {type(encoder).__name__} is not an Encoder; see learn_encoder")
-    encoder = encoder.on(lm)
+    encoder = encoder_for(lm, encoder)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     layout = Arrangement.parse("e m*")
     targets = targets_of(lm, texts, length)

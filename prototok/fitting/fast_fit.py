@@ -23,8 +23,9 @@ from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
 from prototok.fitting.learned.encoder import Encoder, Init, parted
 from prototok.fitting.learned.optimizer import LearnedOptimizer
-from prototok.fitting.prior import Prior, shipped_prior
+from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe, recipe_of
+from prototok.fitting.shipped import shipped
 from prototok.fitting.verify import Verified, verify
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
@@ -109,10 +110,10 @@ def fast_fit(
     encoder, common = parted(init)
     brought = settings.learned > 0 and init is None  # by a built-in model: for texts that it takes
     if brought:
-        encoder = Encoder.shipped(lm)
+        encoder = shipped(Encoder, lm)
     has_network = isinstance(common, LearnedOptimizer)
     if settings.learned and not has_network and (init is None or encoder is not None):
-        common = LearnedOptimizer.shipped(lm) or common
+        common = shipped(LearnedOptimizer, lm) or common
     start = start_of(common)
     if start is not None:
         start.require_model(lm)
@@ -179,7 +180,7 @@ def one_forward(
             arrangement that none is for.
     """
     if init is None and recipe.shipped_prior and arrangement.is_pair:
-        init = shipped_prior(lm)
+        init = shipped(Prior, lm)
     network = None
     if isinstance(init, LearnedOptimizer):
         if not recipe.learned:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
-from prototok.model.load import BUILT_IN, path_of
 from prototok.model.prefix import Prefix
 from prototok.results.hub import OnHub
 from prototok.results.tensor_file import (
@@ -24,7 +23,6 @@ from prototok.results.tensor_file import (
     write_tensors,
 )
 
-FILE = "prior.safetensors"
 _FORM = ("prototok.prior", 1)
 
 
@@ -61,7 +59,7 @@ class Prior(OnHub):
         origin = Origin(self.model, self.provenance, self.prefix)
         write_tensors(path, _FORM, tensors, origin)
 
-    _file: ClassVar[str] = FILE
+    _file: ClassVar[str] = "prior.safetensors"
     _usage: ClassVar[str] = (
         'prior = prototok.Prior.from_pretrained("{repo_id}")\n'
         'fit = prototok.fast_fit(lm, ["Call me Ishmael."], init=prior)'
@@ -90,11 +88,3 @@ def _require_consistent(header: dict, shapes: Shapes, model: ModelIdentity) -> N
     for name, (dtype, shape) in shapes.items():
         if dtype != "F32" or shape != expected[name]:
             raise ValueError(f"{name} is {dtype} {shape} where F32 {expected[name]} is expected")
-
-
-def shipped_prior(lm: FrozenLM) -> Prior | None:
-    """Return the prior in the package for the model that `lm` holds; None where there is none."""
-    if lm.identity.name not in BUILT_IN:
-        return None
-    path = Path(path_of(lm.identity.name)) / FILE
-    return Prior.load(path) if path.exists() else None

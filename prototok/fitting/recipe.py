@@ -166,12 +166,7 @@ class Recipe:
 
     def restarts(self, step: Tensor, tokens: Tensor) -> Tensor:
         """Flag rows that have made `step` updates and start a further cosine, hot again: bool."""
-        starts = torch.zeros_like(step, dtype=torch.bool)
-        if self.cycle is None:
-            return starts
-        for start, _ in self._cycles(tokens):
-            starts |= (step == start) & (start > 0)
-        return starts
+        return (self._phase(step, tokens) == 0) & (step > 0)
 
     def _phase(self, step: Tensor, tokens: Tensor) -> Tensor:
         """Return how much of its cosine is behind a row that has made `step` updates, in [0, 1]."""

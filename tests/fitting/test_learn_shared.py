@@ -14,8 +14,8 @@ from prototok import FrozenLM, Prior, Recipe
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.learn_shared import own_texts
-from prototok.fitting.prior import shipped_prior
 from prototok.fitting.recipe import FAST
+from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, load
 from tests.support import small_llama
 
@@ -146,7 +146,7 @@ def test_bad_arguments_are_named(small_lm: FrozenLM, prior: Prior) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_models_bring_theirs(name: str) -> None:
     lm = load(name)
-    prior = shipped_prior(lm)
+    prior = shipped(Prior, lm)
     assert prior is not None
     prior.require_model(lm)
 
@@ -161,4 +161,4 @@ def test_the_fast_recipe_uses_it_and_needs_fewer_steps() -> None:
 
 
 def test_other_models_bring_none(small_lm: FrozenLM) -> None:
-    assert shipped_prior(small_lm) is None
+    assert shipped(Prior, small_lm) is None

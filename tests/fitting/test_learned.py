@@ -20,6 +20,7 @@ from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool, training
 from prototok.fitting.learned.pool import Pool
 from prototok.fitting.recipe import LEARNED
+from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, load, path_of
 from prototok.results.arrangement import Arrangement
 from tests.fitting.engine.test_lagging_polls import as_on_cuda
@@ -323,7 +324,7 @@ def test_a_recipe_of_ones_own_keeps_what_it_says(
 def test_built_in_models_bring_theirs(name: str) -> None:
     """They are what is used where none is given, and worth having."""
     lm = load(name)
-    encoder, optimizer = Encoder.shipped(lm), LearnedOptimizer.shipped(lm)
+    encoder, optimizer = shipped(Encoder, lm), shipped(LearnedOptimizer, lm)
     for network in (encoder, optimizer):
         assert network is not None and network.model.fingerprint == lm.identity.fingerprint
         assert (Path(path_of(name)) / network._file).stat().st_size < 10e6
@@ -344,7 +345,7 @@ def test_a_text_too_long_for_the_encoder_starts_from_the_prior() -> None:
     lm = load("tiny-neox")
     ids = lm.encode((Path(path_of("tiny-neox")) / "held_out.txt").read_text())
     texts = [ids[:9], ids[20:28]]
-    encoder, optimizer = Encoder.shipped(lm), LearnedOptimizer.shipped(lm)
+    encoder, optimizer = shipped(Encoder, lm), shipped(LearnedOptimizer, lm)
     assert encoder is not None
     groups = make_groups([torch.tensor(text) for text in texts], [0], None, None)
     starts = [group.rows[0].start for group in encoder.started(lm, groups, shorter=True)]
@@ -357,6 +358,6 @@ def test_a_text_too_long_for_the_encoder_starts_from_the_prior() -> None:
 
 
 def test_other_models_bring_none(small_lm: FrozenLM) -> None:
-    assert LearnedOptimizer.shipped(small_lm) is None and Encoder.shipped(small_lm) is None
+    assert shipped(LearnedOptimizer, small_lm) is None and shipped(Encoder, small_lm) is None
     with pytest.raises(ValueError, match="^encoder: none comes with"):
         prototok.encode(small_lm, [[1, 2]])

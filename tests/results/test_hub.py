@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 import prototok
 from prototok import FrozenLM, Prior, ProtoTokens
-from prototok.fitting.prior import shipped_prior
+from prototok.fitting.shipped import shipped
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -114,7 +114,7 @@ def test_tokens_come_back_and_decode(tokens: ProtoTokens, tiny_lm: FrozenLM, hub
 
 
 def test_a_prior_comes_back(hub: Hub, tiny_lm: FrozenLM) -> None:
-    prior = shipped_prior(tiny_lm)
+    prior = shipped(Prior, tiny_lm)
     assert prior is not None
     prior.push_to_hub("me/prior", token="hf_right", endpoint=hub.endpoint)
     again = Prior.from_pretrained("me/prior", endpoint=hub.endpoint)

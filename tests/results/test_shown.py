@@ -10,7 +10,7 @@ import torch
 
 import prototok
 from prototok import FitResult, FrozenLM, Recipe, autoregressive
-from prototok.fitting.prior import shipped_prior
+from prototok.fitting.shipped import shipped
 from prototok.geometry import nearest_tokens, norms, pca
 from prototok.model.in_front import prefix_of
 
@@ -41,7 +41,7 @@ def test_every_public_object_is_one_short_line(fit: FitResult, small_lm: FrozenL
         fit, fit.tokens, fit.history, fit.history and fit.history.curves[0][0], mem, prefix,
         small_lm, behind, small_lm.body, small_lm.plan(2, 3, pair=True), paths,
         prototok.information(small_lm, TEXTS), prototok.capacity(small_lm, TEXTS, lengths=(2,)),
-        shipped_prior(prototok.load("tiny-llama")), norms(small_lm, fit.tokens.e[:, 0]),
+        shipped(prototok.Prior, prototok.load("tiny-llama")), norms(small_lm, fit.tokens.e[:, 0]),
         nearest_tokens(small_lm, fit.tokens.e[:, 0], k=1), pca(fit.tokens.e[:, 0], 1),
         prototok.Recipe(),
     ]  # fmt: skip

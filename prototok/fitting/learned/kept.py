@@ -5,11 +5,9 @@ Letters: d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import ClassVar, Generic, Self, TypeVar, cast
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from prototok.fitting.prior import Prior
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
-from prototok.model.load import BUILT_IN, path_of
 from prototok.results.hub import OnHub
 from prototok.results.tensor_file import Origin, Shapes, read_tensors, write_tensors
 
@@ -67,12 +64,6 @@ class KeptNetwork(OnHub, Generic[N]):
             part.data = part.data.to(lm.dtype)
         return made
 
-    @classmethod
-    def shipped(cls, lm: FrozenLM) -> Self | None:
-        """Return the one in the package for the model that `lm` holds; None where there is none."""
-        found = _shipped(cls._file, cls.load, lm.identity.name)
-        return cast(Self | None, found)
-
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it is there whole or not at all."""
         start = self.start
@@ -111,12 +102,6 @@ class KeptNetwork(OnHub, Generic[N]):
         for name, seen in shapes.items():
             if seen != expected[name]:
                 raise ValueError(f"{name} is {seen[0]} {seen[1]}, not {expected[name]}")
-
-
-@cache  # some megabytes, and as long to read as to make three updates of a small model
-def _shipped(file: str, load: Callable[[Path], KeptNetwork], model: str) -> KeptNetwork | None:
-    path = Path(path_of(model)) / file if model in BUILT_IN else None
-    return None if path is None or not path.exists() else load(path)
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:

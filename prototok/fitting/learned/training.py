@@ -24,8 +24,9 @@ from prototok.fitting.learn_shared import SPREAD, learn_shared, own_texts
 from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.pool import Corpus
-from prototok.fitting.prior import Prior, shipped_prior
+from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import Recipe
+from prototok.fitting.shipped import shipped
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
@@ -127,7 +128,7 @@ def start_for(
 
     `lm` is the model behind its prefix. The distance is by coordinate.
     """
-    start = prior or shipped_prior(lm) or learn_shared(
+    start = prior or shipped(Prior, lm) or learn_shared(
         lm, prefix=lm.prefix, backend=backend, progress=progress
     )  # fmt: skip
     basis = eigenbasis(lm, backend).cpu() if start.basis is None else start.basis
