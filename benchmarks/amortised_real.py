@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from amortised import cell_of, record_at, save, windows_in
+from amortised import cell_of, record_at, save, unseen
 from get_smollm2 import FOLDER
 from readme_tables import RESULTS
 from recipes import median_interval, quantile
@@ -93,16 +93,8 @@ def held_out(
     lm: FrozenLM, files: list[Path], pieces: Tensor, length: int, count: int
 ) -> list[list[int]]:
     """Return `count` windows of each file that occur in none of the pieces, spread over it."""
-    found = []
-    for file in files:
-        ids = lm.encode(read_text(file))
-        windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
-        seen = windows_in(pieces, set(windows), length)
-        windows = [window for window in windows if window not in seen]
-        if len(windows) < count:
-            raise SystemExit(f"text: {file.name} has {len(windows)} windows, fewer than {count}")
-        found += [list(windows[i * len(windows) // count]) for i in range(count)]
-    return found
+    found = [unseen(lm, read_text(file), pieces, length, count) for file in files]
+    return [window for windows in found for window in windows.tolist()]
 
 
 class Watch:

@@ -88,7 +88,6 @@ class Decoder:
     ) -> None:
         self.model, self._vocabulary = model, vocabulary
         self.most_rows, capacity, self.longest = shape
-        self._rows = self.most_rows
         self._front = 0 if prefix is None else len(prefix)
         self.positions = -(-capacity // POSITIONS) * POSITIONS
         cos, sin = (table.float().contiguous() for table in rotary)
