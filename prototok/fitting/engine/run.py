@@ -148,23 +148,22 @@ def _run_bucket(
                 if group.index in until:
                     ending[p] |= int(poll.step[p]) >= until[group.index]
             ended = [
-                (p, g, _finished(poll, p, runner.best_of(g), seconds))
+                (p, g, _finished(poll, p, seconds, runner.best_of(g)))
                 for p in ending.nonzero()[:, 0].tolist()
                 # Others left after the poll before.
                 if (g := place.get(poll.groups[p].index)) is not None
             ]
             means = [
-                (p, g, _finished(poll, p, vectors, seconds, steps))
+                (g, _finished(poll, p, seconds, *runner.mean_of(g)))
                 for p in (poll.cold & ~ending).nonzero()[:, 0].tolist()
-                if (index := poll.groups[p].index) in looked and index in place
-                if int(poll.step[p]) >= looked[index] + _LOOK
-                for g in (place[index],)
-                for vectors, steps in (runner.mean_of(g),)
+                if (index := poll.groups[p].index) in looked
+                and int(poll.step[p]) >= looked[index] + _LOOK
+                and (g := place.get(index)) is not None
             ]
-            shown = [*ended, *means]
-            answers = confirm([finished for *_, finished in shown]) if shown else []
+            shown = [one for *_, one in ended] + [one for _, one in means]
+            answers = confirm(shown) if shown else []
             leaving = []
-            for (p, g, finished), refused in zip(means, answers[len(ended) :], strict=True):
+            for (g, finished), refused in zip(means, answers[len(ended) :], strict=True):
                 looked[finished.group.index] = finished.steps
                 if refused is None:
                     leaving.append(g)
@@ -196,8 +195,8 @@ def _run_bucket(
 def _finished(
     poll: Poll,
     p: int,
-    vectors: list[Tensor],
     seconds: dict[int, float],
+    vectors: list[Tensor],
     steps: int | None = None,  # those of the poll, unless the vectors are newer
 ) -> Finished:
     group = poll.groups[p]

@@ -19,7 +19,6 @@ from prototok.fitting.engine.rows import Group, initial_vectors
 from prototok.fitting.engine.setup import Setup
 from prototok_kernels.adamw_rows import AdamWState
 
-
 # Share of the newest vectors in the mean of a cold group.
 _WEIGHT = 0.2
 
@@ -271,7 +270,7 @@ class Slots:
     def rate_after(self, step: Tensor) -> Tensor:
         """Return the rate of the update that follows `step` updates by AdamW, (G,) like it."""
         groups = slice(len(step))
-        return self.recipe.lr_at(step, self.tokens[groups], step < self.cold_until[groups])
+        return self.recipe.lr_at(step, self.tokens[groups], self.is_cold(groups))
 
     def cool(self, groups: slice, where: Tensor) -> None:
         """Make groups cold, where they are not, for as many updates again as they have made."""
