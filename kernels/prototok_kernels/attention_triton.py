@@ -12,6 +12,8 @@ Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary 
 constant positions in front, T = P + N keys.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any
@@ -27,9 +29,8 @@ try:
 except ImportError:
     triton = None
 
-# T, c and T · c for which no registers spill, and the queries of a turn, forward and backward.
-_MOST_KEYS, _MOST_SIZE, _MOST_ELEMENTS = 128, 64, 64 * 64
-_QUERIES, _QUERIES_BACKWARD = 64, 32
+# What was compiled for without spilling registers: T, c and the queries of a turn, each way.
+_KEYS, _SIZES, _QUERIES, _QUERIES_BACKWARD = 64, range(34, 65, 2), 64, 32
 _LOG2_E = 1.4426950408889634
 
 
@@ -37,16 +38,16 @@ def why_no_tile(keys: int, head_size: int, dtype: torch.dtype) -> str | None:
     """Return why no tile holds T keys of heads of size c, or None where one does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "a tile is of 16 bits"
-    if head_size > _MOST_SIZE or head_size % 2:
-        return f"heads of {head_size} fit no tile"
-    if keys > _MOST_KEYS or _block(keys) * 2 * _block(head_size // 2, 8) > _MOST_ELEMENTS:
-        return f"{keys} keys of {head_size} fit no tile"
+    if head_size not in _SIZES:
+        return f"a tile has heads of {_SIZES[0]} to {_SIZES[-1]}, not {head_size}"
+    if keys > _KEYS:
+        return f"a tile has {_KEYS} keys, not {keys}"
     return None
 
 
-def _block(count: int, least: int = 16) -> int:
+def _block(count: int) -> int:
     """Return the power of two that holds so many; a product of tensor cores has 16 each way."""
-    return max(least, 1 << (count - 1).bit_length())
+    return max(16, 1 << (count - 1).bit_length())
 
 
 if triton is not None:
@@ -155,7 +156,7 @@ if triton is not None:
         return weights, tl.sum(weights, 1)[:, None]
 
     @triton.jit
-    def _attention_kernel(  # type: ignore[no-untyped-def]
+    def _attention_kernel(
         qkv,  # (B, N, (H + 2 K) c)
         cos,  # (≥ N, ≥ r / 2) fp32
         sin,
@@ -201,7 +202,7 @@ if triton is not None:
             tl.store(to, mixed, mask=(i[:, None] < length) & (column < SIZE))
 
     @triton.jit
-    def _attention_backward_kernel(  # type: ignore[no-untyped-def]
+    def _attention_backward_kernel(
         qkv,  # (B, N, (H + 2 K) c)
         cos,
         sin,
@@ -320,12 +321,11 @@ def _constants(
     size = qkv.shape[2] // (heads + 2 * kv_heads)
     in_front = 0 if prefix is None else prefix.shape[2]
     keys = in_front + length
-    queries, pairs = min(queries, _block(length)), _block(size // 2, 8)
+    queries = min(queries, _block(length))
     return {
         "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "HALF": cos.shape[1] // 2,
         "PREFIX": in_front, "WINDOW": 0 if window is None or window >= keys else window,
         "BLOCKS": -(-length // queries), "BLOCK_Q": queries, "BLOCK_K": _block(keys),
-        "BLOCK_PAIRS": pairs, "WIDE": TRITON_INTERPRETED,
-        # A thread loads two neighbours or more.
-        "num_warps": min(8, max(1, queries * pairs // 64)), "num_stages": 1,
+        "BLOCK_PAIRS": _block(size // 2), "WIDE": TRITON_INTERPRETED,
+        "num_warps": 8, "num_stages": 1,
     }  # fmt: skip

@@ -23,6 +23,8 @@ SHAPES = [  # (B, N, H, K, c, r): around vectors of 16, tiles of 4 and blocks of
     (1, 67, 2, 2, 64, 16),
     (1, 20, 1, 1, 80, 80),
     (1, 131, 2, 1, 16, 16),
+    (2, 37, 4, 2, 48, 12),  # this and the next in one Triton launch
+    (1, 64, 3, 1, 64, 64),
     (1, 114, 2, 2, 64, 16),  # a tile of keys across the end of a tile of queries and its vectors
 ]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -66,7 +68,7 @@ def test_is_as_close_to_fp64_as_torch(backend, device, shape, dtype, window):
 @pytest.mark.parametrize("window", [None, 9], ids=str)
 @pytest.mark.parametrize("count", [1, 30])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6], SHAPES[9]], ids=str)
 def test_behind_a_prefix_it_is_as_close(backend, device, shape, dtype, count, window):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ takes no float16")
@@ -76,7 +78,7 @@ def test_behind_a_prefix_it_is_as_close(backend, device, shape, dtype, count, wi
 
 
 def test_a_short_text_takes_one_launch_each_way(triton_device, monkeypatch):
-    """And torch attends to what no tile holds: longer texts, large heads, float32."""
+    """And torch attends to what no tile holds: longer texts, other heads, float32."""
     asked = []
 
     def attend(q, k, v, **_):
@@ -85,13 +87,13 @@ def test_a_short_text_takes_one_launch_each_way(triton_device, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     kinds = (torch.bfloat16, 64, 64), (torch.bfloat16, 65, 64), (torch.bfloat16, 20, 80)
-    for dtype, length, size in (*kinds, (torch.bfloat16, 128, 32), (torch.float32, 20, 64)):
+    for dtype, length, size in (*kinds, (torch.bfloat16, 20, 32), (torch.float32, 20, 64)):
         qkv, tables = make((1, length, 2, 1, size, size), dtype, triton_device)
         before, stack = len(asked), qkv.clone()
         options = {"heads": 2, "kv_heads": 1, "scaling": 0.3, "backend": "triton"}
         out = attention(qkv, *tables, **options)
         alone = why_no_tile(length, size, dtype) is None
-        assert alone == (dtype == torch.bfloat16 and length * size <= 64 * 64 and size <= 64)
+        assert alone == (dtype == torch.bfloat16 and length == size == 64)
         assert (len(asked) == before) == alone == bool(out.any()) == torch.equal(qkv, stack)
 
 

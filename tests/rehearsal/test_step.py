@@ -41,14 +41,14 @@ def gpt2() -> PreTrainedModel:
 
 def rehearsed(
     make: Callable[[], PreTrainedModel], inputs: str, share: str | None = None, prefix: int = 0,
-    recipe: Recipe = RECIPE, rows_per_forward: int = ROWS, length: int = LENGTH,
+    recipe: Recipe = RECIPE, rows_per_forward: int = ROWS,
 ) -> Seen:  # fmt: skip
     """One step, and nothing else."""
     with rehearsal() as seen:
         lm = frozen(make, prefix)
-        slots = slots_of(lm, inputs, ROWS, length, share=share, recipe=recipe)
+        slots = slots_of(lm, inputs, ROWS, LENGTH, share=share, recipe=recipe)
         if lm.body.family != "general":
-            lm.body.tables(slots.inputs.input_length(length))  # as a runner does
+            lm.body.tables(slots.inputs.input_length(LENGTH))  # as a runner does
         seen.launches.clear()
         seen.copied.clear()
         sent = seen.sent
@@ -67,8 +67,6 @@ CASES = {
     "[mem]": {"inputs": "[mem]"},
     "[mem] behind a prefix": {"inputs": "[mem]", "prefix": 3},
     "e m*, in turns": {"inputs": "e m*", "rows_per_forward": 3},
-    "e m*, long": {"inputs": "e m*", "length": 130},
-    "e m*, long behind a prefix": {"inputs": "e m*", "length": 120, "prefix": 9},
 }
 
 
@@ -77,14 +75,10 @@ CASES = {
 def test_a_step_of_an_own_forward(model: str, case: str) -> None:
     seen = rehearsed(OWN[model], **CASES[case])
     kernels = {launch.name for launch in seen.launches if launch.kind == "triton"}
-    # What CUDA would get: Triton's passes, and a tile's attention, or torch's for long texts.
-    passes = {"_residual_norm_kernel", "_activation_kernel", "_head_kernel", "_adamw_kernel"}
-    attends = {launch.name for launch in seen.launches if "attention" in launch.name}
-    if "long" in case:
-        assert passes | {"_rotary_kernel"} <= kernels and "attention backward" in attends
-    else:
-        assert passes | {"_attention_backward_kernel"} <= kernels
-        assert attends == {"_attention_kernel", "_attention_backward_kernel"}
+    # What CUDA would get: Triton's passes, and torch's attention between them.
+    passes = {"_residual_norm_kernel", "_activation_kernel", "_rotary_kernel", "_head_kernel"}
+    assert passes <= kernels and "_adamw_kernel" in kernels
+    assert any(launch.name == "attention backward" for launch in seen.launches)
     assert {launch.part for launch in seen.launches} >= {"forward", "head", "backward", "update"}
     # Sums over the rows of a group have one order: no atomics.
     backward = {launch.name for launch in seen.launches if launch.part == "backward"}
