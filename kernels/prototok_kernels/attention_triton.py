@@ -239,6 +239,10 @@ if triton is not None:
             qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS, KV_HEADS, SIZE, HALF,
             PREFIX, BLOCK_PAIRS,
         )  # fmt: skip
+        # A query's gradients of logits sum to zero, so keys may be taken from their mean: where they
+        # are alike and large, what rounding takes off the gradients would be seen.
+        wide = k.to(tl.float32)
+        apart = (wide - (tl.sum(wide, 0) / (PREFIX + length))[None, :]).to(v.dtype)
         column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
         grad_k = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
         grad_v = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
@@ -259,14 +263,9 @@ if triton is not None:
             grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
             grad_weights = _product(grad_mixed, tl.trans(v), WIDE)
             mean = tl.sum(weights * grad_weights, 1)[:, None]
-            in_full = weights * (grad_weights - mean) * scaling
-            grad_logits = in_full.to(v.dtype)
+            grad_logits = (weights * (grad_weights - mean) * scaling).to(v.dtype)
             grad_k += _product(tl.trans(grad_logits), q, WIDE)
-            grad_q = _product(grad_logits, k, WIDE)
-            # A row of them sums to zero, and keys may be alike and large, as behind a sink: what is
-            # rounded away has to be in the sum.
-            rounded_off = (in_full - grad_logits.to(tl.float32)).to(v.dtype)
-            grad_q += _product(rounded_off, k, WIDE)
+            grad_q = _product(grad_logits, apart, WIDE)
             _store_turned_back(grad_q, c, s, grad, of_query, i < length, HALF, PAIRS, BLOCK_PAIRS)
             step += 1
         position = j - PREFIX
