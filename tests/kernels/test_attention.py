@@ -132,6 +132,28 @@ def test_logits_hundreds_apart(backend, device):
     torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("window", [None, 48], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_that_are_alike_and_large(backend, device, dtype, window):
+    """As some channels of trained models' are; the gradient of a query is their weighted sum."""
+    shape = 1, 64, 2, 1, 64, 64
+    qkv, tables = make(shape, torch.float32, device)
+    stack = 0.05 * qkv.unflatten(2, (4, 64))
+    stack[:, :, :2, 0], stack[:, :, 2, 0] = 1.0, 800.0
+    still = torch.ones_like(tables[0])  # no position turns its vectors
+    options = {
+        "cos": still, "sin": 0 * still, "heads": 2, "kv_heads": 1, "scaling": 0.125,
+        "window": window,
+    }  # fmt: skip
+
+    def way(function, dtype):
+        run = functools.partial(function, **options)
+        return with_gradients(run, [stack.flatten(2).to(dtype)], dtype)
+
+    ours = way(functools.partial(attention, backend=backend), dtype)
+    assert_as_close_as_torch(ours, way(attention_ref, dtype), way(attention_ref, torch.float64))
+
+
 def test_a_position_sees_nothing_behind_it(backend, device):
     qkv, (cos, sin) = make((1, 70, 2, 1, 16, 16), torch.float32, device)
     options = {"heads": 2, "kv_heads": 1, "scaling": 0.3, "backend": backend}
