@@ -239,8 +239,8 @@ if triton is not None:
             qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS, KV_HEADS, SIZE, HALF,
             PREFIX, BLOCK_PAIRS,
         )  # fmt: skip
-        # A query's gradients of logits sum to zero, so keys may be taken from their mean: where they
-        # are alike and large, what rounding takes off the gradients would be seen.
+        # A query's gradients of logits sum to zero, so keys may be taken from their mean: where
+        # they are alike and large, what rounding takes off the gradients would be seen.
         wide = k.to(tl.float32)
         apart = (wide - (tl.sum(wide, 0) / (PREFIX + length))[None, :]).to(v.dtype)
         column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
