@@ -51,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(2, 19, 4, 2, 24, 80, 5003),
+    "small": Size(2, 19, 4, 2, 40, 80, 5003),
     "real": Size(16, 256, 32, 8, 64, 8192, 128256),
 }
 
@@ -141,15 +141,16 @@ def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:
         shift = None if gated else torch.randn(size.inner, device=device).to(dtype)
         out = activation(z.to(dtype), shift, name, gated, "triton")
         torch.autograd.grad(out.float().sum(), z)
-    angle = torch.outer(
-        torch.arange(n, device=device), torch.rand(size.head_size // 4, device=device)
-    ).repeat(1, 2)  # half of each head is rotated
-    qkv = leaf(size.rows, n, (size.heads + 2 * size.kv_heads) * size.head_size)
-    mixed = attention(
-        qkv.to(dtype), angle.cos(), angle.sin(), heads=size.heads, kv_heads=size.kv_heads,
-        scaling=size.head_size**-0.5, backend="triton",
-    )  # fmt: skip
-    torch.autograd.grad(mixed.float().sum(), qkv)
+    for length in (min(n, 64), max(n, 160)):  # in a tile, and by torch
+        angle = torch.outer(
+            torch.arange(length, device=device), torch.rand(size.head_size // 4, device=device)
+        ).repeat(1, 2)  # half of each head is rotated
+        qkv = leaf(size.rows, length, (size.heads + 2 * size.kv_heads) * size.head_size)
+        mixed = attention(
+            qkv.to(dtype), angle.cos(), angle.sin(), heads=size.heads, kv_heads=size.kv_heads,
+            scaling=size.head_size**-0.5, backend="triton",
+        )  # fmt: skip
+        torch.autograd.grad(mixed.float().sum(), qkv)
 
 
 def token(size: Size, device: torch.device, dtype: torch.dtype) -> None:
@@ -208,6 +209,8 @@ KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_residual_norm_kernel": passes,
     "_residual_norm_backward_kernel": passes,
     "_activation_kernel": passes,
+    "_attention_kernel": passes,
+    "_attention_backward_kernel": passes,
     "_rotary_kernel": passes,
     "_normed_product_kernel": token,
     "_added_product_kernel": token,

@@ -256,6 +256,8 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
     ),
     "_activation_kernel": lambda a: ([a["z"], *[a["grad"]] * a["BACKWARD"]], [a["out"]]),
     "_rotary_kernel": _rotary,
+    "_attention_kernel": lambda a: ([a["qkv"]], [a["out"]]),
+    "_attention_backward_kernel": _named("qkv grad_out", "grad"),
     "_normed_product_kernel": lambda a: (
         [a[name] for name in ("x", "norm", *["norm_bias"] * a["CENTRED"], "weight")]
         + [a["bias"]] * a["HAS_BIAS"] + [a["second_weight"]] * bool(a["SECOND_OUT"])

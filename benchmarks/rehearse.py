@@ -29,9 +29,9 @@ from prototok.fitting.engine.step import step
 from prototok_kernels.layers import inner_projection
 from rehearsal import Launch, frozen_shape, rehearsal, slots_of
 
-SHAPES = {
-    "pythia-160m": (256, 128), "pythia-1.4b": (128, 128), "llama-3.2-1b": (64, 256),
-    "llama-3.1-8b": (16, 256),
+SHAPES = {  # rows, N, and constant vectors in front
+    "pythia-160m": (256, 128, 0), "pythia-1.4b": (128, 128, 0), "llama-3.2-1b": (64, 256, 0),
+    "llama-3.1-8b": (16, 256, 0), "smollm2-135m": (512, 16, 1),
 }  # fmt: skip
 PEAK = 989e12  # FLOP/s, dense bf16 of H100 and H200 as declared
 TILES = ((128, 256), (256, 128), (128, 128))
@@ -78,7 +78,7 @@ PARTS: dict[str, Callable[[Launch], bool]] = {
     "products": lambda one: one.kind == "product",
     "activation": lambda one: one.name == "_activation_kernel",
     "head's pass": lambda one: one.name == "_head_kernel",
-    "attention": lambda one: one.kind == "attention",
+    "attention": lambda one: one.kind == "attention" or one.name.startswith("_attention"),
     "norms": lambda one: one.name.startswith("_residual_norm"),
     "rotary": lambda one: one.name == "_rotary_kernel",
     "other": lambda one: True,
@@ -90,8 +90,13 @@ class Rehearsed:
     shape: str
     rows: int
     length: int
+    prefix: int  # vectors in front
     weights: int  # P
     launches: list[Launch]
+
+    def __str__(self) -> str:
+        behind = f" behind {self.prefix}" if self.prefix else ""
+        return f"{self.shape} {self.rows} × {self.length}{behind}"
 
     @property
     def bytes(self) -> int:
@@ -119,12 +124,13 @@ class Rehearsed:
         return [(some[0], len(some)) for some in alike]
 
 
-def rehearsed(shape: str, rows: int, length: int, inputs: str = "e m*") -> Rehearsed:
-    """One step of full slots."""
+def rehearsed(shape: str, rows: int, length: int, prefix: int) -> Rehearsed:
+    """One step of full slots, input [e, m, …, m]."""
     with rehearsal() as seen:
-        lm = frozen_shape(shape)
-        slots = slots_of(lm, inputs, rows, length)
+        lm = frozen_shape(shape, prefix)
+        slots = slots_of(lm, "e m*", rows, length)
         lm.body.tables(slots.inputs.input_length(length))  # as a runner does
+        step(lm, slots, rows)  # what a model makes once is made here
         seen.launches.clear()
         step(lm, slots, rows)
     matrices = [
@@ -133,7 +139,7 @@ def rehearsed(shape: str, rows: int, length: int, inputs: str = "e m*") -> Rehea
         for weight in (layer.qkv, layer.o, inner_projection(layer)[0], layer.down)
     ]
     weights = sum(weight.numel() for weight in [*matrices, lm.body.head])
-    return Rehearsed(shape, rows, length, weights, seen.launches)
+    return Rehearsed(shape, rows, length, prefix, weights, seen.launches)
 
 
 def rows_of(table: Iterable[Iterable[object]]) -> str:
@@ -149,7 +155,7 @@ def steps_table(steps: list[Rehearsed]) -> str:
     return rows_of(
         [["step", "launches", "GB", *GPUS]]
         + [
-            [f"{one.shape} {one.rows} × {one.length}", len(one.launches), f"{one.bytes / 1e9:.1f}",
+            [one, len(one.launches), f"{one.bytes / 1e9:.1f}",
              *(cost(one, gpu) for gpu in GPUS)]
             for one in steps
         ]

@@ -132,6 +132,17 @@ inline void slopes_of_pair(const float* powers, const float* grads, std::int64_t
   }
 }
 
+// Takes the mean of rows, E apart, off each of them.
+inline void take_off_mean(bf16* rows, std::int64_t count, std::int64_t E) {
+  for (std::int64_t x = 0; x < E; x += kLanes) {
+    Floats sum = {};
+    for (std::int64_t j = 0; j < count; ++j) sum += load(rows + j * E + x);
+    const Floats mean = sum / float(count);
+    for (std::int64_t j = 0; j < count; ++j)
+      store(rows + j * E + x, load(rows + j * E + x) - mean);
+  }
+}
+
 // A block of queries of one head: their rows, their gradients' and both interleaved, up to an even
 // number of them with zeros, which add nothing.
 inline std::int64_t lay_out_queries(const AttentionShape& shape, const AttentionSizes& n,
@@ -168,9 +179,12 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
   clear(s.grad_values, P * C);
   copy_rows(front.keys, c, s.rows, E, F, c);
   rotate_rows(qkv + n.keys, n.width, s.rows + F * E, E, N, c, shape.table(), 0, 1.0f, 1.0f);
+  transpose_pairs(s.rows, s.keys_t, E, P);
+  // The gradient of a query, sum_j ds_j k_j, where the ds_j sum to zero: taken from their mean, keys
+  // that are alike and large do not show what rounding takes off the ds_j.
+  take_off_mean(s.rows, n.T, E);
   for (std::int64_t j = 0; j < P; j += 2)
     interleave(s.rows + j * E, s.rows + (j + 1) * E, s.keys + j / 2 * C, c);
-  transpose_pairs(s.rows, s.keys_t, E, P);
   copy_rows(front.values, c, s.rows, E, F, c);
   copy_rows(qkv + n.values, n.width, s.rows + F * E, E, N, c);
   transpose_pairs(s.rows, s.values_t, E, P);

@@ -1,6 +1,7 @@
 """Rotary positions and causal self-attention, from the stacked product of q, k and v.
 
-On the CPU one C++ pass; on CUDA a rotation in place, and torch's attention (cuDNN, Flash) on views.
+On the CPU one C++ pass; on CUDA one Triton launch each way for short texts (attention_triton.py), a
+rotation in place and torch's attention (cuDNN, Flash) on views for others.
 
 Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c), P
 constant positions in front of all rows (prefix.py).
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prototok_kernels.attention_triton import TileAttention, why_no_tile
 from prototok_kernels.backend import _cpu, require
 from prototok_kernels.views import views
 
@@ -264,9 +266,10 @@ def attention(
     """Compute causal self-attention with rotary positions, differentiable in qkv.
 
     A query sees `window` positions, its own included, or all before it (None). Heads of q that
-    share a key-value head read it in place. "cpu" computes in fp32 and keeps nothing but qkv; with
-    "triton" q and k are rotated in place, so that **qkv is overwritten**, and torch attends, or
-    with `flash` the flash-attn package, which must be there; "cpu" has no use for it.
+    share a key-value head read it in place. "cpu" computes in fp32 and keeps nothing but qkv; so
+    does "triton" where a tile holds the text (`attention_triton.why_no_tile`). Where none does, or
+    with `flash`, q and k are rotated in place, so that **qkv is overwritten**, and torch attends,
+    or the flash-attn package, which must be there; "cpu" has no use for it.
 
     Behind a prefix every query sees its P positions as well, within the window; then cos and sin
     begin with position P. No gradient goes to the prefix.
@@ -285,12 +288,16 @@ def attention(
         )  # fmt: skip
     length = qkv.shape[1]
     cos, sin = cos.float(), sin.float()
+    size = qkv.shape[2] // (heads + 2 * kv_heads)
     if backend == "triton":
         qkv = qkv.contiguous()
+        keys = length if prefix is None else prefix.shape[2] + length
+        if not flash and why_no_tile(keys, size, qkv.dtype) is None:
+            prefix = None if prefix is None else prefix.contiguous()
+            return TileAttention.apply(qkv, cos, sin, prefix, heads, kv_heads, scaling, window)
         q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return causal_attention(q, k, v, scaling, window, flash, prefix)
-    size = qkv.shape[2] // (heads + 2 * kv_heads)
     prefix = None if prefix is None else prefix.contiguous()
     keys = length if prefix is None else prefix.shape[2] + length
     # Beyond the keys a window hides nothing.

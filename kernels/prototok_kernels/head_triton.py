@@ -20,8 +20,9 @@ from torch import Tensor
 # programs share a processor: one reduces while the other reads. Two rows of a long vocabulary on
 # each processor are more than the second cache holds until they are read again; one is not.
 _BLOCK, _LONG_BLOCK, _LONG_VOCABULARY = 4096, 8192, 65536
-# How large the tiles are that a product on CUDA is made of.
-_TILE_ROWS, _TILE_COLUMNS = 128, 256
+# The tiles that a product on CUDA is made of, and what a value takes of each: half a tile reads its
+# factors more often, assumed to be a tenth. Chunks are a multiple of _ROWS.
+_TILES, _ROWS = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 1.1}, 128
 
 
 @triton.jit
@@ -139,16 +140,19 @@ def whole_waves(rows: int, size: int, largest: int, processors: int) -> int:
     """Return the rows of a chunk, at most `largest`, that leave the fewest processors idle.
 
     The gradient's product, (C, V) by (V, d), has few tiles, and the processors take them in waves:
-    what counts is the number of waves of all chunks. Of those alike the smallest is taken.
+    what counts is the time of all chunks' waves, by the tiles that suit each best. Of those alike
+    the smallest is taken.
     """
-    across = -(-size // _TILE_COLUMNS)
 
-    def waves(count: int) -> int:
-        return -(-(-(-count // _TILE_ROWS) * across) // processors)
+    def time(count: int) -> float:
+        def waves(tall: int, wide: int) -> int:
+            return -(-(-(-count // tall) * -(-size // wide)) // processors)
 
-    def in_all(chunk: int) -> int:
+        return min(waves(*tile) * tile[0] * tile[1] * each for tile, each in _TILES.items())
+
+    def in_all(chunk: int) -> float:
         whole, rest = divmod(rows, chunk)
-        return whole * waves(chunk) + waves(rest)
+        return whole * time(chunk) + time(rest)
 
     most = max(1, min(rows, largest))
-    return min([*range(_TILE_ROWS, most, _TILE_ROWS), most], key=in_all)
+    return min([*range(_ROWS, most, _ROWS), most], key=in_all)

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from prototok_kernels.attention_triton import why_no_tile
 from prototok_kernels.backend import KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
 from prototok_kernels.packed import why_unpacked
@@ -64,7 +65,8 @@ class Plan:
     """What runs for B rows of N positions.
 
     passes        norms and activations: "torch", "triton" or "cpu" (C++)
-    attention     "torch"; "triton" (rotary in place, then torch's attention); "cpu"; "flash"
+    attention     "torch"; "tile" (one Triton launch each way), or "triton" (rotary in place, then
+                  torch's attention); "cpu"; "flash"
     first_layer   "in full" (at every position), or its closed form: "cpu" (one C++ op), or torch's
                   products around a scan by "triton" or "torch"
     first_mlp     of a sequential block in closed form: products of S vectors, "combined" and
@@ -285,8 +287,13 @@ def _plan_of(
 
     if run_elsewhere:
         attention = Choice("transformers", run_elsewhere)
+    elif shape.flash:
+        attention = Choice("flash", "asked of load")
+    elif by == "triton":
+        too_large = why_no_tile(shape.prefix + length, shape.head_size, dtype)
+        attention = _choose(("tile", too_large), ("triton",))
     else:
-        attention = Choice("flash", "asked of load") if shape.flash else passes
+        attention = passes
     return Plan(
         backend=backend,
         device=kind,

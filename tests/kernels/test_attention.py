@@ -11,6 +11,7 @@ import torch
 from against_fp64 import assert_as_close_as_torch, with_gradients
 from prototok_kernels import attention as module
 from prototok_kernels.attention import attention, attention_ref
+from prototok_kernels.attention_triton import why_no_tile
 
 SHAPES = [  # (B, N, H, K, c, r): around vectors of 16, tiles of 4 and blocks of 64 queries
     (0, 4, 2, 1, 8, 8),
@@ -22,6 +23,8 @@ SHAPES = [  # (B, N, H, K, c, r): around vectors of 16, tiles of 4 and blocks of
     (1, 67, 2, 2, 64, 16),
     (1, 20, 1, 1, 80, 80),
     (1, 131, 2, 1, 16, 16),
+    (2, 37, 4, 2, 48, 12),  # this and the next in one Triton launch
+    (1, 64, 3, 1, 64, 64),
     (1, 114, 2, 2, 64, 16),  # a tile of keys across the end of a tile of queries and its vectors
 ]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,7 +40,7 @@ def make(shape, dtype, device):
     return qkv.to(dtype).to(device), tables
 
 
-def three_ways(shape, dtype, device, backend, window):
+def three_ways(shape, dtype, device, backend, window, prefix=None):
     qkv, tables = make(shape, dtype, device)
     options = {
         "heads": shape[2], "kv_heads": shape[3], "scaling": 0.7 * shape[4] ** -0.5,
@@ -45,7 +48,10 @@ def three_ways(shape, dtype, device, backend, window):
     }  # fmt: skip
 
     def way(function, dtype):
-        run = functools.partial(function, cos=tables[0], sin=tables[1], **options)
+        front = None if prefix is None else prefix.to(dtype)
+        run = functools.partial(
+            function, cos=tables[0], sin=tables[1], prefix=front, **options
+        )  # fmt: skip
         return with_gradients(run, [qkv], dtype)
 
     ours = functools.partial(attention, backend=backend)
@@ -57,6 +63,38 @@ def three_ways(shape, dtype, device, backend, window):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_as_close_to_fp64_as_torch(backend, device, shape, dtype, window):
     assert_as_close_as_torch(*three_ways(shape, dtype, device, backend, window))
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=str)
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6], SHAPES[9]], ids=str)
+def test_behind_a_prefix_it_is_as_close(backend, device, shape, dtype, count, window):
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("the C++ takes no float16")
+    generator = torch.Generator().manual_seed(count)
+    prefix = torch.randn(2, shape[3], count, shape[4], generator=generator).to(dtype).to(device)
+    assert_as_close_as_torch(*three_ways(shape, dtype, device, backend, window, prefix))
+
+
+def test_a_short_text_takes_one_launch_each_way(triton_device, monkeypatch):
+    """And torch attends to what no tile holds: longer texts, other heads, float32."""
+    asked = []
+
+    def attend(q, k, v, **_):
+        asked.append(q.shape)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    kinds = (torch.bfloat16, 64, 64), (torch.bfloat16, 65, 64), (torch.bfloat16, 20, 80)
+    for dtype, length, size in (*kinds, (torch.bfloat16, 20, 32), (torch.float32, 20, 64)):
+        qkv, tables = make((1, length, 2, 1, size, size), dtype, triton_device)
+        before, stack = len(asked), qkv.clone()
+        options = {"heads": 2, "kv_heads": 1, "scaling": 0.3, "backend": "triton"}
+        out = attention(qkv, *tables, **options)
+        alone = why_no_tile(length, size, dtype) is None
+        assert alone == (dtype == torch.bfloat16 and length == size == 64)
+        assert (len(asked) == before) == alone == bool(out.any()) == torch.equal(qkv, stack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,6 +130,28 @@ def test_logits_hundreds_apart(backend, device):
     wanted = attention_ref(qkv.double(), cos.double(), sin.double(), **options)
     assert grad.isfinite().all()
     torch.testing.assert_close(out.double(), wanted, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 48], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_that_are_alike_and_large(backend, device, dtype, window):
+    """As some channels of trained models' are; the gradient of a query is their weighted sum."""
+    shape = 1, 64, 2, 1, 64, 64
+    qkv, tables = make(shape, torch.float32, device)
+    stack = 0.05 * qkv.unflatten(2, (4, 64))
+    stack[:, :, :2, 0], stack[:, :, 2, 0] = 1.0, 800.0
+    still = torch.ones_like(tables[0])  # no position turns its vectors
+    options = {
+        "cos": still, "sin": 0 * still, "heads": 2, "kv_heads": 1, "scaling": 0.125,
+        "window": window,
+    }  # fmt: skip
+
+    def way(function, dtype):
+        run = functools.partial(function, **options)
+        return with_gradients(run, [stack.flatten(2).to(dtype)], dtype)
+
+    ours = way(functools.partial(attention, backend=backend), dtype)
+    assert_as_close_as_torch(ours, way(attention_ref, dtype), way(attention_ref, torch.float64))
 
 
 def test_a_position_sees_nothing_behind_it(backend, device):

@@ -418,6 +418,7 @@ def test_the_definition_has_the_gradient_of_its_loss():
         (32768, 768, 50304, 5504),  # Pythia-160M, 256 × 128: 129 tiles, one wave of 132
         (16384, 2048, 128256, 2048),  # Llama-3.2-1B, 64 × 256: 128 tiles
         (4096, 4096, 128256, 1024),  # Llama-3.1-8B, 16 × 256: 128 tiles
+        (8192, 576, 49152, 4864),  # SmolLM2-135M, 512 × 16: 190 and 130 half tiles, three waves
         (100, 768, 50304, 100),
         (1, 768, 50304, 1),
     ],

@@ -14,6 +14,7 @@ from prototok_kernels.plan import (
     FEW_POSITIONS,
     FEW_POSITIONS_FP32,
     FEW_ROWS_ON_CUDA,
+    Choice,
     Plan,
     Shape,
     plan_of,
@@ -97,6 +98,23 @@ def test_cuda_takes_triton() -> None:
     assert "small operations" in str(few.first_layer)
     flash = dataclasses.replace(NEOX, flash=True)
     assert taken(planned(flash, GPU, device="cuda"))["attention"] == "flash"
+
+
+def test_short_texts_take_one_launch_of_attention_on_cuda() -> None:
+    large = dataclasses.replace(NEOX, head_size=64)
+
+    def attention(shape: Shape = large, **changes: object) -> Choice:
+        return planned(shape, GPU, device="cuda", **{"length": 64, **changes}).attention
+
+    assert attention().taken == "tile"
+    assert attention(length=65).taken == "triton"
+    assert ("tile", "a tile has 64 keys, not 65") in attention(length=65).others
+    assert attention(dtype=torch.float32).taken == "triton"
+    assert attention(dataclasses.replace(large, prefix=1)).taken == "triton"
+    assert attention(dataclasses.replace(large, prefix=1), length=63).taken == "tile"
+    assert attention(dataclasses.replace(large, flash=True)).taken == "flash"
+    for size in (16, 80):
+        assert attention(dataclasses.replace(large, head_size=size), length=8).taken == "triton"
 
 
 def test_few_rows_of_one_token_are_fused_on_cuda() -> None:

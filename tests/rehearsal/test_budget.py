@@ -1,4 +1,4 @@
-"""Launches and bytes of three real steps: a change that costs more of either shows here."""
+"""Launches and bytes of real steps: a change that costs more of either shows here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from rehearse import GPUS, SHAPES, rehearsed
 @pytest.mark.parametrize(
     ("shape", "launches", "gigabytes", "milliseconds"),
     [
-        ("pythia-160m", 428, 67.0, 33.3),
+        ("pythia-160m", 409, 66.5, 33.1),
         ("llama-3.2-1b", 511, 141.0, 137.2),
         ("llama-3.1-8b", 851, 143.5, 197.0),
+        ("smollm2-135m", 602, 26.0, 12.6),
     ],
 )
 def test_a_step_stays_within_its_budget(shape, launches, gigabytes, milliseconds):
@@ -23,6 +24,7 @@ def test_a_step_stays_within_its_budget(shape, launches, gigabytes, milliseconds
     flops = sum(launch.flops for launch in one.launches if launch.kind == "product")
     whole = 4 * one.weights * one.rows * one.length
     assert 0.8 * whole < flops < whole
-    # Large ones leave few processors idle.
+    # Large ones leave few processors idle; 576 columns are no whole number of tiles.
+    least = 0.6 if shape == "smollm2-135m" else 0.9
     for launch, _ in one.products():
-        assert launch.flops < 2e11 or GPUS[0].fill(launch) > 0.9, launch
+        assert launch.flops < 2e11 or GPUS[0].fill(launch) > least, launch

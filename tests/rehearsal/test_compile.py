@@ -18,7 +18,7 @@ from rehearsal import Compilation, frozen_shape, rehearsal, slots_of
 
 SHAPES = (
     ("pythia-160m", 256, 128, 0), ("llama-3.2-1b", 64, 256, 0), ("llama-3.1-8b", 16, 256, 0),
-    ("llama-3.2-1b", 64, 256, 1),
+    ("llama-3.2-1b", 64, 256, 1), ("smollm2-135m", 512, 16, 1), ("pythia-160m", 64, 64, 0),
 )  # fmt: skip
 
 # Shape, rows and N of decoders; a long cache is read in splits.

@@ -1,0 +1,335 @@
+"""Rotary positions and causal attention of short texts, in one launch each way.
+
+A program holds all keys of a row and key-value head as one tile, those of a prefix in front. It
+reads q, k and v where the stacked product left them, rotates them in registers, and backward writes
+the gradient of the stack at once. Weights are computed again there, so that nothing but the stack
+is kept.
+
+The coordinates of q and k lie in a tile as the pairs that are rotated, one behind the other: a
+product over them does not care for their order.
+
+Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c), P
+constant positions in front, T = P + N keys.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prototok_kernels.backend import TRITON_INTERPRETED
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# What was compiled for without spilling registers: T, c and the queries of a turn, each way.
+_KEYS, _SIZES, _QUERIES, _QUERIES_BACKWARD = 64, range(34, 65, 2), 64, 32
+_LOG2_E = 1.4426950408889634
+
+
+def why_no_tile(keys: int, head_size: int, dtype: torch.dtype) -> str | None:
+    """Return why no tile holds T keys of heads of size c, or None where one does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "a tile is of 16 bits"
+    if head_size not in _SIZES:
+        return f"a tile has heads of {_SIZES[0]} to {_SIZES[-1]}, not {head_size}"
+    if keys > _KEYS:
+        return f"a tile has {_KEYS} keys, not {keys}"
+    return None
+
+
+def _block(count: int) -> int:
+    """Return the power of two that holds so many; a product of tensor cores has 16 each way."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_pairs(x, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+        """Both coordinates of the pairs of rows that start at x + row: (rows, pairs) twice."""
+        low, high = _pair_columns(HALF, PAIRS, BLOCK)
+        inside = mask[:, None] & (tl.arange(0, BLOCK)[None, :] < PAIRS)
+        rows = x + row[:, None]
+        return (
+            tl.load(rows + low[None, :], mask=inside, other=0.0),
+            tl.load(rows + high[None, :], mask=inside, other=0.0),
+        )
+
+    @triton.jit
+    def _pair_columns(HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+        """Where a pair's coordinates are; those that are not rotated are paired as well."""
+        pair = tl.arange(0, BLOCK)
+        if HALF == PAIRS:
+            return pair, pair + PAIRS
+        low = tl.where(pair < HALF, pair, pair + HALF)
+        high = tl.where(pair < HALF, pair + HALF, pair + PAIRS)
+        # Neighbours, as far as HALF and PAIRS let the compiler know.
+        ALIKE: tl.constexpr = (HALF | PAIRS) & -(HALF | PAIRS)
+        low = tl.max_contiguous(tl.multiple_of(low, ALIKE), ALIKE)
+        return low, tl.max_contiguous(tl.multiple_of(high, ALIKE), ALIKE)
+
+    @triton.jit
+    def _angles(cos, sin, table_row, position, mask, HALF: tl.constexpr, BLOCK: tl.constexpr):
+        """Cosine and sine (positions, pairs), 1 and 0 where nothing is rotated."""
+        pair = tl.arange(0, BLOCK)
+        at = position[:, None] * table_row + pair[None, :]
+        turns = mask[:, None] & (pair[None, :] < HALF)
+        return tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
+
+    @triton.jit
+    def _turned(low, high, c, s):
+        """The rotated pairs as a tile, a pair's coordinates side by side."""
+        dtype = low.dtype
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        turned = tl.join((low * c - high * s).to(dtype), (high * c + low * s).to(dtype))
+        return tl.reshape(turned, (turned.shape[0], 2 * turned.shape[1]))
+
+    @triton.jit
+    def _store_turned_back(
+        tile, c, s, out, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """Write the gradient of what was rotated, from that of its tile."""
+        low, high = tl.split(tl.reshape(tile, (tile.shape[0], BLOCK, 2)))
+        to_low, to_high = _pair_columns(HALF, PAIRS, BLOCK)
+        inside = mask[:, None] & (tl.arange(0, BLOCK)[None, :] < PAIRS)
+        rows = out + row[:, None]
+        dtype = out.dtype.element_ty
+        tl.store(rows + to_low[None, :], (low * c + high * s).to(dtype), mask=inside)
+        tl.store(rows + to_high[None, :], (high * c - low * s).to(dtype), mask=inside)
+
+    @triton.jit
+    def _keys_and_values(
+        qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS: tl.constexpr,
+        KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PREFIX: tl.constexpr,
+        BLOCK_PAIRS: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles of all keys, rotated, and of all values; j numbers them, those in front first."""
+        PAIRS: tl.constexpr = SIZE // 2
+        STACK: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
+        position = j - PREFIX
+        own = (position >= 0) & (position < length)
+        row = position * STACK + (HEADS + kv_head) * SIZE
+        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        low, high = _load_pairs(qkv, row, own, HALF, PAIRS, BLOCK_PAIRS)
+        value = qkv + row[:, None] + KV_HEADS * SIZE + column
+        v = tl.load(value, mask=own[:, None] & (column < SIZE), other=0.0)
+        if PREFIX > 0:
+            front = j < PREFIX
+            row = (kv_head * PREFIX + j) * SIZE
+            front_low, front_high = _load_pairs(prefix, row, front, HALF, PAIRS, BLOCK_PAIRS)
+            low = tl.where(front[:, None], front_low, low)
+            high = tl.where(front[:, None], front_high, high)
+            value = prefix + KV_HEADS * PREFIX * SIZE + row[:, None] + column
+            front_v = tl.load(value, mask=front[:, None] & (column < SIZE), other=0.0)
+            v = tl.where(front[:, None], front_v, v)
+        c, s = _angles(cos, sin, table_row, position, own, HALF, BLOCK_PAIRS)
+        return _turned(low, high, c, s), v
+
+    @triton.jit
+    def _product(a, b, WIDE: tl.constexpr):
+        """a · b, summed in fp32."""
+        if WIDE:
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a, b)
+
+    @triton.jit
+    def _weights(
+        q, k, i, j, length, scale, PREFIX: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr
+    ):
+        """Exponentials (queries, keys), fp32, of which the largest is 1, and their sums."""
+        distance = i[:, None] + PREFIX - j[None, :]
+        seen = (distance >= 0) & (j[None, :] < PREFIX + length)
+        if WINDOW > 0:
+            seen = seen & (distance < WINDOW)
+        logits = _product(q, tl.trans(k), WIDE) * scale
+        # Not −∞: queries beyond N may see no key, and must be finite times zero in the gradient.
+        logits = tl.where(seen, logits, -3.4028234663852886e38)
+        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        return weights, tl.sum(weights, 1)[:, None]
+
+    @triton.jit
+    def _attention_kernel(
+        qkv,  # (B, N, (H + 2 K) c)
+        cos,  # (≥ N, ≥ r / 2) fp32
+        sin,
+        prefix,  # (2, K, P, c), keys, rotated, and values; read only with PREFIX
+        out,  # (B, N, H c)
+        scale,  # of logits, and log2 e
+        length,  # N
+        table_row,
+        HEADS: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        SIZE: tl.constexpr,  # c
+        HALF: tl.constexpr,  # r / 2
+        PREFIX: tl.constexpr,  # P
+        WINDOW: tl.constexpr,  # positions a query sees, its own included; 0: all
+        BLOCKS: tl.constexpr,  # of queries
+        BLOCK_Q: tl.constexpr,
+        BLOCK_K: tl.constexpr,  # ≥ T
+        BLOCK_PAIRS: tl.constexpr,  # ≥ c / 2
+        WIDE: tl.constexpr,  # products of fp32, for the interpreter, which has none of bf16
+    ):
+        PAIRS: tl.constexpr = SIZE // 2
+        STACK: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
+        row = (tl.program_id(0) // HEADS).to(tl.int64)
+        head = tl.program_id(0) % HEADS
+        qkv += row * length * STACK
+        out += row * length * (HEADS * SIZE) + head * SIZE
+        j = tl.arange(0, BLOCK_K)
+        k, v = _keys_and_values(
+            qkv, cos, sin, prefix, head // (HEADS // KV_HEADS), length, table_row, j, HEADS,
+            KV_HEADS, SIZE, HALF, PREFIX, BLOCK_PAIRS,
+        )  # fmt: skip
+        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        for block in range(BLOCKS):
+            i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            low, high = _load_pairs(
+                qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS, BLOCK_PAIRS
+            )
+            c, s = _angles(cos, sin, table_row, i, i < length, HALF, BLOCK_PAIRS)
+            q = _turned(low, high, c, s)
+            weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
+            mixed = (_product(weights.to(v.dtype), v, WIDE) / total).to(v.dtype)
+            to = out + i[:, None] * (HEADS * SIZE) + column
+            tl.store(to, mixed, mask=(i[:, None] < length) & (column < SIZE))
+
+    @triton.jit
+    def _attention_backward_kernel(
+        qkv,  # (B, N, (H + 2 K) c)
+        cos,
+        sin,
+        prefix,
+        grad_out,  # (B, N, H c)
+        grad,  # as qkv
+        scaling,  # of logits
+        scale,  # and log2 e
+        length,
+        table_row,
+        turns,  # heads that share the keys, times blocks of queries
+        HEADS: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        SIZE: tl.constexpr,
+        HALF: tl.constexpr,
+        PREFIX: tl.constexpr,
+        WINDOW: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        BLOCK_Q: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_PAIRS: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        PAIRS: tl.constexpr = SIZE // 2
+        GROUP: tl.constexpr = HEADS // KV_HEADS
+        STACK: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
+        row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+        kv_head = tl.program_id(0) % KV_HEADS
+        qkv += row * length * STACK
+        grad += row * length * STACK
+        grad_out += row * length * (HEADS * SIZE)
+        j = tl.arange(0, BLOCK_K)
+        k, v = _keys_and_values(
+            qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS, KV_HEADS, SIZE, HALF,
+            PREFIX, BLOCK_PAIRS,
+        )  # fmt: skip
+        # A query's gradients of logits sum to zero, so keys may be taken from their mean: where
+        # they are alike and large, what rounding takes off the gradients would be seen.
+        wide = k.to(tl.float32)
+        apart = (wide - (tl.sum(wide, 0) / (PREFIX + length))[None, :]).to(v.dtype)
+        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        grad_k = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
+        grad_v = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
+        step = 0
+        # Not a loop of a known length, whose turns the compiler would mix until registers spill.
+        while step < turns:
+            head = kv_head * GROUP + step // BLOCKS
+            i = step % BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            of_query = i * STACK + head * SIZE
+            low, high = _load_pairs(qkv, of_query, i < length, HALF, PAIRS, BLOCK_PAIRS)
+            c, s = _angles(cos, sin, table_row, i, i < length, HALF, BLOCK_PAIRS)
+            q = _turned(low, high, c, s)
+            at = i[:, None] * (HEADS * SIZE) + head * SIZE + column
+            inside = (i[:, None] < length) & (column < SIZE)
+            grad_mixed = tl.load(grad_out + at, mask=inside, other=0.0)
+            weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
+            weights = weights / total
+            grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
+            grad_weights = _product(grad_mixed, tl.trans(v), WIDE)
+            mean = tl.sum(weights * grad_weights, 1)[:, None]
+            grad_logits = (weights * (grad_weights - mean) * scaling).to(v.dtype)
+            grad_k += _product(tl.trans(grad_logits), q, WIDE)
+            grad_q = _product(grad_logits, apart, WIDE)
+            _store_turned_back(grad_q, c, s, grad, of_query, i < length, HALF, PAIRS, BLOCK_PAIRS)
+            step += 1
+        position = j - PREFIX
+        own = (position >= 0) & (position < length)
+        of_key = position * STACK + (HEADS + kv_head) * SIZE
+        c, s = _angles(cos, sin, table_row, position, own, HALF, BLOCK_PAIRS)
+        _store_turned_back(grad_k, c, s, grad, of_key, own, HALF, PAIRS, BLOCK_PAIRS)
+        value = grad + of_key[:, None] + KV_HEADS * SIZE + column
+        tl.store(value, grad_v.to(v.dtype), mask=own[:, None] & (column < SIZE))
+
+
+class TileAttention(torch.autograd.Function):
+    """The stacked product → heads mixed, side by side; where `why_no_tile` says None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, prefix: Tensor | None, heads: int,
+        kv_heads: int, scaling: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(qkv, cos, sin, prefix)
+        ctx.shape = heads, kv_heads, scaling, window
+        rows, length, width = qkv.shape
+        size = width // (heads + 2 * kv_heads)
+        out = qkv.new_empty(rows, length, heads * size)
+        if out.numel():
+            constants = _constants(_QUERIES, qkv, cos, prefix, heads, kv_heads, window)
+            with torch.cuda.device_of(qkv):
+                _attention_kernel[(rows * heads,)](
+                    qkv, cos, sin, qkv if prefix is None else prefix, out, scaling * _LOG2_E,
+                    length, cos.stride(0), **constants,
+                )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, prefix = ctx.saved_tensors
+        heads, kv_heads, scaling, window = ctx.shape
+        rows, length, _ = qkv.shape
+        grad = torch.empty_like(qkv)
+        if grad.numel():
+            constants = _constants(_QUERIES_BACKWARD, qkv, cos, prefix, heads, kv_heads, window)
+            with torch.cuda.device_of(qkv):
+                _attention_backward_kernel[(rows * kv_heads,)](
+                    qkv, cos, sin, qkv if prefix is None else prefix, grad_out.contiguous(), grad,
+                    scaling, scaling * _LOG2_E, length, cos.stride(0),
+                    heads // kv_heads * constants["BLOCKS"], **constants,
+                )  # fmt: skip
+        return grad, None, None, None, None, None, None, None
+
+
+def _constants(
+    queries: int, qkv: Tensor, cos: Tensor, prefix: Tensor | None, heads: int, kv_heads: int,
+    window: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what a kernel is compiled for that takes at most so many queries a turn."""
+    length = qkv.shape[1]
+    size = qkv.shape[2] // (heads + 2 * kv_heads)
+    in_front = 0 if prefix is None else prefix.shape[2]
+    keys = in_front + length
+    queries = min(queries, _block(length))
+    return {
+        "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "HALF": cos.shape[1] // 2,
+        "PREFIX": in_front, "WINDOW": 0 if window is None or window >= keys else window,
+        "BLOCKS": -(-length // queries), "BLOCK_Q": queries, "BLOCK_K": _block(keys),
+        "BLOCK_PAIRS": _block(size // 2), "WIDE": TRITON_INTERPRETED,
+        "num_warps": 8, "num_stages": 1,
+    }  # fmt: skip
