@@ -547,6 +547,8 @@ def amortised() -> str:
         name, how, after = "none: `fast`", "", ""
         if c is not theirs:
             name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
+            if c.get("patience") is not None:
+                name += f", patience {c['patience']}"
         quartiles, last = c["steps_quartiles"], c["steps_95"]
         cpu = f"{c['cpu_ms']:.1f}" if "cpu_ms" in c else ""
         lines.append(
@@ -558,8 +560,10 @@ def amortised() -> str:
 
 
 def amortised_lengths() -> str:
-    """Median steps of networks that were tried at several lengths."""
-    cells = [c for c in amortised_cells() if c.get("text") is None]
+    """Steps of networks that were tried at several lengths, as recipe "learned" has them."""
+    cells = [
+        c for c in amortised_cells() if c.get("text") is None and c.get("patience") is None
+    ]  # fmt: skip
     lengths = sorted({c["length"] for c in cells})
     lines = [
         "| model | network, trained at N | " + " | ".join(f"N = {n}" for n in lengths) + " |",
