@@ -8,7 +8,7 @@
         --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
     python benchmarks/amortised.py tiny-neox --shipped --text stories.txt --folder FOLDER/tiny-neox
     python benchmarks/amortised.py tiny-neox --shipped --random --folder FOLDER/tiny-neox
-    python benchmarks/amortised.py MODEL ... --patience 20    # another one than recipe "learned" has
+    python benchmarks/amortised.py MODEL ... --patience 20    # not that of recipe "learned"
 
 Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
 comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser

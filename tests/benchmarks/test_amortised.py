@@ -45,7 +45,7 @@ def test_cells_are_told_apart_and_count_what_training_began_with(
     (twice,) = (third[name] for name in third.keys() - more.keys())
     assert twice["training_positions"] is None  # what came before that is not known
 
-    fourth = run("--steps", 2, "--positions", 24, "--patience", 1)  # the network has a single update
+    fourth = run("--steps", 2, "--positions", 24, "--patience", 1)  # a single update
     (hasty,) = (fourth[name] for name in fourth.keys() - third.keys())
     assert hasty["patience"] == 1 and hasty["trained"] == learned["trained"]
     assert hasty["steps"] != learned["steps"]
