@@ -51,6 +51,7 @@ class Bank:
     grad: Tensor  # (n, k, d) of the last step
     adam: AdamWState  # over (n, k · d), in the coordinates of the basis
     basis: Tensor | None  # (d, d), orthonormal columns
+    longer: Tensor  # (n,) by this share of them AdamW's updates are, where a network led far out
 
     def turned(self, vectors: Tensor) -> Tensor:
         """Return vectors (n, d) in the coordinates of the basis."""
@@ -62,7 +63,10 @@ class Bank:
 
     def buffers(self) -> list[Tensor]:
         """Return everything that stays with a vector as it moves."""
-        return [self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step]
+        return [
+            self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step,
+            self.longer,
+        ]  # fmt: skip
 
 
 class Slots:
@@ -91,7 +95,8 @@ class Slots:
             if inputs.prior is not None and inputs.prior.basis is not None:
                 basis = inputs.prior.basis["em".index(name)].to(lm.device)
             adam = AdamWState.zeros(values.flatten(1))
-            return Bank(share == name, values, best, grad, adam, basis)
+            longer = full(shape[0], dtype=torch.float32)
+            return Bank(share == name, values, best, grad, adam, basis, longer)
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by group
