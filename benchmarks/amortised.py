@@ -8,6 +8,7 @@
         --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
     python benchmarks/amortised.py tiny-neox --shipped --text stories.txt --folder FOLDER/tiny-neox
     python benchmarks/amortised.py tiny-neox --shipped --random --folder FOLDER/tiny-neox
+    python benchmarks/amortised.py MODEL ... --patience 20    # not that of recipe "learned"
 
 Both start from the same prior, end at the margin of `fast`, and count a text as solved when it
 comes back whole from a decoding at batch 1, in the model's dtype and in float32. The optimiser
@@ -29,6 +30,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from torch import Tensor
 import prototok
 from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior
 from prototok.fitting.learn_shared import own_texts
+from prototok.fitting.recipe import LEARNED
 from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, path_of
 from prototok.report.verdict import share_of
@@ -215,8 +218,8 @@ def key_of(cell: dict) -> str:
     key = f"{cell['model']} {cell['length']} {cell['recipe']}"
     if "trained" in cell:
         key += f", {cell['training_steps']} steps on {cell['trained']}"
-        for name in ("reach", "horizon"):
-            if cell[name] is not None:
+        for name in ("reach", "horizon", "patience"):
+            if cell.get(name) is not None:
                 key += f", {name} {cell[name]}"
         if cell["begun"]:
             key += f", begun with {cell['begun']}"
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--reach", type=int)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--horizon", type=int)
+    parser.add_argument("--patience", type=int, help="updates without progress of the network")
     parser.add_argument("--samples", type=int, default=512, help="made where FOLDER has none")
     parser.add_argument("--random", action="store_true", help="fit random ids")
     parser.add_argument("--shipped", action="store_true", help="the one in the package")
@@ -281,9 +285,10 @@ def main() -> None:
     learned, begun = optimizers(lm, prior, samples, asked), read_networks(asked.begin or [])
     known = [*samples, *([] if asked.train_text is None else training_texts(lm, asked))]
     other = other_text(asked)
-    runs = {"fast": {"init": prior}} | {
+    recipe = LEARNED if asked.patience is None else replace(LEARNED, learned=asked.patience)
+    runs: dict[str, dict] = {"fast": {"init": prior}} | {
         # Those in the package are what it takes by itself, an encoder where the text is short.
-        name: {"recipe": "learned", "init": None if asked.shipped else optimizer}
+        name: {"recipe": recipe, "init": None if asked.shipped else optimizer}
         for name, optimizer in learned.items()
     }
     for length in asked.lengths:
@@ -303,7 +308,7 @@ def main() -> None:
                 del cell["cpu_ms"]
             if name in learned:
                 cell |= training_of(learned[name]) | {
-                    "reach": asked.reach, "horizon": asked.horizon,
+                    "reach": asked.reach, "horizon": asked.horizon, "patience": asked.patience,
                     "training_positions": None if asked.shipped else cost_of(learned[name], begun),
                 }  # fmt: skip
             cell |= {"model": model, "length": length, "recipe": name, "text": other}

@@ -539,8 +539,9 @@ def amortised() -> str:
     # Those trained behind an encoder are in its table, short trainings in that of lengths.
     own = [
         c for c in cells
-        if c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
-        and ("shipped" in c["recipe"] or "Encoder" not in (c.get("begun") or ""))
+        if ("shipped" in c["recipe"] and c["length"] in c["trained"])
+        or (c.get("trained") == [c["length"]] and c["training_steps"] >= 3000
+            and "Encoder" not in (c.get("begun") or ""))
     ]  # fmt: skip
     used = {(c["model"], c["length"]): fast[c["model"], c["length"]] for c in own}
     shown = [c for c in cells if c in own or c in used.values()]
@@ -550,19 +551,25 @@ def amortised() -> str:
         name, how, after = "none: `fast`", "", ""
         if c is not theirs:
             name, how, after = c["recipe"].split(", ")[1], network_of(c), paid(c, theirs)
+            if c.get("patience") is not None:
+                name += f", patience {c['patience']}"
         quartiles, last = c["steps_quartiles"], c["steps_95"]
+        # A guess may need no update at all.
+        times = f"{theirs['steps_quartiles'][1] / quartiles[1]:.1f}×" if quartiles[1] else "–"
         cpu = f"{c['cpu_ms']:.1f}" if "cpu_ms" in c else ""
         lines.append(
             f"| {c['model']} | {c['length']} | {name} | {how} | {c['solved']}/{c['texts']} "
             f"| {low:.2f}–{high:.2f} | {steps_of(quartiles)} | {'–' if last is None else last} "
-            f"| {theirs['steps_quartiles'][1] / quartiles[1]:.1f}× | {cpu} | {after} |"
+            f"| {times} | {cpu} | {after} |"
         )
     return "\n".join(lines)
 
 
 def amortised_lengths() -> str:
-    """Median steps of networks that were tried at several lengths."""
-    cells = [c for c in amortised_cells() if c.get("text") is None]
+    """Steps of networks that were tried at several lengths, as recipe "learned" has them."""
+    cells = [
+        c for c in amortised_cells() if c.get("text") is None and c.get("patience") is None
+    ]  # fmt: skip
     lengths = sorted({c["length"] for c in cells})
     lines = [
         "| model | network, trained at N | " + " | ".join(f"N = {n}" for n in lengths) + " |",

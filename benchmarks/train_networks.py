@@ -4,8 +4,9 @@
 
 The encoder learns from windows of the books of NOVELS that the model itself was trained on. The
 optimiser learns from samples of the model, first from its prior alone, then with half of the texts
-started at guesses of the encoder. FOLDER keeps the samples and the state of each training: what
-was interrupted goes on when it is called again. Networks are written to OUT/MODEL.
+started at guesses of the encoder, then so at several lengths. FOLDER keeps the samples and the
+state of each training: what was interrupted goes on when it is called again. Networks are written
+to OUT/MODEL.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import prototok
 from prototok import Encoder, FrozenLM, LearnedOptimizer
 from prototok.model.load import BUILT_IN, path_of
 
-LENGTHS = (8,)
+LENGTH, MIXED = 8, (4, 8, 12)
 SAMPLES = {"tiny-llama": 512, "tiny-neox": 2048}  # of 128 tokens
-# Steps of training: the encoder, the optimiser from the prior, and behind the encoder.
-STEPS = {"tiny-llama": (9000, 4000, 3000), "tiny-neox": (9000, 5000, 3000)}
+# Steps of training: the encoder, the optimiser from the prior, behind the encoder, and at several
+# lengths behind it.
+STEPS = {"tiny-llama": (9000, 4000, 3000, 0), "tiny-neox": (9000, 5000, 3000, 8000)}
 
 
 def train(lm: FrozenLM, name: str, asked: argparse.Namespace) -> tuple[Encoder, LearnedOptimizer]:
     """Train both; each training goes on from its checkpoint."""
     folder = asked.folder / name
-    of_encoder, from_prior, behind = asked.steps or STEPS[name]
-    common = {"lengths": LENGTHS, "progress": True}
+    of_encoder, from_prior, behind, mixed = asked.steps or STEPS[name]
+    common = {"lengths": (LENGTH,), "progress": True}
 
     def kept(part: str) -> Path:
         print(f"{name}, {part}: {time.process_time():.0f} CPU s so far")
@@ -44,8 +46,14 @@ def train(lm: FrozenLM, name: str, asked: argparse.Namespace) -> tuple[Encoder, 
     first = prototok.learn_optimizer(
         lm, samples, steps=from_prior, checkpoint=kept("optimizer"), **common
     )
-    return encoder, prototok.learn_optimizer(
+    second = prototok.learn_optimizer(
         lm, samples, steps=behind, init=(encoder, first), checkpoint=kept("behind"), **common
+    )
+    if not mixed:
+        return encoder, second
+    common["lengths"] = MIXED
+    return encoder, prototok.learn_optimizer(
+        lm, samples, steps=mixed, init=(encoder, second), checkpoint=kept("mixed"), **common
     )
 
 
@@ -57,7 +65,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="samples and checkpoints")
     parser.add_argument("--out", type=Path, default=Path(path_of(BUILT_IN[0])).parent,
                         help="default: the models in the package")  # fmt: skip
-    parser.add_argument("--steps", type=int, nargs=3, help="default: of each model its own")
+    parser.add_argument("--steps", type=int, nargs=4, help="default: of each model its own")
     asked = parser.parse_args()
     if unknown := set(asked.models) - set(BUILT_IN):
         parser.error(f"{', '.join(sorted(unknown))}: not built in")

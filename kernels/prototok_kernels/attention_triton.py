@@ -29,8 +29,9 @@ try:
 except ImportError:
     triton = None
 
-# What was compiled for without spilling registers: T, c and the queries of a turn, each way.
-_KEYS, _SIZES, _QUERIES, _QUERIES_BACKWARD = 64, range(34, 65, 2), 64, 32
+# What compiles for sm_80, sm_90 and sm_100 without spilling registers: T, c, and the queries of a
+# turn, each way.
+_KEYS, _SIZE, _QUERIES, _QUERIES_BACKWARD = 64, 64, 64, 32
 _LOG2_E = 1.4426950408889634
 
 
@@ -38,8 +39,8 @@ def why_no_tile(keys: int, head_size: int, dtype: torch.dtype) -> str | None:
     """Return why no tile holds T keys of heads of size c, or None where one does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "a tile is of 16 bits"
-    if head_size not in _SIZES:
-        return f"a tile has heads of {_SIZES[0]} to {_SIZES[-1]}, not {head_size}"
+    if head_size != _SIZE:
+        return f"a tile has heads of {_SIZE}, not {head_size}"
     if keys > _KEYS:
         return f"a tile has {_KEYS} keys, not {keys}"
     return None
@@ -53,20 +54,19 @@ def _block(count: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _load_pairs(x, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    def _load_pairs(x, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
         """Both coordinates of the pairs of rows that start at x + row: (rows, pairs) twice."""
-        low, high = _pair_columns(HALF, PAIRS, BLOCK)
-        inside = mask[:, None] & (tl.arange(0, BLOCK)[None, :] < PAIRS)
+        low, high = _pair_columns(HALF, PAIRS)
         rows = x + row[:, None]
         return (
-            tl.load(rows + low[None, :], mask=inside, other=0.0),
-            tl.load(rows + high[None, :], mask=inside, other=0.0),
+            tl.load(rows + low[None, :], mask=mask[:, None], other=0.0),
+            tl.load(rows + high[None, :], mask=mask[:, None], other=0.0),
         )
 
     @triton.jit
-    def _pair_columns(HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    def _pair_columns(HALF: tl.constexpr, PAIRS: tl.constexpr):
         """Where a pair's coordinates are; those that are not rotated are paired as well."""
-        pair = tl.arange(0, BLOCK)
+        pair = tl.arange(0, PAIRS)
         if HALF == PAIRS:
             return pair, pair + PAIRS
         low = tl.where(pair < HALF, pair, pair + HALF)
@@ -77,9 +77,9 @@ if triton is not None:
         return low, tl.max_contiguous(tl.multiple_of(high, ALIKE), ALIKE)
 
     @triton.jit
-    def _angles(cos, sin, table_row, position, mask, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    def _angles(cos, sin, table_row, position, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
         """Cosine and sine (positions, pairs), 1 and 0 where nothing is rotated."""
-        pair = tl.arange(0, BLOCK)
+        pair = tl.arange(0, PAIRS)
         at = position[:, None] * table_row + pair[None, :]
         turns = mask[:, None] & (pair[None, :] < HALF)
         return tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
@@ -93,23 +93,19 @@ if triton is not None:
         return tl.reshape(turned, (turned.shape[0], 2 * turned.shape[1]))
 
     @triton.jit
-    def _store_turned_back(
-        tile, c, s, out, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def _store_turned_back(tile, c, s, out, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
         """Write the gradient of what was rotated, from that of its tile."""
-        low, high = tl.split(tl.reshape(tile, (tile.shape[0], BLOCK, 2)))
-        to_low, to_high = _pair_columns(HALF, PAIRS, BLOCK)
-        inside = mask[:, None] & (tl.arange(0, BLOCK)[None, :] < PAIRS)
+        low, high = tl.split(tl.reshape(tile, (tile.shape[0], PAIRS, 2)))
+        to_low, to_high = _pair_columns(HALF, PAIRS)
         rows = out + row[:, None]
         dtype = out.dtype.element_ty
-        tl.store(rows + to_low[None, :], (low * c + high * s).to(dtype), mask=inside)
-        tl.store(rows + to_high[None, :], (high * c - low * s).to(dtype), mask=inside)
+        tl.store(rows + to_low[None, :], (low * c + high * s).to(dtype), mask=mask[:, None])
+        tl.store(rows + to_high[None, :], (high * c - low * s).to(dtype), mask=mask[:, None])
 
     @triton.jit
     def _keys_and_values(
         qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS: tl.constexpr,
         KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PREFIX: tl.constexpr,
-        BLOCK_PAIRS: tl.constexpr,
     ):  # fmt: skip
         """Tiles of all keys, rotated, and of all values; j numbers them, those in front first."""
         PAIRS: tl.constexpr = SIZE // 2
@@ -117,20 +113,20 @@ if triton is not None:
         position = j - PREFIX
         own = (position >= 0) & (position < length)
         row = position * STACK + (HEADS + kv_head) * SIZE
-        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        low, high = _load_pairs(qkv, row, own, HALF, PAIRS, BLOCK_PAIRS)
+        column = tl.arange(0, SIZE)[None, :]
+        low, high = _load_pairs(qkv, row, own, HALF, PAIRS)
         value = qkv + row[:, None] + KV_HEADS * SIZE + column
-        v = tl.load(value, mask=own[:, None] & (column < SIZE), other=0.0)
+        v = tl.load(value, mask=own[:, None], other=0.0)
         if PREFIX > 0:
             front = j < PREFIX
             row = (kv_head * PREFIX + j) * SIZE
-            front_low, front_high = _load_pairs(prefix, row, front, HALF, PAIRS, BLOCK_PAIRS)
+            front_low, front_high = _load_pairs(prefix, row, front, HALF, PAIRS)
             low = tl.where(front[:, None], front_low, low)
             high = tl.where(front[:, None], front_high, high)
             value = prefix + KV_HEADS * PREFIX * SIZE + row[:, None] + column
-            front_v = tl.load(value, mask=front[:, None] & (column < SIZE), other=0.0)
+            front_v = tl.load(value, mask=front[:, None], other=0.0)
             v = tl.where(front[:, None], front_v, v)
-        c, s = _angles(cos, sin, table_row, position, own, HALF, BLOCK_PAIRS)
+        c, s = _angles(cos, sin, table_row, position, own, HALF, PAIRS)
         return _turned(low, high, c, s), v
 
     @triton.jit
@@ -174,7 +170,6 @@ if triton is not None:
         BLOCKS: tl.constexpr,  # of queries
         BLOCK_Q: tl.constexpr,
         BLOCK_K: tl.constexpr,  # ≥ T
-        BLOCK_PAIRS: tl.constexpr,  # ≥ c / 2
         WIDE: tl.constexpr,  # products of fp32, for the interpreter, which has none of bf16
     ):
         PAIRS: tl.constexpr = SIZE // 2
@@ -186,20 +181,18 @@ if triton is not None:
         j = tl.arange(0, BLOCK_K)
         k, v = _keys_and_values(
             qkv, cos, sin, prefix, head // (HEADS // KV_HEADS), length, table_row, j, HEADS,
-            KV_HEADS, SIZE, HALF, PREFIX, BLOCK_PAIRS,
+            KV_HEADS, SIZE, HALF, PREFIX,
         )  # fmt: skip
-        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        column = tl.arange(0, SIZE)[None, :]
         for block in range(BLOCKS):
             i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            low, high = _load_pairs(
-                qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS, BLOCK_PAIRS
-            )
-            c, s = _angles(cos, sin, table_row, i, i < length, HALF, BLOCK_PAIRS)
+            low, high = _load_pairs(qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS)
+            c, s = _angles(cos, sin, table_row, i, i < length, HALF, PAIRS)
             q = _turned(low, high, c, s)
             weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
             mixed = (_product(weights.to(v.dtype), v, WIDE) / total).to(v.dtype)
             to = out + i[:, None] * (HEADS * SIZE) + column
-            tl.store(to, mixed, mask=(i[:, None] < length) & (column < SIZE))
+            tl.store(to, mixed, mask=i[:, None] < length)
 
     @triton.jit
     def _attention_backward_kernel(
@@ -223,7 +216,6 @@ if triton is not None:
         BLOCKS: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_K: tl.constexpr,
-        BLOCK_PAIRS: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         PAIRS: tl.constexpr = SIZE // 2
@@ -237,27 +229,26 @@ if triton is not None:
         j = tl.arange(0, BLOCK_K)
         k, v = _keys_and_values(
             qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS, KV_HEADS, SIZE, HALF,
-            PREFIX, BLOCK_PAIRS,
+            PREFIX,
         )  # fmt: skip
         # A query's gradients of logits sum to zero, so keys may be taken from their mean: where
         # they are alike and large, what rounding takes off the gradients would be seen.
         wide = k.to(tl.float32)
         apart = (wide - (tl.sum(wide, 0) / (PREFIX + length))[None, :]).to(v.dtype)
-        column = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        grad_k = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
-        grad_v = tl.zeros((BLOCK_K, 2 * BLOCK_PAIRS), tl.float32)
+        column = tl.arange(0, SIZE)[None, :]
+        grad_k = tl.zeros((BLOCK_K, SIZE), tl.float32)
+        grad_v = tl.zeros((BLOCK_K, SIZE), tl.float32)
         step = 0
         # Not a loop of a known length, whose turns the compiler would mix until registers spill.
         while step < turns:
             head = kv_head * GROUP + step // BLOCKS
             i = step % BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
             of_query = i * STACK + head * SIZE
-            low, high = _load_pairs(qkv, of_query, i < length, HALF, PAIRS, BLOCK_PAIRS)
-            c, s = _angles(cos, sin, table_row, i, i < length, HALF, BLOCK_PAIRS)
+            low, high = _load_pairs(qkv, of_query, i < length, HALF, PAIRS)
+            c, s = _angles(cos, sin, table_row, i, i < length, HALF, PAIRS)
             q = _turned(low, high, c, s)
             at = i[:, None] * (HEADS * SIZE) + head * SIZE + column
-            inside = (i[:, None] < length) & (column < SIZE)
-            grad_mixed = tl.load(grad_out + at, mask=inside, other=0.0)
+            grad_mixed = tl.load(grad_out + at, mask=i[:, None] < length, other=0.0)
             weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
             weights = weights / total
             grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
@@ -266,15 +257,15 @@ if triton is not None:
             grad_logits = (weights * (grad_weights - mean) * scaling).to(v.dtype)
             grad_k += _product(tl.trans(grad_logits), q, WIDE)
             grad_q = _product(grad_logits, apart, WIDE)
-            _store_turned_back(grad_q, c, s, grad, of_query, i < length, HALF, PAIRS, BLOCK_PAIRS)
+            _store_turned_back(grad_q, c, s, grad, of_query, i < length, HALF, PAIRS)
             step += 1
         position = j - PREFIX
         own = (position >= 0) & (position < length)
         of_key = position * STACK + (HEADS + kv_head) * SIZE
-        c, s = _angles(cos, sin, table_row, position, own, HALF, BLOCK_PAIRS)
-        _store_turned_back(grad_k, c, s, grad, of_key, own, HALF, PAIRS, BLOCK_PAIRS)
+        c, s = _angles(cos, sin, table_row, position, own, HALF, PAIRS)
+        _store_turned_back(grad_k, c, s, grad, of_key, own, HALF, PAIRS)
         value = grad + of_key[:, None] + KV_HEADS * SIZE + column
-        tl.store(value, grad_v.to(v.dtype), mask=own[:, None] & (column < SIZE))
+        tl.store(value, grad_v.to(v.dtype), mask=own[:, None])
 
 
 class TileAttention(torch.autograd.Function):
@@ -330,6 +321,5 @@ def _constants(
         "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "HALF": cos.shape[1] // 2,
         "PREFIX": in_front, "WINDOW": 0 if window is None or window >= keys else window,
         "BLOCKS": -(-length // queries), "BLOCK_Q": queries, "BLOCK_K": _block(keys),
-        "BLOCK_PAIRS": _block(size // 2), "WIDE": TRITON_INTERPRETED,
-        "num_warps": 8, "num_stages": 1,
+        "WIDE": TRITON_INTERPRETED, "num_warps": 8, "num_stages": 1,
     }  # fmt: skip

@@ -45,8 +45,14 @@ def test_cells_are_told_apart_and_count_what_training_began_with(
     (twice,) = (third[name] for name in third.keys() - more.keys())
     assert twice["training_positions"] is None  # what came before that is not known
 
+    fourth = run("--steps", 2, "--positions", 24, "--patience", 1)  # a single update
+    (hasty,) = (fourth[name] for name in fourth.keys() - third.keys())
+    assert hasty["patience"] == 1 and hasty["trained"] == learned["trained"]
+    assert hasty["steps"] != learned["steps"]
+    assert all(fourth[name]["steps"] == cell["steps"] for name, cell in third.items())
+
     run("--shipped", "--random")
     others = run("--shipped", "--text", story)
-    found = {name.partition(", on ")[2] for name in others.keys() - third.keys()}
+    found = {name.partition(", on ")[2] for name in others.keys() - fourth.keys()}
     assert found == {"random ids", "story.txt"}
-    assert all(others[name] == cell for name, cell in third.items())
+    assert all(others[name] == cell for name, cell in fourth.items())

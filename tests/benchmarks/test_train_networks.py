@@ -34,20 +34,23 @@ def test_it_goes_on_and_writes_where_it_is_told(
         monkeypatch.setattr("sys.argv", [str(SCRIPT), *map(str, given)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
-    train("tiny-neox", "--steps", "2", "3", "4")
+    train("tiny-neox", "--steps", "2", "3", "4", "0")
     made = LearnedOptimizer.load(place / "optimizer.safetensors")
     assert made.start.provenance["steps"] == "4" and made.start.provenance["lengths"] == "8"
+    train("tiny-neox", "--steps", "2", "3", "4", "5")
+    made = LearnedOptimizer.load(place / "optimizer.safetensors")
+    assert made.start.provenance["steps"] == "5" and made.start.provenance["lengths"] == "4, 8, 12"
     assert "Encoder" in made.start.provenance["init"]
     assert made.model.fingerprint == prototok.load("tiny-neox").identity.fingerprint
     encoder = Encoder.load(place / "encoder.safetensors")
     assert encoder.start.provenance["steps"] == "2" and encoder.longest == 8
     for path in place.glob("*r.safetensors"):
         path.unlink()
-    train("tiny-neox", "--steps", "2", "3", "4")  # nothing is left to do
+    train("tiny-neox", "--steps", "2", "3", "4", "5")  # nothing is left to do
     for before in (made, encoder):
         again = type(before).load(place / before._file)
         assert all(torch.equal(again.weights[n], tensor) for n, tensor in before.weights.items())
     with pytest.raises(ValueError, match="is of a training with steps"):
-        train("tiny-neox", "--steps", "2", "4", "4")
+        train("tiny-neox", "--steps", "2", "4", "4", "5")
     with pytest.raises(SystemExit):
         train("pythia")

@@ -15,6 +15,7 @@ from prototok import Encoder, FitResult, FrozenLM, LearnedOptimizer, Prior, Reci
 from prototok.fitting.engine.learned import hand_over
 from prototok.fitting.engine.rows import Group, Row, make_groups
 from prototok.fitting.engine.slots import Room, Slots
+from prototok.fitting.engine.step import step
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool, training
@@ -131,6 +132,34 @@ def test_adamw_starts_as_new_from_the_best_vectors(
     assert slots.clock.tolist() == [3, 0, 0]
     # Not finite: at once, and it has not failed.
     assert hand_over(slots, slots.window, none, ~none).tolist() == [False, True, False]
+
+
+def test_adamw_goes_further_where_the_network_led_far_out(
+    small_lm: FrozenLM, optimizer: LearnedOptimizer
+) -> None:
+    recipe = dataclasses.replace(LEARNED, learned=5, warmup=0, weight_decay=0.0)
+    setup = one_forward(small_lm, Arrangement.parse("e m*"), recipe, optimizer, "auto", None)
+    assert setup.network is not None
+    slots = Slots(setup, Room(3, 3, LENGTH))
+    ids = torch.tensor([1, 2, 3])
+    slots.admit([Group(g, (Row(g, 0, 0, ids),), None) for g in range(3)])
+    none = torch.zeros(3, dtype=torch.bool)
+    slots.step[:] = 9
+    slots.progressed_at[:] = torch.tensor([4, 4, 9])  # the third is still the network's
+    out = 4 * float(setup.network.scale)  # four times as far as good vectors lie
+    for bank, mean in zip(slots.banks, setup.network.mean, strict=True):
+        bank.best[:] = mean + torch.tensor([0.5, 1.0, 1.0])[:, None, None] * out / 2
+    before = [bank.values.clone() for bank in slots.banks]
+    assert hand_over(slots, slots.window, none, none).tolist() == [True, True, False]
+    for bank, was in zip(slots.banks, before, strict=True):
+        assert bank.longer.tolist() == pytest.approx([0.0, 1.0, 0.0])
+        bank.values.copy_(was[:1].expand_as(was))  # the same gradient for all
+    step(small_lm, slots, 3)
+    for bank, was in zip(slots.banks, before, strict=True):
+        near, far, _ = (bank.values - was[:1])[:, 0]
+        torch.testing.assert_close(far, 2 * near, rtol=1e-3, atol=1e-6)
+    slots.release([0])
+    assert [bank.longer.tolist() for bank in slots.banks] == [pytest.approx([1.0, 0.0, 0.0])] * 2
 
 
 def test_adamw_goes_on_cold_from_what_the_network_left_right(

@@ -26,6 +26,9 @@ def hand_over(slots: Slots, window: Window, improved: Tensor, bad: Tensor) -> Te
     They go on from their best vectors with AdamW as new, which has all updates that the recipe
     grants before it. Progress is what makes vectors the best so far: more right tokens, or as many
     with a larger margin. `bad` (G,) flags a loss or gradient that is not finite.
+
+    A network leads further out than AdamW does, and an update changes less there. So AdamW's are
+    longer, by as many times as vectors lie further from where fits start than good vectors do.
     """
     groups = slice(window.groups)
     step, progressed_at = slots.step[groups], slots.progressed_at[groups]
@@ -33,10 +36,14 @@ def hand_over(slots: Slots, window: Window, improved: Tensor, bad: Tensor) -> Te
     patience = slots.recipe.learned
     stalled = (step - progressed_at >= patience) | (step >= _MOST * patience)
     taken = slots.by_network[groups] & ~slots.done[groups] & (stalled | bad)
-    for bank in slots.banks:
+    assert slots.network is not None
+    for bank, mean in zip(slots.banks, slots.network.mean, strict=True):
         mine = taken if bank.shared else taken[slots.group_of_row[: window.rows]]
         n, wide = len(mine), mine[:, None, None]
         torch.where(wide, bank.best[:n], bank.values[:n], out=bank.values[:n])
+        spreads = (bank.best[:n, 0] - mean).square().mean(1).sqrt() / slots.network.scale
+        longer = bank.longer[:n]
+        torch.where(mine, (spreads - 1).clamp_min(0.0), longer, out=longer)
         for state in (bank.adam.exp_avg, bank.adam.exp_avg_sq):
             state[:n].masked_fill_(mine[:, None], 0.0)
         bank.adam.step[:n].masked_fill_(mine, 0)
@@ -59,10 +66,11 @@ def update(lm: FrozenLM, slots: Slots, window: Window, active: Tensor, backend: 
     rate = slots.rate_after(slots.clock[: window.groups])
     rates = [rate, rate * recipe.m_rate]  # of e and of m, by group
     where = [slice(None) if bank.shared else owner for bank in slots.banks]  # a vector's group
-    moves = [
-        adam_move(bank, torch.where(by_network, 1.0, rate)[of], active[of], slots, backend)
-        for bank, rate, of in zip(slots.banks, rates, where, strict=True)
-    ]
+    moves = []
+    for bank, rate, of in zip(slots.banks, rates, where, strict=True):
+        of_vector = torch.where(by_network, 1.0, rate)[of]
+        of_vector = of_vector * (1 + bank.longer[: len(of_vector)])
+        moves.append(adam_move(bank, of_vector, active[of], slots, backend))
     made = moves
     # On CUDA nobody asks: the host would wait, and a graph has no branches.
     if slots.device.type != "cpu" or bool(by_network.any()):

@@ -55,6 +55,7 @@ class Bank:
     grad: Tensor  # (n, k, d) of the last step
     adam: AdamWState  # over (n, k · d), in the coordinates of the basis
     basis: Tensor | None  # (d, d), orthonormal columns
+    longer: Tensor  # (n,) by this share of them AdamW's updates are, where a network led far out
 
     def turned(self, vectors: Tensor) -> Tensor:
         """Return vectors (n, d) in the coordinates of the basis."""
@@ -67,7 +68,10 @@ class Bank:
     def buffers(self) -> list[Tensor]:
         """Return everything that stays with a vector as it moves."""
         adam = self.adam
-        return [self.values, self.best, self.mean, adam.exp_avg, adam.exp_avg_sq, adam.step]
+        return [
+            self.values, self.best, self.mean, adam.exp_avg, adam.exp_avg_sq, adam.step,
+            self.longer,
+        ]  # fmt: skip
 
 
 class Slots:
@@ -96,7 +100,8 @@ class Slots:
             if inputs.prior is not None and inputs.prior.basis is not None:
                 basis = inputs.prior.basis["em".index(name)].to(lm.device)
             adam = AdamWState.zeros(values.flatten(1))
-            return Bank(share == name, values, best, mean, grad, adam, basis)
+            longer = full(shape[0], dtype=torch.float32)
+            return Bank(share == name, values, best, mean, grad, adam, basis, longer)
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by group
