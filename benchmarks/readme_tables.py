@@ -319,12 +319,15 @@ def real_model() -> str:
         "| tokens right | confirmed |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("real/*.json"))]
+    paths = sorted((RESULTS / "real").rglob("*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
     cells: dict[tuple, list[tuple[dict, dict]]] = {}
-    for record in records:
+    for path, record in zip(paths, records, strict=True):
+        # From before the mean of cold iterates was looked at.
+        before = ", no mean" if path.parent.name == "no-mean" else ""
         for cell in record["cells"]:
             front = cell["prefix"].removesuffix(" (as asked)")
-            key = record["length"], cell["recipe"], front, record["max_steps"]
+            key = record["length"], cell["recipe"] + before, front, record["max_steps"]
             cells.setdefault(key, []).append((record, cell))
     for key, parts in sorted(cells.items()):
         by_source: dict[str, list[tuple[float, float | None, float]]] = {}

@@ -54,7 +54,8 @@ class Recipe:
             makes all.
         cold: a row that is right in its batch and does not hold alone goes no faster than this
             multiple of lr, for as many updates again as it has made; nor does one that was right in
-            its batch when a cosine ends, which would start hot again. None: they may.
+            its batch when a cosine ends, which would start hot again. Of a row that was refused the
+            mean of the vectors since is looked at as well. None: they may, and it is not.
     """
 
     name: str = "custom"

@@ -73,6 +73,10 @@ class FitEvent:
         return self.__dict__ | {"best_of": _left}  # what is sent elsewhere has no device to ask
 
 
+# Updates between two looks at the mean of a group that goes on cold.
+_LOOK = 5
+
+
 def by_row(vectors: list[Tensor], rows: int) -> list[Tensor]:
     """Return the vectors (slots, d) of each of a group's `rows`, from its e and m."""
     parts = [part.expand(rows, -1, -1) if len(part) == 1 else part for part in vectors]
@@ -91,7 +95,9 @@ def run(
     None for each that holds. One that does not goes on until it clears the margin asked for, or
     half as much again as its own where that is more already, or until its updates are spent. One
     whose margin alone is too small goes on for a quarter of the updates that it had made when that
-    was first so, and not into a new cycle, hot again: it is exact.
+    was first so, and not into a new cycle, hot again: it is exact. Where such a group goes on cold,
+    the mean of what it passes through is shown to `confirm` as well, every few updates, and is what
+    the group ends with if it holds: it clears the rounding sooner than the vectors themselves.
     """
     if setup.lm.device.type == "cpu":
         keep_freed_memory()
@@ -114,6 +120,7 @@ def _run_bucket(
     runner = step_runner(setup.lm, slots, bucket.rows)
     seconds: dict[int, float] = {}
     until: dict[int, int] = {}  # step at which an exact group is taken as it is, by its index
+    looked: dict[int, int] = {}  # step of the last look at a refused group or its mean
     clock = time.perf_counter()
     try:
         while queue or slots.groups:
@@ -141,14 +148,27 @@ def _run_bucket(
                 if group.index in until:
                     ending[p] |= int(poll.step[p]) >= until[group.index]
             ended = [
-                (p, g, _finished(poll, p, runner.best_of(g), seconds))
+                (p, g, _finished(poll, p, seconds, runner.best_of(g)))
                 for p in ending.nonzero()[:, 0].tolist()
                 # Others left after the poll before.
                 if (g := place.get(poll.groups[p].index)) is not None
             ]
-            answers = confirm([finished for *_, finished in ended]) if ended else []
+            means = [
+                (g, _finished(poll, p, seconds, *runner.mean_of(g)))
+                for p in (poll.cold & ~ending).nonzero()[:, 0].tolist()
+                if (index := poll.groups[p].index) in looked
+                and int(poll.step[p]) >= looked[index] + _LOOK
+                and (g := place.get(index)) is not None
+            ]
+            shown = [one for *_, one in ended] + [one for _, one in means]
+            answers = confirm(shown) if shown else []
             leaving = []
-            for (p, g, finished), refused in zip(ended, answers, strict=True):
+            for (g, finished), refused in zip(means, answers[len(ended) :], strict=True):
+                looked[finished.group.index] = finished.steps
+                if refused is None:
+                    leaving.append(g)
+                    yield finished
+            for (p, g, finished), refused in zip(ended, answers[: len(ended)], strict=True):
                 index, margin = finished.group.index, float(poll.best_margin[p])
                 last = index in until and finished.steps >= until[index]
                 holds = refused is None or (refused.exact and last)
@@ -162,6 +182,7 @@ def _run_bucket(
                     most = finished.steps + max(1, finished.steps // 4)
                     end = setup.recipe.end_of_cycle(finished.steps, finished.group.length)
                     until[index] = min(most, end)
+                looked[index] = finished.steps
                 asked = refused.margin
                 runner.reopen(g, max(0.05, asked if asked > margin else 1.5 * margin))
             if leaving:
@@ -171,13 +192,19 @@ def _run_bucket(
         runner.finish()
 
 
-def _finished(poll: Poll, p: int, vectors: list[Tensor], seconds: dict[int, float]) -> Finished:
+def _finished(
+    poll: Poll,
+    p: int,
+    seconds: dict[int, float],
+    vectors: list[Tensor],
+    steps: int | None = None,  # those of the poll, unless the vectors are newer
+) -> Finished:
     group = poll.groups[p]
     return Finished(
         group=group,
         vectors=vectors,
         correct=poll.row_correct[slice(*poll.first_rows[p : p + 2])].tolist(),
-        steps=int(poll.step[p]),
+        steps=int(poll.step[p]) if steps is None else steps,
         seconds=seconds[group.index],
         failed=bool(poll.failed[p]),
     )

@@ -38,6 +38,7 @@ class Poll:
     groups      those in flight, in the order of what follows
     first_rows  the first row of each of them, and one behind the last
     done        (G,) bool, reached the goal; spent (G,) bool, out of updates
+    cold        (G,) bool, the next update is a cold one
     failed      (G,) bool, ended by a loss or a gradient that is not finite
     step        (G,) updates made; best_margin (G,) of the vectors kept
     row_correct (R,) right tokens of the vectors kept
@@ -48,6 +49,7 @@ class Poll:
     first_rows: list[int]
     done: Tensor
     spent: Tensor
+    cold: Tensor
     failed: Tensor
     step: Tensor
     best_margin: Tensor
@@ -99,6 +101,11 @@ class StepRunner:
         """Return the best vectors of a group that is done or spent, fp32, on the CPU."""
         return [vectors.cpu().clone() for vectors in self.slots.best_of(group)]
 
+    def mean_of(self, group: int) -> tuple[list[Tensor], int]:
+        """Return the means of a cold group, fp32, on the CPU, and the updates made by then."""
+        means = [vectors.cpu().clone() for vectors in self.slots.mean_of(group)]
+        return means, int(self.slots.step[group])
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Enclose every change of the slots from outside."""
@@ -146,6 +153,7 @@ class StepRunner:
             first_rows=slots.first_rows,
             done=copied(slots.done, groups),
             spent=copied(slots.spent(), groups),
+            cold=copied(slots.is_cold(slice(groups)), groups),
             failed=copied(slots.failed, groups),
             step=copied(slots.step, groups),
             best_margin=copied(slots.best_margin, groups),
@@ -212,6 +220,10 @@ class CapturedStep(StepRunner):
     def best_of(self, group: int) -> list[Tensor]:
         torch.cuda.current_stream(self.lm.device).wait_event(self.changed)
         return super().best_of(group)
+
+    def mean_of(self, group: int) -> tuple[list[Tensor], int]:
+        with torch.cuda.stream(self.stream):  # a mean changes with each step: after the last queued
+            return super().mean_of(group)
 
     @contextmanager
     def changing(self) -> Iterator[None]:

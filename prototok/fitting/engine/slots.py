@@ -19,6 +19,9 @@ from prototok.fitting.engine.rows import Group, initial_vectors
 from prototok.fitting.engine.setup import Setup
 from prototok_kernels.adamw_rows import AdamWState
 
+# Share of the newest vectors in the mean of a cold group.
+_WEIGHT = 0.2
+
 
 @dataclass(frozen=True)
 class Room:
@@ -48,6 +51,7 @@ class Bank:
     shared: bool
     values: Tensor  # (n, k, d) fp32; k = K for e, 1 for m
     best: Tensor  # (n, k, d) the vectors that scored best
+    mean: Tensor  # (n, k, d) running mean of what a cold group passes through; of others, values
     grad: Tensor  # (n, k, d) of the last step
     adam: AdamWState  # over (n, k · d), in the coordinates of the basis
     basis: Tensor | None  # (d, d), orthonormal columns
@@ -63,8 +67,9 @@ class Bank:
 
     def buffers(self) -> list[Tensor]:
         """Return everything that stays with a vector as it moves."""
+        adam = self.adam
         return [
-            self.values, self.best, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step,
+            self.values, self.best, self.mean, adam.exp_avg, adam.exp_avg_sq, adam.step,
             self.longer,
         ]  # fmt: skip
 
@@ -90,13 +95,13 @@ class Slots:
 
         def bank(name: str, vectors: int) -> Bank:
             shape = groups if share == name else rows, vectors, self.width
-            values, best, grad = (full(*shape, dtype=torch.float32) for _ in range(3))
+            values, best, mean, grad = (full(*shape, dtype=torch.float32) for _ in range(4))
             basis = None
             if inputs.prior is not None and inputs.prior.basis is not None:
                 basis = inputs.prior.basis["em".index(name)].to(lm.device)
             adam = AdamWState.zeros(values.flatten(1))
             longer = full(shape[0], dtype=torch.float32)
-            return Bank(share == name, values, best, grad, adam, basis, longer)
+            return Bank(share == name, values, best, mean, grad, adam, basis, longer)
 
         self.banks = [bank("e", inputs.leading)] + ([bank("m", 1)] if inputs.has_m else [])
         # by group
@@ -270,12 +275,26 @@ class Slots:
     def rate_after(self, step: Tensor) -> Tensor:
         """Return the rate of the update that follows `step` updates by AdamW, (G,) like it."""
         groups = slice(len(step))
-        return self.recipe.lr_at(step, self.tokens[groups], step < self.cold_until[groups])
+        return self.recipe.lr_at(step, self.tokens[groups], self.is_cold(groups))
 
     def cool(self, groups: slice, where: Tensor) -> None:
         """Make groups cold, where they are not, for as many updates again as they have made."""
         step, until = self.clock[groups], self.cold_until[groups]
         torch.where(where & (step >= until), 2 * step, until, out=until)
+
+    def is_cold(self, groups: slice) -> Tensor:
+        """Flag groups whose next update is a cold one: bool."""
+        if self.recipe.cold is None:
+            return torch.zeros_like(self.done[groups])
+        return self.clock[groups] < self.cold_until[groups]
+
+    def follow(self, window: Window) -> None:
+        """Let means follow the vectors that were updated."""
+        weight = torch.where(self.is_cold(slice(window.groups)), _WEIGHT, 1.0)
+        for bank in self.banks:
+            of = slice(None) if bank.shared else self.group_of_row[: window.rows]
+            n = window.groups if bank.shared else window.rows
+            bank.mean[:n].lerp_(bank.values[:n], weight[of][:, None, None])
 
     def right_at_best(self, window: Window) -> Tensor:
         """Flag groups whose best vectors are as right as they are asked to be: (G,) bool."""
@@ -294,10 +313,16 @@ class Slots:
 
     def best_of(self, group: int) -> list[Tensor]:
         """Return e (n_e, K, d) and, where there is one, m (n_m, 1, d) of a group at their best."""
-        rows = slice(*self.first_rows[group : group + 2])
-        return [
-            bank.best[group : group + 1] if bank.shared else bank.best[rows] for bank in self.banks
-        ]
+        return [bank.best[self._place_in(bank, group)] for bank in self.banks]
+
+    def mean_of(self, group: int) -> list[Tensor]:
+        """Return the running means of a group's vectors, in the shapes of `best_of`."""
+        return [bank.mean[self._place_in(bank, group)] for bank in self.banks]
+
+    def _place_in(self, bank: Bank, group: int) -> slice:
+        if bank.shared:
+            return slice(group, group + 1)
+        return slice(*self.first_rows[group : group + 2])
 
     def _reset_groups(self, groups: slice, done: bool) -> None:
         self.step[groups] = 0

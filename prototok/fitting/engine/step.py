@@ -49,6 +49,8 @@ def step(lm: FrozenLM, slots: Slots, rows_per_forward: int) -> None:
             _update(slots, window, counts, active, backend)
         else:
             learned.update(lm, slots, window, active, backend)
+        if slots.recipe.cold is not None:
+            slots.follow(window)
 
 
 def forward_backward(

@@ -59,6 +59,22 @@ def test_what_is_refused_goes_on_cold_for_as_many_updates_again(small_lm: Frozen
     assert torch.equal(later[5:], scheduled[20:25])
 
 
+def test_the_mean_follows_what_is_cold_and_is_the_vectors_of_the_rest(small_lm: FrozenLM) -> None:
+    slots = fits(small_lm, RECIPE, [2, 3])
+    rates_of(small_lm, slots, 10)
+    slots.reopen(1, 0.5)
+    expected = [bank.values[1].clone() for bank in slots.banks]
+    for _ in range(4):
+        rates_of(small_lm, slots, 1)
+        for mean, bank in zip(expected, slots.banks, strict=True):
+            mean.lerp_(bank.values[1], 0.2)
+            assert torch.equal(bank.mean[0], bank.values[0])
+    slots.release([0])  # and it moves into the first place
+    for mean, found, bank in zip(expected, slots.mean_of(0), slots.banks, strict=True):
+        torch.testing.assert_close(found[0], mean)
+        assert not torch.equal(found[0], bank.values[0])
+
+
 def test_the_schedule_may_be_colder(small_lm: FrozenLM) -> None:
     slots = fits(small_lm, RECIPE, [3])
     rates_of(small_lm, slots, 45)

@@ -12,7 +12,11 @@ from fake_cuda import windows_of_cuda
 from prototok import FitResult, FrozenLM, Recipe
 from prototok.fitting import fast_fit as fit_module
 from prototok.fitting.engine import run as run_module
+from prototok.fitting.engine.inputs import OneForward
+from prototok.fitting.engine.rows import make_groups
 from prototok.fitting.engine.runner import StepRunner
+from prototok.fitting.engine.setup import Setup
+from prototok.results.arrangement import Arrangement
 
 RECIPE = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
 
@@ -81,3 +85,32 @@ def test_a_claim_that_does_not_hold_is_asked_about_once(
     found = prototok.fast_fit(small_lm, ids, recipe=RECIPE, progress=False)
     assert found.exact.item() and len(margins) == 3
     assert margins[0] < margins[1] < margins[2]
+
+
+def test_a_mean_is_said_to_be_as_old_as_it_is(
+    small_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moves on while the host looks, so its updates are counted where it is read."""
+    recipe = dataclasses.replace(RECIPE, lr=0.01, cold=0.1)
+    setup = Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+
+    def means() -> dict[int, torch.Tensor]:
+        shown: list[run_module.Finished] = []
+
+        def confirm(finished: list[run_module.Finished]) -> list[run_module.Refused]:
+            shown.extend(finished)
+            return [run_module.Refused(1e6, exact=False) for _ in finished]
+
+        groups = make_groups([targets], [0], None, None)
+        list(run_module.run(setup, groups, confirm, lambda event: None))
+        return {one.steps: one.vectors[0] for one in shown[1:-1]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_LOOK", 1)
+        at_once = means()
+    as_on_cuda(monkeypatch)
+    late = means()
+    assert len(late) > 3
+    for steps, e in list(late.items())[:3]:  # it may be cold no longer when the last is read
+        torch.testing.assert_close(e, at_once[steps])

@@ -125,6 +125,34 @@ def test_the_quarter_counts_from_the_first_time_that_a_unit_is_exact(small_lm: F
     assert ended.steps == shown[-1] == shown[0] + shown[0] // 4
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_mean_of_what_goes_on_cold_is_looked_at_every_five_updates(
+    small_lm: FrozenLM, holds: bool
+) -> None:
+    recipe = Recipe(lr=0.01, betas=(0.9, 0.99), max_steps=400, cold=0.1)
+    targets = torch.randint(small_lm.vocab_size, (2,), generator=torch.manual_seed(1))
+    shown: list[Finished] = []
+
+    def confirm(finished: list[Finished]) -> list[Refused | None]:
+        shown.extend(finished)
+        return [None if holds and len(shown) == 3 else Refused(1e6, exact=True)]
+
+    (ended,) = run(
+        Setup(small_lm, OneForward(Arrangement.parse("e m*")), recipe, "auto", None),
+        make_groups([targets], [0], None, None), confirm, lambda event: None,
+    )  # fmt: skip
+    first = shown[0].steps
+    end = first + first // 4
+    looks = [*range(first + 5, first + 11 if holds else end, 5)]
+    assert [one.steps for one in shown] == [first, *looks, *([] if holds else [end])]
+    assert ended is shown[-1] and len(looks) >= 2
+    best, *means = [torch.cat([v[0] for v in one.vectors]) for one in shown]
+    # The last that is shown of what never holds is its best again, here the one of the first look.
+    for mean in means[: len(looks)]:
+        moved = (mean - best).norm()
+        assert 0 < moved < 30 * 0.1 * 0.01 * best.numel() ** 0.5
+
+
 def test_what_is_wrong_alone_has_no_rounding_to_clear_yet() -> None:
     ids = torch.zeros(4, dtype=torch.int64)
     exact = Verified(1.0, 4, margin=0.3, spread=0.4, loss=0.1, ids=ids, margins=torch.ones(4))
