@@ -26,6 +26,7 @@ from rehearsed_tokens import token_lines
 
 from prototok.common.clock import once
 from prototok.fitting.engine.step import step
+from prototok_kernels.head_triton import TILES
 from prototok_kernels.layers import inner_projection
 from rehearsal import Launch, frozen_shape, rehearsal, slots_of
 
@@ -34,7 +35,6 @@ SHAPES = {  # rows, N, and constant vectors in front
     "llama-3.1-8b": (16, 256, 0), "smollm2-135m": (512, 16, 1),
 }  # fmt: skip
 PEAK = 989e12  # FLOP/s, dense bf16 of H100 and H200 as declared
-TILES = ((128, 256), (256, 128), (128, 128))
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 SMALL_BYTES, SMALL_FLOPS = 4e6, 1e9
 

@@ -30,8 +30,8 @@ except ImportError:
     triton = None
 
 # What compiles for sm_80, sm_90 and sm_100 without spilling registers: T, c, and the queries of a
-# turn, each way.
-_KEYS, _SIZE, _QUERIES, _QUERIES_BACKWARD = 64, 64, 64, 32
+# turn backward. Forward all are one tile, as the keys are.
+_KEYS, _SIZE, _QUERIES = 64, 64, 32
 _LOG2_E = 1.4426950408889634
 
 
@@ -167,8 +167,7 @@ if triton is not None:
         HALF: tl.constexpr,  # r / 2
         PREFIX: tl.constexpr,  # P
         WINDOW: tl.constexpr,  # positions a query sees, its own included; 0: all
-        BLOCKS: tl.constexpr,  # of queries
-        BLOCK_Q: tl.constexpr,
+        BLOCK_Q: tl.constexpr,  # ≥ N
         BLOCK_K: tl.constexpr,  # ≥ T
         WIDE: tl.constexpr,  # products of fp32, for the interpreter, which has none of bf16
     ):
@@ -184,15 +183,15 @@ if triton is not None:
             KV_HEADS, SIZE, HALF, PREFIX,
         )  # fmt: skip
         column = tl.arange(0, SIZE)[None, :]
-        for block in range(BLOCKS):
-            i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            low, high = _load_pairs(qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS)
-            c, s = _angles(cos, sin, table_row, i, i < length, HALF, PAIRS)
-            q = _turned(low, high, c, s)
-            weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
-            mixed = (_product(weights.to(v.dtype), v, WIDE) / total).to(v.dtype)
-            to = out + i[:, None] * (HEADS * SIZE) + column
-            tl.store(to, mixed, mask=i[:, None] < length)
+        i = tl.arange(0, BLOCK_Q)
+        low, high = _load_pairs(qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS)
+        c, s = _angles(cos, sin, table_row, i, i < length, HALF, PAIRS)
+        weights, total = _weights(
+            _turned(low, high, c, s), k, i, j, length, scale, PREFIX, WINDOW, WIDE
+        )
+        mixed = (_product(weights.to(v.dtype), v, WIDE) / total).to(v.dtype)
+        to = out + i[:, None] * (HEADS * SIZE) + column
+        tl.store(to, mixed, mask=i[:, None] < length)
 
     @triton.jit
     def _attention_backward_kernel(
@@ -213,7 +212,7 @@ if triton is not None:
         HALF: tl.constexpr,
         PREFIX: tl.constexpr,
         WINDOW: tl.constexpr,
-        BLOCKS: tl.constexpr,
+        BLOCKS: tl.constexpr,  # of queries
         BLOCK_Q: tl.constexpr,
         BLOCK_K: tl.constexpr,
         WIDE: tl.constexpr,
@@ -282,11 +281,11 @@ class TileAttention(torch.autograd.Function):
         size = width // (heads + 2 * kv_heads)
         out = qkv.new_empty(rows, length, heads * size)
         if out.numel():
-            constants = _constants(_QUERIES, qkv, cos, prefix, heads, kv_heads, window)
+            constants = _constants(qkv, cos, prefix, heads, kv_heads, window)
             with torch.cuda.device_of(qkv):
                 _attention_kernel[(rows * heads,)](
                     qkv, cos, sin, qkv if prefix is None else prefix, out, scaling * _LOG2_E,
-                    length, cos.stride(0), **constants,
+                    length, cos.stride(0), BLOCK_Q=_block(length), **constants,
                 )  # fmt: skip
         return out
 
@@ -297,29 +296,27 @@ class TileAttention(torch.autograd.Function):
         rows, length, _ = qkv.shape
         grad = torch.empty_like(qkv)
         if grad.numel():
-            constants = _constants(_QUERIES_BACKWARD, qkv, cos, prefix, heads, kv_heads, window)
+            constants = _constants(qkv, cos, prefix, heads, kv_heads, window)
+            queries = min(_QUERIES, _block(length))
+            blocks = triton.cdiv(length, queries)
             with torch.cuda.device_of(qkv):
                 _attention_backward_kernel[(rows * kv_heads,)](
                     qkv, cos, sin, qkv if prefix is None else prefix, grad_out.contiguous(), grad,
                     scaling, scaling * _LOG2_E, length, cos.stride(0),
-                    heads // kv_heads * constants["BLOCKS"], **constants,
+                    heads // kv_heads * blocks, BLOCKS=blocks, BLOCK_Q=queries, **constants,
                 )  # fmt: skip
         return grad, None, None, None, None, None, None, None
 
 
 def _constants(
-    queries: int, qkv: Tensor, cos: Tensor, prefix: Tensor | None, heads: int, kv_heads: int,
-    window: int | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return what a kernel is compiled for that takes at most so many queries a turn."""
-    length = qkv.shape[1]
+    qkv: Tensor, cos: Tensor, prefix: Tensor | None, heads: int, kv_heads: int, window: int | None
+) -> dict[str, Any]:
+    """Return what both kernels are compiled for."""
     size = qkv.shape[2] // (heads + 2 * kv_heads)
     in_front = 0 if prefix is None else prefix.shape[2]
-    keys = in_front + length
-    queries = min(queries, _block(length))
+    keys = in_front + qkv.shape[1]
     return {
         "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "HALF": cos.shape[1] // 2,
         "PREFIX": in_front, "WINDOW": 0 if window is None or window >= keys else window,
-        "BLOCKS": -(-length // queries), "BLOCK_Q": queries, "BLOCK_K": _block(keys),
-        "WIDE": TRITON_INTERPRETED, "num_warps": 8, "num_stages": 1,
+        "BLOCK_K": _block(keys), "WIDE": TRITON_INTERPRETED, "num_warps": 8, "num_stages": 1,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 _BLOCK, _LONG_BLOCK, _LONG_VOCABULARY = 4096, 8192, 65536
 # The tiles that a product on CUDA is made of, and what a value takes of each: half a tile reads its
 # factors more often, assumed to be a tenth. Chunks are a multiple of _ROWS.
-_TILES, _ROWS = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 1.1}, 128
+TILES, _ROWS = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 1.1}, 128
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def whole_waves(rows: int, size: int, largest: int, processors: int) -> int:
         def waves(tall: int, wide: int) -> int:
             return -(-(-(-count // tall) * -(-size // wide)) // processors)
 
-        return min(waves(*tile) * tile[0] * tile[1] * each for tile, each in _TILES.items())
+        return min(waves(*tile) * tile[0] * tile[1] * each for tile, each in TILES.items())
 
     def in_all(chunk: int) -> float:
         whole, rest = divmod(rows, chunk)
