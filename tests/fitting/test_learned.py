@@ -19,7 +19,7 @@ from prototok.fitting.engine.step import step
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.learned import pool, training
-from prototok.fitting.learned.pool import Pool
+from prototok.fitting.learned.pool import Corpus, Pool
 from prototok.fitting.recipe import LEARNED
 from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, load, path_of
@@ -255,6 +255,37 @@ def test_a_model_that_keeps_its_hidden_states_to_itself(
     blind = learn(general, start, steps=2)
     assert not any(name.startswith("along") for name in blind.weights)
     assert bool(fit(general, [[1]], blind).exact.all())
+
+
+def test_training_holds_vectors_near_where_fits_start(
+    small_lm: FrozenLM, optimizer: LearnedOptimizer
+) -> None:
+    """The signal is the gradient of log(0.3 + nats) and of the mean square distance, in spreads."""
+    setup = one_forward(small_lm, Arrangement.parse("e m*"), LEARNED, optimizer, "auto", None)
+    corpus, generator = Corpus([TRAINED[0]]), torch.Generator().manual_seed(0)
+    made = Pool(setup, corpus, LENGTH, generator, near=2.0)
+    slots, network = made.slots, made.network
+    rows = made.window.rows
+    for bank in slots.banks:
+        bank.values.normal_(generator=torch.Generator().manual_seed(3))
+        bank.grad.normal_(generator=torch.Generator().manual_seed(4))
+    slots.loss[:] = torch.linspace(1, 9, rows)
+    good = torch.arange(rows) != 1
+    pending = torch.zeros(rows, 2, small_lm.hidden_size, requires_grad=True)
+    made._learn(torch.optim.SGD(network.parameters(), lr=0.0), pending, good)
+    # The same by autograd, of a loss that has the gradient at hand and no more.
+    moved = torch.zeros_like(pending).requires_grad_()
+    t = LEARNED.temperature
+    nats, square = t * slots.loss / LENGTH, torch.zeros(rows)
+    for k, (bank, mean) in enumerate(zip(slots.banks, network.mean, strict=True)):
+        move = bank.turned_back(moved[:, k])
+        nats = nats + t / LENGTH * (bank.grad[:, 0] * move).sum(1)
+        out = (bank.values[:, 0] + move - mean) / network.scale
+        square = square + out.square().mean(1) / 2  # of e and m together
+    total = ((0.3 + nats).log() + 2 * square)[good].sum() / rows
+    total.backward()
+    assert pending.grad is not None and moved.grad is not None
+    torch.testing.assert_close(pending.grad, moved.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_file_gives_the_same_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,19 @@ def test_the_rate_of_training_is_as_asked(small_lm: FrozenLM, prior: Prior) -> N
     assert made[1].start.provenance["rate"] == "0.002" and "rate" not in made[0].start.provenance
 
 
+def test_vectors_that_are_held_near_lie_nearer(small_lm: FrozenLM, prior: Prior) -> None:
+    texts = own_texts(small_lm, 8, LENGTH, seed=9)
+    alone = replace(LEARNED, learned=5, max_steps=1)  # AdamW has one update
+    out = []
+    for near in (None, 50.0):
+        made = learn(small_lm, prior=prior, steps=80, near=near)
+        assert made.start.provenance.get("near") == (None if near is None else "50.0")
+        found = prototok.fast_fit(small_lm, texts, recipe=alone, init=made, progress=False)
+        away = torch.stack([found.tokens.e, found.tokens.m], 1) - prior.mean
+        out.append(float(away.square().mean()))
+    assert out[1] < 0.7 * out[0]
+
+
 def test_a_checkpoint_of_another_beginning_is_refused(
     small_lm: FrozenLM, prior: Prior, optimizer: LearnedOptimizer, tmp_path: Path
 ) -> None:
@@ -183,6 +197,7 @@ def test_what_does_not_go_together_is_refused(
         ({"prior": prior, "horizon": 2.5}, "horizon: 2.5 is not a positive integer"),
         ({"prior": prior, "rate": 0}, "rate: 0 is not a positive number"),
         ({"prior": prior, "rate": float("nan")}, "rate: nan is not a positive number"),
+        ({"prior": prior, "near": -1}, "near: -1 is negative or not a number"),
         ({"init": optimizer, "prior": prior}, "prior: a network that was trained"),
         ({"init": optimizer, "reach": LENGTH - 1}, "reach: 2 is less than the 3 of"),
     ):

@@ -62,11 +62,12 @@ class Pool:
         encoder: Encoder | None = None,
         positions: int | None = None,
         horizon: int | None = None,
+        near: float = 0.0,
     ) -> None:
         assert setup.network is not None
         rows = max(8, (positions or _POSITIONS) // length)
         self.setup, self.network, self.corpus = setup, setup.network, corpus
-        self.length, self.generator = length, generator
+        self.length, self.generator, self.near = length, generator, near
         self.slots = Slots(setup, Room(rows, rows, length))
         ids = corpus.draw(rows, length, generator)
         self.slots.admit([Group(r, (Row(r, r, 0, row),), None) for r, row in enumerate(ids)])
@@ -107,12 +108,20 @@ class Pool:
         self.pending = self._move(~leaving)
 
     def _learn(self, optimizer: torch.optim.Optimizer, pending: Tensor, good: Tensor) -> None:
-        """Descend on the mean of log(0.3 + nats a token), through the pending updates alone."""
-        slots, t = self.slots, self.setup.recipe.temperature
+        """Descend on the mean of log(0.3 + nats a token) + near · the mean square distance.
+
+        The distance is that from where fits start, by coordinate, in spreads. It goes through the
+        pending updates alone.
+        """
+        slots, t, scale = self.slots, self.setup.recipe.temperature, self.network.scale
         nats = t * slots.loss / self.length
         weight = torch.where(good, t / self.length / (_SOFT + nats) / len(nats), 0.0)[:, None]
+        nearer = torch.where(good, self.near / slots.width / len(nats), 0.0)[:, None]
         # A row that came after the last score has an update of zero pending, with no graph.
-        signal = [bank.turned(bank.grad[:, 0]) * weight for bank in slots.banks]
+        signal = [
+            bank.turned(weight * bank.grad[:, 0] + nearer * (bank.values[:, 0] - mean) / scale**2)
+            for bank, mean in zip(slots.banks, self.network.mean, strict=True)
+        ]
         optimizer.zero_grad(set_to_none=True)
         pending.backward(torch.stack(signal, dim=1).nan_to_num(0.0, 0.0, 0.0))
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
