@@ -151,11 +151,10 @@ def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
     files = [asked.train_text]
     if asked.train_text.is_dir():
         files = sorted(asked.train_text.glob("*.txt"))
-        if lm.identity.name in BUILT_IN:
-            made = Path(path_of(lm.identity.name)) / "training.json"
-            files = [
-                asked.train_text / name for name in json.loads(made.read_text())["train_files"]
-            ]
+        made = Path(path_of(lm.identity.name)) / "training.json"
+        if made.exists():  # from train_builtin.py
+            trained_on = json.loads(made.read_text())["train_files"]
+            files = [asked.train_text / name for name in trained_on]
     each = asked.train_tokens // len(files)
     return [torch.tensor(lm.encode(read_text(file)[: 8 * each])[:each]) for file in files]
 
