@@ -639,7 +639,7 @@ def more_updates(cell: dict, base: dict) -> str:
     pairs = zip(cell["steps"], base["steps"], strict=True)
     more = [a - b for a, b in pairs if a is not None and b is not None]
     mean, half = statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
-    return f"{mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f}"
+    return f"{mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f}".replace("-", "−")
 
 
 def amortised_texts() -> str:
