@@ -2,7 +2,8 @@
 
     python benchmarks/amortised.py tiny-neox --lengths 8 --seeds 0 1 2 --folder FOLDER
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 8 16 --folder FOLDER
-    python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER    # the gradient alone
+    python benchmarks/amortised.py tiny-neox --reach 0 --folder FOLDER \\
+        --out benchmarks/results/amortised_parts.json    # the gradient alone
     python benchmarks/amortised.py tiny-neox --shipped --train-text NOVELS --folder FOLDER/tiny-neox
     python benchmarks/amortised.py MODEL --text valid.txt --lengths 16 --folder FOLDER \\
         --begin FOLDER/optimizer-8-None-3000-0.safetensors    # go on from that
@@ -150,11 +151,10 @@ def training_texts(lm: FrozenLM, asked: argparse.Namespace) -> list[Tensor]:
     files = [asked.train_text]
     if asked.train_text.is_dir():
         files = sorted(asked.train_text.glob("*.txt"))
-        if lm.identity.name in BUILT_IN:
-            made = Path(path_of(lm.identity.name)) / "training.json"
-            files = [
-                asked.train_text / name for name in json.loads(made.read_text())["train_files"]
-            ]
+        made = Path(path_of(lm.identity.name)) / "training.json"
+        if made.exists():  # from train_builtin.py
+            trained_on = json.loads(made.read_text())["train_files"]
+            files = [asked.train_text / name for name in trained_on]
     each = asked.train_tokens // len(files)
     return [torch.tensor(lm.encode(read_text(file)[: 8 * each])[:each]) for file in files]
 
@@ -276,12 +276,13 @@ def main() -> None:
     parser.add_argument("--shipped", action="store_true", help="the one in the package")
     parser.add_argument("--begin", type=Path, nargs="+", help="files that training begins with")
     parser.add_argument("--idle", action="store_true", help="keep times")
+    parser.add_argument("--out", type=Path, default=RESULTS / "amortised.json",
+                        help="cells are added to what is there")  # fmt: skip
     asked = parser.parse_args()
     lm, text, prior = opened(asked)
     samples = samples_of(lm, asked.folder, asked.samples)
     model = Path(asked.model).name
-    path = RESULTS / "amortised.json"
-    record = record_at(path)
+    record = record_at(asked.out)
     learned, begun = optimizers(lm, prior, samples, asked), read_networks(asked.begin or [])
     known = [*samples, *([] if asked.train_text is None else training_texts(lm, asked))]
     other = other_text(asked)
@@ -313,8 +314,8 @@ def main() -> None:
                 }  # fmt: skip
             cell |= {"model": model, "length": length, "recipe": name, "text": other}
             record["cells"][key_of(cell)] = cell | provenance()
-            save(record, path)
-    print(f"\nwritten to {path}")
+            save(record, asked.out)
+    print(f"\nwritten to {asked.out}")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@
     python benchmarks/encoder.py tiny-neox --train-text FOLDER --folder FOLDER \\
         --optimizer shipped --samples train/tiny-neox/samples.npy
 
-The encoder learns from windows of --train-text: a file, or a folder, of which a built-in model
-takes the books that it was trained on itself; without it, from samples of the model. Windows of
-the held-out text that occur there are left out. A guess is decoded alone, at batch 1, in the
-model's dtype and in float32, and the worse of both counts. Fits of the same windows by `fast`,
-from the guess and from the prior that the encoder starts from, go on until the margin is that of
-`fast`. With --optimizer recipe "learned" fits them too, from the prior and from the guess; none of
-them may occur in the --samples that it was trained on. Prior and encoders are kept in FOLDER, one
-folder a model, and made only where they are not there; a training that was interrupted goes on.
+The encoder learns from windows of --train-text: a file, or a folder, of which a model that
+train_builtin.py made takes the books that it was trained on itself; without it, from samples of the
+model. Windows of the held-out text that occur there are left out. A guess is decoded alone, at
+batch 1, in the model's dtype and in float32, and the worse of both counts. Fits of the same windows
+by `fast`, from the guess and from the prior that the encoder starts from, go on until the margin is
+that of `fast`. With --optimizer recipe "learned" fits them too, from the prior and from the guess;
+none of them may occur in the --samples that it was trained on. Prior and encoders are kept in
+FOLDER, one folder a model, and made only where they are not there; a training that was interrupted
+goes on.
 """
 
 from __future__ import annotations

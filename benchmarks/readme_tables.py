@@ -488,15 +488,15 @@ def capacity() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
-def amortised_cells() -> list[dict]:
-    cells = result("amortised.json")["cells"].values()
+def amortised_cells(name: str = "amortised.json") -> list[dict]:
+    cells = result(name)["cells"].values()
     return sorted(cells, key=lambda c: (c["model"], c["length"], "trained" in c))
 
 
 def amortised_commands() -> str:
     """The command lines of all cells, under the machine that ran them."""
     runs: dict[str, dict[str, dict[str, None]]] = {}
-    for c in amortised_cells():
+    for c in amortised_cells() + amortised_cells("amortised_parts.json"):
         on, _, when = source(c).partition(c["date"])
         found = runs.setdefault(on.strip(" ,"), {}).setdefault(c["command"], {})
         found[c["date"] + when.rstrip(".")] = None
@@ -598,6 +598,48 @@ def amortised_lengths() -> str:
             shown.append(steps_of(c["steps_quartiles"]) + (f", {missed} missed" if missed else ""))
         lines.append(f"| {model} | {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def amortised_parts() -> str:
+    """What a network sees and how long its texts stay, one changed at a time."""
+    cells = amortised_cells("amortised_parts.json")
+
+    def changed(cell: dict) -> tuple:
+        return cell["reach"] is not None, cell["horizon"] or 0, cell["recipe"]
+
+    lines = [
+        "| model | N | steps of training | seed | sees | horizon | solved | steps "
+        "| 95 % of texts within | more updates a text than the first of them | 95 % |",
+        "|---" * 11 + "|",
+    ]
+    by_model: dict[tuple[str, int], list[dict]] = {}
+    for c in cells:
+        by_model.setdefault((c["model"], c["length"]), []).append(c)
+    for (model, n), found in by_model.items():
+        fast = next(c for c in found if "trained" not in c)
+        whole, *others = sorted((c for c in found if c is not fast), key=changed)
+        for c in (fast, whole, *others):
+            how = "| none: `fast` | | | "
+            if c is not fast:
+                sees = "gradient alone" if c["reach"] == 0 else "gradient, tokens, errors"
+                horizon = c["horizon"] or max(16, n * n // 4)  # what a training takes by itself
+                seed = c["recipe"].split(" ")[-1]
+                how = f"| {c['training_steps']} | {seed} | {sees} | {horizon} "
+            lines.append(
+                f"| {model} | {n} {how}| {c['solved']}/{c['texts']} "
+                f"| {steps_of(c['steps_quartiles'])} | {c['steps_95']} | {more_updates(c, whole)} |"
+            )
+    return "\n".join(lines)
+
+
+def more_updates(cell: dict, base: dict) -> str:
+    """Two columns: the mean over texts that both solve, and its interval over texts."""
+    if cell is base:
+        return "| "
+    pairs = zip(cell["steps"], base["steps"], strict=True)
+    more = [a - b for a, b in pairs if a is not None and b is not None]
+    mean, half = statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
+    return f"{mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f}".replace("-", "−")
 
 
 def amortised_texts() -> str:
@@ -771,6 +813,7 @@ DOCUMENTS = {
     "docs/amortised.md": (
         amortised,
         amortised_lengths,
+        amortised_parts,
         amortised_texts,
         amortised_commands,
         encoder,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,8 +53,35 @@ def test_cells_are_told_apart_and_count_what_training_began_with(
     assert hasty["steps"] != learned["steps"]
     assert all(fourth[name]["steps"] == cell["steps"] for name, cell in third.items())
 
+    apart = tmp_path / "apart.json"
+    assert run("--steps", 2, "--positions", 24, "--out", apart) == fourth  # nothing is added here
+    assert json.loads(apart.read_text())["cells"] == {
+        name: cell for name, cell in fourth.items() if name in first
+    }
     run("--shipped", "--random")
     others = run("--shipped", "--text", story)
     found = {name.partition(", on ")[2] for name in others.keys() - fourth.keys()}
     assert found == {"random ids", "story.txt"}
     assert all(others[name] == cell for name, cell in fourth.items())
+
+
+def test_texts_of_training_are_the_books_of_a_model_that_says_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    amortised = importlib.import_module("amortised")
+    for name in ("read.txt", "held_out.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    model = tmp_path / "model"
+    model.mkdir()
+    asked = argparse.Namespace(train_text=tmp_path, train_tokens=2**10)
+    lm = SimpleNamespace(
+        identity=SimpleNamespace(name=str(model)), encode=lambda text: list(text.encode())
+    )
+
+    def found() -> list[bytes]:
+        return [bytes(text.tolist()) for text in amortised.training_texts(lm, asked)]
+
+    assert found() == [b"held_out.txt", b"read.txt"]
+    (model / "training.json").write_text('{"train_files": ["read.txt"]}', encoding="utf-8")
+    assert found() == [b"read.txt"]
