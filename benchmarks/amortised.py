@@ -108,6 +108,8 @@ def optimizer_of(
     begun = read_networks(asked.begin or [])
     if asked.horizon is not None:
         name += f"-horizon-{asked.horizon}"
+    if asked.near is not None:
+        name += f"-near-{asked.near:g}"
     if begun:
         name += "-begun"
     path = asked.folder / f"{name}.safetensors"
@@ -115,7 +117,7 @@ def optimizer_of(
         start = time.process_time()
         prototok.learn_optimizer(
             lm, samples, lengths=asked.train_lengths, reach=asked.reach, steps=asked.steps,
-            positions=asked.positions, horizon=asked.horizon,
+            positions=asked.positions, horizon=asked.horizon, near=asked.near,
             prior=None if any(isinstance(part, LearnedOptimizer) for part in begun) else prior,
             init=None if not begun else begun[0] if len(begun) == 1 else begun, seed=seed,
             checkpoint=asked.folder / f"{name}.training.safetensors", progress=True,
@@ -218,7 +220,7 @@ def key_of(cell: dict) -> str:
     key = f"{cell['model']} {cell['length']} {cell['recipe']}"
     if "trained" in cell:
         key += f", {cell['training_steps']} steps on {cell['trained']}"
-        for name in ("reach", "horizon", "patience"):
+        for name in ("reach", "horizon", "near", "patience"):
             if cell.get(name) is not None:
                 key += f", {name} {cell[name]}"
         if cell["begun"]:
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--reach", type=int)
     parser.add_argument("--positions", type=int)
     parser.add_argument("--horizon", type=int)
+    parser.add_argument("--near", type=float, help="hold the network near where fits start")
     parser.add_argument("--patience", type=int, help="updates without progress of the network")
     parser.add_argument("--samples", type=int, default=512, help="made where FOLDER has none")
     parser.add_argument("--random", action="store_true", help="fit random ids")
@@ -309,7 +312,8 @@ def main() -> None:
                 del cell["cpu_ms"]
             if name in learned:
                 cell |= training_of(learned[name]) | {
-                    "reach": asked.reach, "horizon": asked.horizon, "patience": asked.patience,
+                    "reach": asked.reach, "horizon": asked.horizon, "near": asked.near,
+                    "patience": asked.patience,
                     "training_positions": None if asked.shipped else cost_of(learned[name], begun),
                 }  # fmt: skip
             cell |= {"model": model, "length": length, "recipe": name, "text": other}
