@@ -68,27 +68,22 @@ def optimizer_of(
     """Return what all stages end with, and what each was."""
     name, trained, stages = f"optimizer-{asked.reach}", None, []
     rates = asked.rates or [None] * len(asked.stage)
-    nears = asked.near or [0.0] * len(asked.stage)
-    for (length, steps, positions, horizon), rate, near in zip(
-        asked.stage, rates, nears, strict=True
-    ):
+    for (length, steps, positions, horizon), rate in zip(asked.stage, rates, strict=True):
         name += f"-{length}x{steps}x{positions}x{horizon}" + (f"x{rate}" if rate else "")
-        name += f"-near-{near:g}" if near else ""
         path = asked.folder / f"{name}.safetensors"
         if not path.exists():
             start = time.process_time()
             prototok.learn_optimizer(
                 lm, pieces, lengths=(length,), reach=asked.reach, steps=steps, positions=positions,
-                horizon=horizon, rate=rate, near=near or None,
-                prior=prior if trained is None else None, init=trained,
-                checkpoint=asked.folder / f"{name}.training.safetensors",
+                horizon=horizon, rate=rate, prior=prior if trained is None else None,
+                init=trained, checkpoint=asked.folder / f"{name}.training.safetensors",
                 progress=True,
             ).save(path)  # fmt: skip
             print(f"{path.name}: {time.process_time() - start:.0f} CPU s of training", flush=True)
         trained = LearnedOptimizer.load(path)
         stages.append(
             {"length": length, "steps": steps, "positions": positions, "horizon": horizon,
-             "rate": rate, "near": near}
+             "rate": rate}
         )  # fmt: skip
     assert trained is not None
     return trained, stages
@@ -173,8 +168,6 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs=4, action="append", required=True,
                         metavar=("N", "STEPS", "POSITIONS", "HORIZON"))  # fmt: skip
     parser.add_argument("--rates", type=float, nargs="+", help="of training, one a stage")
-    parser.add_argument("--near", type=float, nargs="+",
-                        help="hold the network near where fits start, one a stage")  # fmt: skip
     parser.add_argument("--reach", type=int, default=0)
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")
@@ -193,10 +186,7 @@ def main() -> None:
         "fast": {},
         "fast from the prior": {"init": prior},
     }
-    trained = "; ".join(
-        f"{s['length']} for {s['steps']} steps" + (f", near {s['near']:g}" if s["near"] else "")
-        for s in stages
-    )
+    trained = "; ".join(f"{s['length']} for {s['steps']} steps" for s in stages)
     for length in asked.lengths:
         texts = held_out(lm, asked.text, pieces, length, asked.count)
         for name, options in runs.items():

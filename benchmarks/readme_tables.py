@@ -685,11 +685,7 @@ def amortised_real() -> str:
     for c in cells:
         name, (low, high) = c["recipe"], c["solved_interval"]
         if "stages" in c:
-            stages = (
-                f"{s['steps']} steps at {s['length']}"
-                + (f" held near ({s['near']:g})" if s.get("near") else "")
-                for s in c["stages"]
-            )
+            stages = (f"{s['steps']} steps at {s['length']}" for s in c["stages"])
             name += f", {', '.join(stages)}"
         right = " / ".join(f"{share:.2f}" for share in c["right"].values())
         middle = "–".join("∞" if s is None else f"{s:.0f}" for s in c["median_interval"])
