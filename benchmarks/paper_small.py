@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prototok.geometry.paths import BezierSettings
 from prototok.report.build import build
 from prototok.report.measure import measure
 from prototok.report.results import read
@@ -23,6 +24,7 @@ from prototok.sweep.experiments import plan, settings_of
 from prototok.sweep.local import LocalSettings, run_local
 from prototok.sweep.lots import to_do
 from prototok.sweep.run_folder import RunFolder
+from prototok.sweep.settings import Settings
 from prototok.texts.sources import Source
 
 # Figure 2 shares one-forward fits with Table 3; [mem] vectors hold less, so it starts below.
@@ -43,30 +45,53 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 _BOTH_SOURCES = ("table3", "figure2")  # the others take the first
 
 
+Parts = dict[str, list[Settings]]  # the settings of each experiment: the first, and those beside it
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser = options(__doc__)
     parser.add_argument("--model", action="append", help="default: both built-in models")
     parser.add_argument("--source", action="append", help="default: held-out and random")
-    parser.add_argument("--only", help="such as table1,table3")
-    parser.add_argument("--stop-after", choices=("plan", "run"), help="leave out what follows")
     a = parser.parse_args()
     sources = tuple(Source.parse(s) for s in a.source or ("held-out", "random"))
     models = tuple(a.model or ("tiny-llama", "tiny-neox"))
-    for name in a.only.split(",") if a.only else EXPERIMENTS:
-        given: dict[str, Any] = {"models": models, **EXPERIMENTS[name]}
+    parts: Parts = {}
+    for name, sizes in EXPERIMENTS.items():
+        given: dict[str, Any] = {"models": models, **sizes}
         if name in ("figure4", "figure5"):
             of = a.source[0] if a.source else "held-out"
             given["sources"] = (Source.parse(f"generated:{of.rpartition('=')[2]}"),)
         else:
             given["sources"] = sources if name in _BOTH_SOURCES else sources[:1]
-        units, texts = plan(a.out, name, settings_of(name, "small", None, **given))
-        print(f"{name}: {units} units of {texts} texts")
+        parts[name] = [settings_of(name, "small", None, **given)]
+    do(a, parts)
+
+
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return the options that `do` takes."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--only", help="such as table1,table3")
+    parser.add_argument("--stop-after", choices=("plan", "run"), help="leave out what follows")
+    return parser
+
+
+def do(
+    a: argparse.Namespace,
+    parts: Parts,
+    curves: BezierSettings | None = None,
+    most_pairs: int | None = None,
+) -> None:
+    """Plan the experiments into a run folder, fit what is not done, measure, write the report."""
+    for name in a.only.split(",") if a.only else parts:
+        first, *also = parts[name]
+        units, texts = plan(a.out, name, first, also=also)
+        print(f"{name}: {units} units of {texts} texts", flush=True)
     run = RunFolder.open(a.out)
     if a.stop_after != "plan":
         run_local(run, to_do(run, None, False), LocalSettings("auto", 1, "auto", 3))
     if a.stop_after is None:
-        measure(read(a.out), say=print)
+        measure(read(a.out), curves=curves, most_pairs=most_pairs, say=print)
         written = build(read(a.out), a.out / "report.html")
         print(f"written to {written.page}")
 

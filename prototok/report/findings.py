@@ -16,7 +16,7 @@ from prototok.geometry.text import tfidf_distances
 from prototok.report.chance import context_gap
 from prototok.report.experiments.distances import distances
 from prototok.report.experiments.throughput import fastest
-from prototok.report.results import Fit, Outcome, Results, best_seeds, longest, name_of
+from prototok.report.results import Fit, Outcome, Results, Subject, best_seeds, longest
 from prototok.report.verdict import Comparison, all_of, judged, mean_of, share_of
 
 
@@ -59,7 +59,7 @@ def _differences(more: dict[str, float], less: dict[str, float]) -> list[float]:
 def _one_vector(results: Results) -> Verdict:
     """One vector repeated stops at a token or two; two vectors do not."""
     found = []
-    for model, part in _by(results.get("table1"), "model"):
+    for model, part in _by(results.get("table1")):
         alone, both = part.where(arrangement="e*"), part.where(arrangement="e m*")
         lengths = [n for n in part.values("length") if n >= 4]
         for n in lengths[:1]:
@@ -75,7 +75,7 @@ def _one_vector(results: Results) -> Verdict:
 def _default_best(results: Results) -> Verdict:
     """[e] [m]×(N−1) is at least as accurate as every other arrangement at the longest N."""
     found = []
-    for model, part in _by(results.get("table1"), "model"):
+    for model, part in _by(results.get("table1")):
         n = max(part.values("length"))
         of = {
             a: _accuracies(fits)
@@ -96,7 +96,7 @@ def _default_best(results: Results) -> Verdict:
 def _sharing(results: Results) -> Verdict:
     """With the best of the seeds, the largest group loses at most 0.01 of accuracy."""
     found = []
-    for model, part in _by(results.get("table2"), "model"):
+    for model, part in _by(results.get("table2")):
         for share in part.values("share"):
             sizes = [n for n in part.values("group_size") if n is not None]
             own = part.where(share=share)
@@ -147,7 +147,7 @@ def _reach(more: Outcome, less: Outcome) -> tuple[bool | None, str] | None:
 def _m_per_text(results: Results) -> Verdict:
     """A text reaches a longer N with m of its own than with m shared."""
     found = []
-    for model, part in _by(results.get("table3"), "model"):
+    for model, part in _by(results.get("table3")):
         for source in part.values("source"):
             of = part.where(source=source)
             reach = _reach(of.where(share=None), of.where(share="m"))
@@ -159,7 +159,7 @@ def _m_per_text(results: Results) -> Verdict:
 def _random_nats(results: Results) -> Verdict:
     """Random text: fewer tokens than natural text, and more nats (m per text)."""
     found = []
-    for model, part in _by(results.get("table3"), "model"):
+    for model, part in _by(results.get("table3")):
         sources = part.values("source")
         words = [s for s in sources if s.lower().startswith("random")]
         for source in [s for s in sources if s not in words]:
@@ -199,7 +199,7 @@ def _apart(more: Sequence[float], less: Sequence[float]) -> bool | None:
 def _information(results: Results) -> Verdict:
     """Autoregressive vectors hold at least as many nats as the one forward, at most ten times."""
     found = []
-    for model, part in _by(results.get("figure2"), "model"):
+    for model, part in _by(results.get("figure2")):
         for vectors, share in ((1, "m"), (2, None)):
             left = _nats(_whole(part.where(mode="autoregressive", vectors=vectors)))
             right = _nats(_whole(part.where(mode="one-forward", share=share)))
@@ -224,7 +224,7 @@ _MANY = 2  # times the tokens a second, the least that could be called many
 def _throughput(results: Results) -> Verdict:
     """One forward gives more tokens a second than autoregression, each at its longest text."""
     found = []
-    for model, part in _by(results.get("figure3"), "model"):
+    for model, part in _by(results.get("figure3")):
         ratios = []
         for source in part.values("source"):
             own = part.where(source=source)
@@ -246,7 +246,7 @@ def _throughput(results: Results) -> Verdict:
 def _classes(results: Results) -> Verdict:
     """Mean distance: same text < same context < different context, the last not by chance."""
     found = []
-    for model, part in _by(results.get("figure4") or results.get("figure5"), "model"):
+    for model, part in _by(results.get("figure4") or results.get("figure5")):
         fits = part.fits()
         if len(fits) < 3:
             continue
@@ -277,7 +277,7 @@ def _same_context(results: Results) -> Verdict:
     The difference in e that is left after a common linear dependence on the text distance.
     """
     found = []
-    for model, part in _by(results.get("figure5") or results.get("figure4"), "model"):
+    for model, part in _by(results.get("figure5") or results.get("figure4")):
         fits = part.fits()
         if len(fits) < 3:
             continue
@@ -296,7 +296,7 @@ def _same_context(results: Results) -> Verdict:
 
 def _paths(results: Results) -> tuple[list[dict], list[str]]:
     groups = results.measured.get("paths", {}).get("groups", [])
-    return groups, [f"{name_of(g['model'])}{'' if g['share'] else ', m per text'}" for g in groups]
+    return groups, [f"{Subject.of(g).name}{'' if g['share'] else ', m per text'}" for g in groups]
 
 
 def _straight_leaves(results: Results) -> Verdict:
@@ -348,10 +348,11 @@ def _curve_short(results: Results) -> Verdict:
     return judged(found)
 
 
-def _by(one: Outcome | None, column: str) -> list[tuple[str, Outcome]]:
+def _by(one: Outcome | None) -> list[tuple[str, Outcome]]:
+    """Cut an experiment into parts of one subject, by its name."""
     if one is None:
         return []
-    return [(name_of(str(v)), one.where(**{column: v})) for v in one.values(column)]
+    return [(subject.name, one.where(subject=subject)) for subject in one.values("subject")]
 
 
 _FINDINGS: tuple[tuple[str, str, Callable[[Results], Verdict]], ...] = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from prototok.report.results import Fit, Results, name_of
+from prototok.report.results import Fit, Results, Subject
 from prototok.sweep.models import tokenizer_of
 
 
@@ -43,15 +43,15 @@ class Exhibit:
 def gallery(results: Results, most: int = 48) -> list[Exhibit]:
     """Choose at most so many fits: of each kind one exact by the least margin, one that is not.
 
-    A kind is an (experiment, model, source, mode, share, arrangement, K, N). Where there are more
+    A kind is an (experiment, subject, source, mode, share, arrangement, K, N). Where there are more
     kinds than room, they take turns: the longest texts of each experiment first.
     """
     kinds: dict[tuple, list[Fit]] = {}
     for one in results.experiments.values():
-        for fit in one.fits():
-            key = (one.name, fit["model"], fit["source"], fit["mode"], fit["share"],
-                   fit["arrangement"], fit["vectors"], fit["length"])  # fmt: skip
-            kinds.setdefault(key, []).append(fit)
+        for work in one.work:
+            key = (one.name, work.subject, work.source, work.mode, work.share, work.arrangement,
+                   work.vectors, work.length)  # fmt: skip
+            kinds.setdefault(key, []).extend(work.fits)
     queues: dict[tuple, list[Fit]] = {}
     for key in sorted(kinds, key=lambda k: -k[-1]):
         exact = [f for f in kinds[key] if f["exact"]]
@@ -61,14 +61,14 @@ def gallery(results: Results, most: int = 48) -> list[Exhibit]:
         queues.setdefault(key[:3], []).extend(chosen)
     found: dict[str, Exhibit] = {}
     while len(found) < most and any(queues.values()):
-        for (experiment, *_), queue in queues.items():
+        for (experiment, subject, _), queue in queues.items():
             if queue and len(found) < most:
-                shown = _exhibit(experiment, queue.pop(0))
+                shown = _exhibit(experiment, subject, queue.pop(0))
                 found.setdefault(shown.anchor, shown)
     return sorted(found.values(), key=lambda x: (x.model, x.source, x.experiment, x.length))
 
 
-def _exhibit(experiment: str, fit: Fit) -> Exhibit:
+def _exhibit(experiment: str, subject: Subject, fit: Fit) -> Exhibit:
     pieces = _pieces(fit["model"])
     margins = fit["margins"] or [None] * fit["length"]
     tokens = tuple(
@@ -83,7 +83,7 @@ def _exhibit(experiment: str, fit: Fit) -> Exhibit:
         f"H_LM {fit['h_lm']:.1f} nats",
     ]  # fmt: skip
     return Exhibit(
-        f"{fit['key']}-{fit['row']}", experiment, name_of(fit["model"]), fit["source"],
+        f"{fit['key']}-{fit['row']}", experiment, subject.name, fit["source"],
         fit["length"], sum(t.right for t in tokens), fit["margin"], " · ".join(about), tokens,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from prototok.geometry.robustness import decodings, perturbations
 from prototok.geometry.text import semantic_embeddings
 from prototok.geometry.vectors import nearest_tokens, norms, pca
 from prototok.model.frozen_lm import FrozenLM
-from prototok.report.results import Fit, Outcome, Results
+from prototok.report.results import Fit, Outcome, Results, Subject
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.sweep.models import load_model
@@ -70,7 +70,9 @@ def measure(
     if paths:
         _keep(results, "paths", {"groups": paths})
     solutions = [
-        found for part in _one_a_model(results) if (found := _solutions(results, part, device, say))
+        found
+        for part in _one_a_subject(results)
+        if (found := _solutions(results, part, device, say))
     ]
     if solutions:
         _keep(results, "solutions", {"groups": solutions})
@@ -139,15 +141,15 @@ def _fitted(one: Outcome) -> list[Outcome]:
     return [part for part in one.where(mode="one-forward").by_setting() if part.fits()]
 
 
-def _one_a_model(results: Results) -> list[Outcome]:
-    """Choose for each model the setting with the most exact solutions of "e m*"."""
-    best: dict[str, Outcome] = {}
+def _one_a_subject(results: Results) -> list[Outcome]:
+    """Choose for each subject the setting with the most exact solutions of "e m*"."""
+    best: dict[Subject, Outcome] = {}
     for one in results.experiments.values():
         for part in _fitted(one.where(arrangement="e m*")):
-            model = part.work[0].model
+            subject = part.work[0].subject
             count = sum(f["exact"] for f in part.fits())
-            if count > (sum(f["exact"] for f in best[model].fits()) if model in best else 0):
-                best[model] = part
+            if count > (sum(f["exact"] for f in best[subject].fits()) if subject in best else 0):
+                best[subject] = part
     return list(best.values())
 
 
@@ -210,12 +212,14 @@ def _path(paths: Paths) -> dict[str, Any]:
 
 
 def _setting(part: Outcome) -> dict[str, Any]:
+    """Return what a group is of; a prefix that was left to the recipe is not named."""
     first = part.work[0]
-    return {n: getattr(first, n) for n in ("model", "source", "length", "share")}
+    front = {} if first.prefix == "auto" else {"prefix": first.prefix}
+    return {n: getattr(first, n) for n in ("model", "source", "length", "share")} | front
 
 
 def _title(part: Outcome) -> str:
-    return f"{part.work[0].model}, N = {part.work[0].length}"
+    return f"{part.work[0].subject.name}, N = {part.work[0].length}"
 
 
 def _load(part: Outcome, device: str) -> FrozenLM:

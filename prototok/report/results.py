@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,40 @@ from prototok.report.tables import Cell
 from prototok.sweep.run_folder import RunFolder
 
 Fit = dict[str, Any]  # a row of `schema.FITS`
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is fitted on: a model as a sweep names it, and what stands in front of every text.
+
+    prefix  text, token ids or None for nothing, as it was planned; "auto" left it to the recipe
+    """
+
+    model: str
+    prefix: str | tuple[int, ...] | None = "auto"
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Subject:
+        """Return that of a group of RUN/analysis/, where "auto" is not named."""
+        prefix = group.get("prefix", "auto")
+        return cls(group["model"], tuple(prefix) if isinstance(prefix, list) else prefix)
+
+    @property
+    def name(self) -> str:
+        """Return the model's name, and what was asked for in front of it."""
+        front = front_of(self.prefix)
+        return name_of(self.model) + (f", {front}" if front else "")
+
+
+def front_of(prefix: str | Sequence[int] | None) -> str:
+    """Say what stands in front, such as "behind ' the'"; nothing where the recipe chose it."""
+    if prefix == "auto":
+        return ""
+    if prefix is None:
+        return "nothing in front"
+    if isinstance(prefix, str):
+        return f"behind {prefix!r}"
+    return f"behind token {', '.join(map(str, prefix))}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +64,13 @@ class Work:
     vectors: int
     recipe: str
     rows: int
+    prefix: str | tuple[int, ...] | None = "auto"
     fits: tuple[Fit, ...] = ()
     reason: str | None = None
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.model, self.prefix)
 
     @property
     def state(self) -> str:
@@ -70,10 +109,10 @@ class Outcome:
         return list(dict.fromkeys(getattr(one, name) for one in self.work))
 
     def by_setting(self) -> list[Outcome]:
-        """Cut it into parts of one model, source, N and share."""
+        """Cut it into parts of one subject, source, N and share."""
         found = [
-            self.where(model=m, source=s, length=n, share=share)
-            for m in self.values("model")
+            self.where(subject=subject, source=s, length=n, share=share)
+            for subject in self.values("subject")
             for s in self.values("source")
             for n in self.values("length")
             for share in self.values("share")
@@ -106,7 +145,7 @@ def read(path: str | Path) -> Results:
         if lacking:
             raise ValueError(f"run: {run.path} has a fit of {row['key']} without {lacking[0]}")
         fits.setdefault(row["key"], []).append(row)
-    plan = run.plan().to_pylist()
+    plan, units = run.plan().to_pylist(), run.units()
     columns = (
         "key", "mode", "model", "source", "length", "share", "group_size", "arrangement",
         "vectors", "recipe", "rows",
@@ -116,6 +155,7 @@ def read(path: str | Path) -> Results:
         work = tuple(
             Work(
                 **{c: row[c] for c in columns},
+                prefix=units[row["key"]].prefix,
                 fits=tuple(fits.get(row["key"], ())),
                 reason=reasons.get(row["key"]),
             )

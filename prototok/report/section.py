@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prototok.report.chart import Chart
-from prototok.report.results import Outcome, Results, name_of
+from prototok.report.results import Outcome, Results, front_of, name_of
 from prototok.report.tables import Table
 
 
@@ -117,7 +118,11 @@ def _plural(count: int, what: str) -> str:
 
 
 def _settings_of(one: Outcome) -> str:
-    s = one.settings
+    """Say what an experiment was planned with; what was planned beside it behind a stroke."""
+    return " / ".join(map(_in_words, (one.settings, *one.settings.get("also", ()))))
+
+
+def _in_words(s: Mapping[str, Any]) -> str:
     models = ", ".join(name_of(str(m)) for m in s.get("models", ()))
     sources = ", ".join(x["name"] if isinstance(x, dict) else str(x) for x in s.get("sources", ()))
     changes = s.get("changes") or {}
@@ -132,7 +137,8 @@ def _settings_of(one: Outcome) -> str:
         f"recipe {s.get('recipe')}"
         + "".join(f", {key.replace('_', ' ')} {value}" for key, value in changes.items())
     )
-    return "; ".join(parts)
+    front = front_of(s.get("prefix", "auto"))
+    return "; ".join([*parts, front] if front else parts)
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,19 +155,25 @@ def settings_of(
     return Settings(**found)
 
 
-def plan(out: Path, name: str, settings: Settings, device: str = "auto") -> tuple[int, int]:
+def plan(
+    out: Path, name: str, settings: Settings, device: str = "auto", also: Sequence[Settings] = ()
+) -> tuple[int, int]:
     """Expand an experiment into the run folder `out`; return how many units and texts it has.
 
     Texts are tokenised here, and continuations generated (which loads the models that make them),
-    so that workers need nothing but the run folder and the models.
+    so that workers need nothing but the run folder and the models. An experiment may have further
+    settings in `also`, as of what is fitted behind another prefix or to a shorter grid; a text is
+    cut to the longest N of them all, so that it is one text in each.
     """
     require_place(out)  # before models are loaded and texts generated
     units: dict[str, Unit] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for model in settings.models:
+    parts = (settings, *also)
+    longest = max(n for one in parts for n in one.lengths)
+    for part, model in ((one, model) for one in parts for model in one.models):
         tokenizer = tokenizer_of(model)
-        for source in settings.sources:
-            texts = _texts(model, source, settings, device)
+        for source in part.sources:
+            texts = _texts(model, source, part, longest, device)
             ids = [text_id(text.ids) for text in texts]
             for key, text in zip(ids, texts, strict=True):
                 rows[key] = {
@@ -175,14 +181,16 @@ def plan(out: Path, name: str, settings: Settings, device: str = "auto") -> tupl
                     "context": text.context, "origin": text.origin, "ids": text.ids,
                     "text": tokenizer.decode(text.ids, clean_up_tokenization_spaces=False),
                 }  # fmt: skip
-            units |= {unit.key: unit for unit in expand(model, source.name, ids, settings)}
+            units |= {unit.key: unit for unit in expand(model, source.name, ids, part)}
     table = pa.Table.from_pylist(list(rows.values()), schema=schema.TEXTS)
-    RunFolder.create(out).add(name, settings.to_json(), units.values(), table)
+    kept = settings.to_json() | ({"also": [part.to_json() for part in also]} if also else {})
+    RunFolder.create(out).add(name, kept, units.values(), table)
     return len(units), len(rows)
 
 
-def _texts(model: str, source: Source, settings: Settings, device: str) -> list[TargetText]:
-    longest = max(settings.lengths)
+def _texts(
+    model: str, source: Source, settings: Settings, longest: int, device: str
+) -> list[TargetText]:
     if source.kind == "generated":
         contexts, each = settings.contexts or settings.texts, settings.continuations or 1
         lm = _loaded(model, device, settings.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +71,40 @@ def test_longest_is_the_largest_success_whatever_lies_between() -> None:
     }  # fmt: skip
     # Means by N: 4 → 0.875, 8 → 0.5, 16 → 1 (the better seed), 256 → 0.992.
     assert kuratov(fits) == 256 and kuratov(fits[:2]) == 4 and kuratov(fits[4:5]) == 0
+
+
+def test_prefixes_stand_beside_each_other_and_are_never_averaged(tmp_path: Path) -> None:
+    """Table 1 and paths of one model behind two prefixes: two tables, two verdicts, two rows."""
+    run = made_up.make_run(tmp_path / "run")
+    units = [u for u in run.units().values() if u.arrangement in ("e*", "e m*") and u.length == 4]
+    units = [u for u in units if u.mode == "one-forward" and not u.share and u.source == "novel"]
+    bare = [dataclasses.replace(u, prefix=None) for u in units]
+    behind = [dataclasses.replace(u, prefix=(7, 8)) for u in units]
+    settings = run.settings()["table1"] | {"prefix": None}
+    settings["also"] = [settings | {"prefix": [7, 8], "lengths": [4]}]
+    run.add("table1", settings, bare + behind, run.texts())
+    for one in bare:
+        made_up.commit(run, one, 0.25, np.random.default_rng(0))
+    for one in behind:
+        made_up.commit(run, one, 1.0, np.random.default_rng(0))
+    group = made_up.PATHS["groups"][0]
+    groups = [group | {"prefix": None}, group | {"prefix": [7, 8]}]
+    (run.path / "analysis").mkdir()
+    (run.path / "analysis" / "paths.json").write_text(json.dumps({"groups": groups}))
+    results = read(run.path)
+    first, second = (table(results, "E1", f"table1-{i}") for i in (1, 2))
+    assert first.caption.startswith("tiny-llama, nothing in front:")
+    assert second.caption.startswith("tiny-llama, behind token 7, 8:")
+    assert {row[1] for row in shown(first)} == {"0.25±0.00"}
+    assert {row[1] for row in shown(second)} == {"1.00±0.00"}
+    assert "nothing in front / tiny-llama" in section(results, "E1").here
+    evidence = next(f.evidence for f in findings(results) if f.claim.startswith("One vector"))
+    assert "nothing in front: N = 4, one vector 0.25" in evidence
+    assert "behind token 7, 8: N = 4, one vector 1.00" in evidence
+    names = [row[0] for row in shown(table(results, "E7", "figure6"))]
+    assert names == ["tiny-llama, nothing in front", "tiny-llama, behind token 7, 8"]
+    titles = {one.title for one in gallery(results, 400) if one.experiment == "table1"}
+    assert {t.partition(" · ")[0] for t in titles} == set(names)
 
 
 def test_table_1_has_the_means_of_its_fits(results: Results) -> None:

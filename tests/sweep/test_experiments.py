@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_small_presets_plan_from_what_is_in_the_package(tmp_path: Path) -> None:
     again = {row["text_id"] for row in run.texts().to_pylist()}
     plan(tmp_path / "run", "table3", settings_of("table3", "small"))
     assert {row["text_id"] for row in run.texts().to_pylist()} == again
+
+
+def test_settings_beside_the_first_are_of_the_same_texts(tmp_path: Path) -> None:
+    """Behind a prefix N = 4 and 8, without one 4 alone: a text is one in both, and so is a unit."""
+    behind = settings_of("table3", "small", models=("tiny-llama",), texts=2, lengths=(4, 8))
+    bare = dataclasses.replace(behind, prefix=None, lengths=(4,), share=(None,))
+    again = dataclasses.replace(behind, lengths=(4,))
+    sources, shares = 3, 3  # a text's own m twice, and one m for both
+    most = sources * shares * 2
+    assert plan(tmp_path / "run", "table3", behind, also=(bare, again)) == (most + sources * 2, 6)
+    run = RunFolder.open(tmp_path / "run")
+    of: dict[str | tuple | None, set[str]] = {}
+    for unit in run.units().values():
+        of.setdefault(unit.prefix, set()).update(unit.texts)
+    assert of["auto"] == of[None] and {len(t["ids"]) for t in run.texts().to_pylist()} == {8}
+    assert (
+        run.settings()["table3"]["also"][0] | {"prefix": None, "lengths": [4]}
+        == (run.settings()["table3"]["also"][0])
+    )
+    plan(tmp_path / "run", "table3", behind)
+    assert "also" not in RunFolder.open(tmp_path / "run").settings()["table3"]
 
 
 def test_a_config_file_overrides_the_preset_and_options_override_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from prototok.report.experiments.shared import (
     published,
     tokens_axis,
 )
-from prototok.report.results import Outcome, Results, cell, name_of
+from prototok.report.results import Outcome, Results, cell
 from prototok.report.section import Content, Study
 from prototok.report.tables import GridRow, Table, grid
 
@@ -35,12 +35,12 @@ def make(results: Results) -> Content:
     lengths = sorted(one.values("length"))
     tables: list[Table] = []
     charts: list[Chart] = []
-    for i, model in enumerate(one.values("model"), start=1):
-        rows = _rows(one.where(model=model), one.values("arrangement"), lengths)
+    for i, subject in enumerate(one.values("subject"), start=1):
+        rows = _rows(one.where(subject=subject), one.values("arrangement"), lengths)
         tables.append(
             grid(
                 name=f"table1-{i}",
-                caption=f"{name_of(model)}: token accuracy, mean±std over texts",
+                caption=f"{subject.name}: token accuracy, mean±std over texts",
                 header=_HEADER,
                 columns=n_columns(lengths),
                 rows=rows,
@@ -49,7 +49,7 @@ def make(results: Results) -> Content:
         charts.append(
             Chart(
                 name=f"table1-{i}",
-                title=f"{name_of(model)}: which arrangement carries a text",
+                title=f"{subject.name}: which arrangement carries a text",
                 x=tokens_axis(lengths),
                 y=ACCURACY,
                 series=tuple(line(str(row.names[0]), lengths, row.cells) for row in rows),

@@ -18,7 +18,6 @@ from prototok.report.results import (
     cell,
     kuratov,
     longest,
-    name_of,
 )
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, GridRow, Table, grid, mean_std, number
@@ -103,11 +102,11 @@ def make(results: Results) -> Content:
     one = results.get("table3")
     if one is None:
         return Content(tables=theirs)
-    models = one.values("model")
+    subjects = one.values("subject")
     return Content(
         remarks=(_SUCCESS,),
         tables=(*(_table(one, statistic) for statistic in STATISTICS), *theirs),
-        charts=tuple(_solved(one.where(model=m), i) for i, m in enumerate(models, start=1)),
+        charts=tuple(_solved(one.where(subject=s), i) for i, s in enumerate(subjects, start=1)),
     )
 
 
@@ -134,18 +133,18 @@ def _theirs(value: float | tuple[float, float]) -> Cell:
 
 
 def _table(one: Outcome, statistic: Statistic) -> Table:
-    models = one.values("model")
+    subjects = one.values("subject")
     return grid(
         name=f"table3-{statistic.name}",
         caption=statistic.caption,
         header=_HEADER,
-        columns=[name_of(m) for m in models],
+        columns=[s.name for s in subjects],
         rows=[
             GridRow(
                 names=(source, "per text" if share is None else "shared"),
                 cells=[
-                    cell(one.where(model=m, source=source, share=share), statistic.make)
-                    for m in models
+                    cell(one.where(subject=s, source=source, share=share), statistic.make)
+                    for s in subjects
                 ],
             )
             for source in one.values("source")
@@ -170,7 +169,7 @@ def _solved(part: Outcome, i: int) -> Chart:
             series.append(Series(label=name, x=tuple(solved), y=tuple(solved.values())))
     return Chart(
         name=f"table3-solved-{i}",
-        title=f"{name_of(part.work[0].model)}: share of texts that come back",
+        title=f"{part.work[0].subject.name}: share of texts that come back",
         x=tokens_axis(lengths),
         y=Axis("texts with accuracy ≥ 0.99", low=0, high=1),
         series=tuple(series),

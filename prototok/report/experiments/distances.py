@@ -11,7 +11,7 @@ import torch
 from prototok.geometry.distances import CLASSES, Pairs, binned_mean, pair_distances
 from prototok.geometry.text import tfidf_distances
 from prototok.report.chart import Axis, Chart, Series
-from prototok.report.results import Fit, Results, name_of
+from prototok.report.results import Fit, Results
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, GridRow, grid, mean_std
 from prototok.results.proto_tokens import ProtoTokens
@@ -43,7 +43,7 @@ def make(results: Results) -> Content:
         fits = part.fits()
         if len(fits) < 2:
             continue
-        model, length = name_of(part.work[0].model), part.work[0].length
+        model, length = part.work[0].subject.name, part.work[0].length
         title = f"{model}, N = {length}"
         pairs = distances(results, fits)
         rows.append(

@@ -7,7 +7,7 @@ import numpy as np
 from prototok.report import paper
 from prototok.report.chart import Axis, Chart, Series
 from prototok.report.experiments.shared import line, n_columns, tokens_axis
-from prototok.report.results import Fit, Results, cell, name_of
+from prototok.report.results import Fit, Results, cell
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, GridRow, grid, number
 
@@ -33,12 +33,12 @@ def make(results: Results) -> Content:
     lengths = sorted(one.values("length"))
     rows: list[GridRow] = []
     series: list[Series] = []
-    for model in one.values("model"):
+    for subject in one.values("subject"):
         for share in one.values("share"):
-            part = one.where(model=model, share=share)
+            part = one.where(subject=subject, share=share)
             cells = [cell(part.where(length=n), _seconds) for n in lengths]
-            rows.append(GridRow(names=(name_of(model),), cells=cells))
-            series.append(line(name_of(model), lengths, cells, band=False))
+            rows.append(GridRow(names=(subject.name,), cells=cells))
+            series.append(line(subject.name, lengths, cells, band=False))
     ours = grid(
         name="table4",
         caption="Seconds to fit one text, alone, early stopping included: median; exact of all",

@@ -9,7 +9,7 @@ import numpy as np
 
 from prototok.report.chart import Axis, Chart, Series
 from prototok.report.experiments.capacity import nats
-from prototok.report.results import Fit, Outcome, Results, cell, longest, name_of
+from prototok.report.results import Fit, Outcome, Results, cell, longest
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, Table, label, number, table_of
 
@@ -65,21 +65,21 @@ def make(results: Results) -> Content:
 def _compare(one: Outcome, comparison: Comparison) -> tuple[Table, Chart]:
     rows: list[Row] = []
     seen: list[Pairs] = []
-    for model in one.values("model"):
+    for subject in one.values("subject"):
         for source in one.values("source"):
-            part = one.where(model=model, source=source)
+            part = one.where(subject=subject, source=source)
             left = part.where(mode="autoregressive", vectors=comparison.vectors)
             right = part.where(mode="one-forward", share=comparison.share)
             ours, other = _nats_by_text(left.fits()), _nats_by_text(right.fits())
             both = [t for t in ours if t in other]
             pairs = Pairs(
-                name=f"{name_of(model)}, {source}",
+                name=f"{subject.name}, {source}",
                 autoregressive=[ours[t] for t in both],
                 one_forward=[other[t] for t in both],
             )
             rows.append(
                 Row(
-                    model=label(name_of(model)),
+                    model=label(subject.name),
                     source=label(source),
                     autoregressive=cell(left, nats),
                     one_forward=cell(right, nats),

@@ -10,7 +10,7 @@ import numpy as np
 from prototok.report import paper
 from prototok.report.chart import Axis, Chart, Series
 from prototok.report.experiments.shared import ACCURACY
-from prototok.report.results import Results, name_of
+from prototok.report.results import Results, Subject
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, label, mean_std, number, table_of
 
@@ -50,7 +50,7 @@ class Measured:
     @classmethod
     def of(cls, group: dict[str, Any]) -> Measured:
         return cls(
-            model=name_of(group["model"]),
+            model=Subject.of(group).name,
             length=group["length"],
             share=group["share"],
             t=tuple(float(v) for v in group["t"]),

@@ -7,7 +7,7 @@ import math
 from prototok.report import paper
 from prototok.report.chart import Axis, Chart
 from prototok.report.experiments.shared import ACCURACY, accuracy, line, published
-from prototok.report.results import Fit, Outcome, Results, cell, name_of
+from prototok.report.results import Fit, Outcome, Results, cell
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, GridRow, Table, grid, mean_std
 
@@ -29,13 +29,13 @@ def make(results: Results) -> Content:
         return Content(tables=(theirs,))
     tables: list[Table] = []
     charts: list[Chart] = []
-    for model in one.values("model"):
+    for subject in one.values("subject"):
         for length in one.values("length"):
-            part = one.where(model=model, length=length)
+            part = one.where(subject=subject, length=length)
             sizes = sorted(part.values("group_size"), key=lambda n: n or math.inf)
             rows = _rows(part, sizes)
             x = [_texts_of(size, part) for size in sizes]
-            name, title = f"table2-{len(tables) + 1}", f"{name_of(model)}, N = {length}"
+            name, title = f"table2-{len(tables) + 1}", f"{subject.name}, N = {length}"
             tables.append(
                 grid(
                     name=name,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from prototok.report.chart import COLOURS, Axis, Chart, Series
-from prototok.report.results import Results, name_of
+from prototok.report.results import Results, Subject
 from prototok.report.section import Content, Section
 from prototok.report.tables import (
     Cell,
@@ -49,7 +49,7 @@ class WhereRow:
 def section(results: Results) -> Section:
     """Make the section of what `prototok report --measure` found in this run's solutions."""
     groups = results.measured.get("solutions", {}).get("groups", [])
-    counts = ", ".join(f"{g['solutions']} solutions of {name_of(g['model'])}" for g in groups)
+    counts = ", ".join(f"{g['solutions']} solutions of {Subject.of(g).name}" for g in groups)
     return Section(
         code="S",
         title="What solutions are like, and what they withstand",
@@ -65,7 +65,7 @@ def section(results: Results) -> Section:
 def _content(groups: list[dict[str, Any]]) -> Content:
     if not groups:
         return Content(remarks=("Not measured: prototok report RUN --measure.",))
-    titles = [f"{name_of(g['model'])}, N = {g['length']}" for g in groups]
+    titles = [f"{Subject.of(g).name}, N = {g['length']}" for g in groups]
     where = [
         _where(group, title, vector)
         for group, title in zip(groups, titles, strict=True)

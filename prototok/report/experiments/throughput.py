@@ -7,7 +7,7 @@ from typing import Annotated
 
 from prototok.report import paper
 from prototok.report.chart import Axis, Chart, Series
-from prototok.report.results import Fit, Outcome, Results, cell, name_of
+from prototok.report.results import Fit, Outcome, Results, cell
 from prototok.report.section import Content, Study
 from prototok.report.tables import Cell, label, number, table_of
 
@@ -37,9 +37,9 @@ def make(results: Results) -> Content:
         return Content()
     rows: list[Row] = []
     points: list[Series] = []
-    for model in one.values("model"):
+    for subject in one.values("subject"):
         for source in one.values("source"):
-            part = one.where(model=model, source=source)
+            part = one.where(subject=subject, source=source)
             left, right = part.where(mode="autoregressive"), part.where(mode="one-forward")
             theirs, ours = fastest(left.fits()), fastest(right.fits())
             ratio = None
@@ -47,11 +47,11 @@ def make(results: Results) -> Content:
                 x, y = theirs["tokens_per_second"], ours["tokens_per_second"]
                 ratio = y / x
                 points.append(
-                    Series(f"{name_of(model)}, {source}", (x,), (y,), kind="points", weight=5)
+                    Series(f"{subject.name}, {source}", (x,), (y,), kind="points", weight=5)
                 )
             rows.append(
                 Row(
-                    model=label(name_of(model)),
+                    model=label(subject.name),
                     source=label(source),
                     autoregressive_n=_cell(left, theirs, "length"),
                     autoregressive_ms=_cell(left, theirs, "decode_seconds", 1e3, 2),

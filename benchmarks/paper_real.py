@@ -1,0 +1,62 @@
+"""The paper's experiments on SmolLM2-135M, with and without a token in front of its sink.
+
+    cd FOLDER     # novels/*.txt, modern/*.txt, words.txt (a word a line), smollm2-135m (the model)
+    python REPO/benchmarks/paper_real.py --out run
+
+Paths are recorded as they are given, so it runs where texts and model lie; a link to the folder
+that `benchmarks/get_smollm2.py` makes will do. Sizes are for an hour of one CPU core. It can be
+stopped and started again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from paper_small import Parts, do, options
+
+from prototok.geometry.paths import BezierSettings
+from prototok.sweep.experiments import settings_of
+from prototok.texts.sources import Source
+
+NOVELS = Source.parse("Novels=folder:novels")
+MODERN = replace(Source.parse("Modern=folder:modern"), words=(600, 1200))
+OWN = replace(Source.parse("Novels (gen)=generated:folder:novels"), context_tokens=128)
+WORDS = Source.parse("Random=random:words.txt")
+
+# The first cosine of `fast` ends at 300 updates, that of a text of 32 tokens at 600.
+_BEHIND = {"prefix": " the", "changes": {"max_steps": 300}}
+_ALONE = {**_BEHIND, "prefix": "none"}
+_LONG = {**_BEHIND, "changes": {"max_steps": 600}, "lengths": (32,)}
+_NOVELS = {"sources": (NOVELS,)}
+_TABLE_1 = {**_NOVELS, "lengths": (1, 2, 4, 8, 16)}
+_TABLE_2 = {**_NOVELS, **_BEHIND, "texts": 16, "lengths": (8,), "seeds": 1}
+_TABLE_3 = {"sources": (NOVELS, MODERN, OWN, WORDS), "texts": 4}
+EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "table1": (
+        {**_TABLE_1, **_BEHIND, "texts": 8},
+        {**_TABLE_1, **_ALONE, "texts": 6},
+        {**_NOVELS, **_LONG, "texts": 4, "arrangements": ("e*", "e m*")},
+    ),
+    "table3": (
+        {**_TABLE_3, **_BEHIND, "lengths": (8, 16), "share": (None,)},
+        {**_TABLE_3, **_LONG, "share": (None,)},
+        {**_TABLE_3, **_BEHIND, "lengths": (4, 8, 16), "share": ("m",)},
+    ),
+    "table2": (
+        {**_TABLE_2, "share": ("m",), "group_sizes": (1, 4, 16)},
+        {**_TABLE_2, "share": ("e",), "group_sizes": (1, 4)},
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parts: Parts = {
+        name: [settings_of(name, "small", None, models=("smollm2-135m",), **p) for p in given]
+        for name, given in EXPERIMENTS.items()
+    }
+    do(options(__doc__).parse_args(), parts, BezierSettings(max_steps=300), most_pairs=2)
+
+
+if __name__ == "__main__":
+    main()
