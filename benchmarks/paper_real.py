@@ -16,7 +16,7 @@ from typing import Any
 from paper_small import Parts, do, options
 
 from prototok.geometry.paths import BezierSettings
-from prototok.sweep.experiments import settings_of
+from prototok.sweep.experiments import ARRANGEMENTS, settings_of
 from prototok.texts.sources import Source
 
 NOVELS = Source.parse("Novels=folder:novels")
@@ -25,37 +25,49 @@ OWN = replace(Source.parse("Novels (gen)=generated:folder:novels"), context_toke
 WORDS = Source.parse("Random=random:words.txt")
 
 # The first cosine of `fast` ends at 300 updates, that of a text of 32 tokens at 600.
-_BEHIND = {"prefix": " the", "changes": {"max_steps": 300}}
-_ALONE = {**_BEHIND, "prefix": "none"}
+_BEHIND: dict[str, Any] = {"prefix": " the", "changes": {"max_steps": 300}}
 _LONG = {**_BEHIND, "changes": {"max_steps": 600}, "lengths": (32,)}
 _NOVELS = {"sources": (NOVELS,)}
-_TABLE_1 = {**_NOVELS, "lengths": (1, 2, 4, 8, 16)}
+_TABLE_1 = {**_NOVELS, "lengths": (1, 2, 4, 8, 16), "arrangements": ARRANGEMENTS}
 _TABLE_2 = {**_NOVELS, **_BEHIND, "texts": 16, "lengths": (8,), "seeds": 1}
-_TABLE_3 = {"sources": (NOVELS, MODERN, OWN, WORDS), "texts": 4}
+_FOUR = {"sources": (NOVELS, MODERN, OWN, WORDS), "texts": 4}
+_ONE_FORWARD = (
+    {**_FOUR, **_BEHIND, "lengths": (8, 16), "share": (None, "m")},
+    {**_FOUR, **_LONG, "share": (None, "m")},
+)
+_CLOUD = {**_BEHIND, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table1": (
         {**_TABLE_1, **_BEHIND, "texts": 8},
-        {**_TABLE_1, **_ALONE, "texts": 6},
-        {**_NOVELS, **_LONG, "texts": 4, "arrangements": ("e*", "e m*")},
+        {**_TABLE_1, **_BEHIND, "texts": 4, "prefix": None},
+        {**_TABLE_1, **_LONG, "texts": 4},
     ),
-    "table3": (
-        {**_TABLE_3, **_BEHIND, "lengths": (8, 16), "share": (None,)},
-        {**_TABLE_3, **_LONG, "share": (None,)},
-        {**_TABLE_3, **_BEHIND, "lengths": (4, 8, 16), "share": ("m",)},
-    ),
+    "table3": _ONE_FORWARD,
     "table2": (
         {**_TABLE_2, "share": ("m",), "group_sizes": (1, 4, 16)},
         {**_TABLE_2, "share": ("e",), "group_sizes": (1, 4)},
     ),
-}  # fmt: skip
+    "figure4": ({**_CLOUD, "lengths": (8,)},),
+    "figure5": ({**_CLOUD, "lengths": (8,)},),
+    "figure6": (
+        {**_NOVELS, **_BEHIND, "texts": 4, "seeds": 4, "lengths": (8,), "share": ("m", None)},
+    ),
+}
+
+
+def parts() -> Parts:
+    """Return the settings of every experiment."""
+    return {
+        name: [
+            replace(settings_of(name, "small", models=("smollm2-135m",)), **given)
+            for given in sizes
+        ]
+        for name, sizes in EXPERIMENTS.items()
+    }
 
 
 def main() -> None:
-    parts: Parts = {
-        name: [settings_of(name, "small", None, models=("smollm2-135m",), **p) for p in given]
-        for name, given in EXPERIMENTS.items()
-    }
-    do(options(__doc__).parse_args(), parts, BezierSettings(max_steps=300), most_pairs=2)
+    do(options(__doc__).parse_args(), parts(), BezierSettings(max_steps=300), most_pairs=2)
 
 
 if __name__ == "__main__":

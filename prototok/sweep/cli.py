@@ -28,6 +28,7 @@ _SOURCE = (
     "[NAME=]KIND[:PATH]: held-out, folder:BOOKS, dataset:FILE#COLUMN, random, random:WORDS or "
     "generated:SOURCE; may be given more than once."
 )
+_PREFIX = f"{PREFIX} May be given more than once, to fit everything with each."
 _PRESET = "paper: its settings. small: minutes on two cores, with what is in the package."
 _SHARD = "Only units i of n, such as 0/8; every shard may run anywhere, at any time."
 _SLURM = "NAME=VALUE for submitit, such as partition=gpu; may be given more than once."
@@ -40,7 +41,7 @@ def plan(
     model: Annotated[list[str] | None, typer.Option(help=_MODEL)] = None,
     source: Annotated[list[str] | None, typer.Option(help=_SOURCE)] = None,
     preset: Annotated[str, typer.Option(help=_PRESET)] = "paper",
-    prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
+    prefix: Annotated[list[str] | None, typer.Option(help=_PREFIX)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML that overrides settings.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -50,13 +51,16 @@ def plan(
     from prototok.sweep.run_folder import RunFolder
     from prototok.texts.sources import Source
 
-    settings = settings_of(
-        experiment, preset, config,
-        models=tuple(model or ()), sources=tuple(Source.parse(s) for s in source or ()),
-        prefix=prefix,
-    )  # fmt: skip
+    first, *also = [
+        settings_of(
+            experiment, preset, config,
+            models=tuple(model or ()), sources=tuple(Source.parse(s) for s in source or ()),
+            prefix=front,
+        )
+        for front in prefix or (None,)
+    ]  # fmt: skip
     with try_folder(out, "out"):  # before models are loaded and texts generated
-        units, texts = plan_experiment(out, experiment, settings, device)
+        units, texts = plan_experiment(out, experiment, first, device, also)
     run = RunFolder.open(out)
     done = len(run.done() & set(run.units()))
     say(f"{experiment}: {units} units of {texts} texts, planned in {out} ({done} already done)")

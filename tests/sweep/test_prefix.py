@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 import prototok
+from prototok.cli import main
 from prototok.sweep import schema
 from prototok.sweep.experiments import expand, settings_of
 from prototok.sweep.run_folder import RunFolder
@@ -47,6 +48,16 @@ def test_settings_hand_it_to_every_unit(tmp_path: Path) -> None:
     config.write_text("prefix: 7")
     with pytest.raises(ValueError, match="prefix: 7 is not text, a list of token ids, none"):
         settings_of("table1", "small", config)
+
+
+def test_the_command_plans_everything_with_each(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["sweep", "plan", "table1", "-o", str(run), "--preset", "small"]
+    assert main([*command, "--model", "tiny-llama", "--prefix", "none", "--prefix", " the"]) == 0
+    units = RunFolder.open(run).units().values()
+    asked = {prefix: {(u.arrangement, u.length, u.texts) for u in units if u.prefix == prefix}
+             for prefix in (None, " the")}  # fmt: skip
+    assert asked[None] == asked[" the"] and len(units) == 2 * len(asked[None]) == 200
 
 
 def test_a_worker_fits_behind_it_and_verify_decodes_behind_it(tmp_path: Path) -> None:
