@@ -53,7 +53,8 @@ def test_settings_hand_it_to_every_unit(tmp_path: Path) -> None:
 def test_the_command_plans_everything_with_each(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["sweep", "plan", "table1", "-o", str(run), "--preset", "small"]
-    assert main([*command, "--model", "tiny-llama", "--prefix", "none", "--prefix", " the"]) == 0
+    with pytest.raises(SystemExit, match="^0$"):
+        main([*command, "--model", "tiny-llama", "--prefix", "none", "--prefix", " the"])
     units = RunFolder.open(run).units().values()
     asked = {prefix: {(u.arrangement, u.length, u.texts) for u in units if u.prefix == prefix}
              for prefix in (None, " the")}  # fmt: skip
