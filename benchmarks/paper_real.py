@@ -35,6 +35,7 @@ _ONE_FORWARD = (
     {**_FOUR, **_BEHIND, "lengths": (8, 16), "share": (None, "m")},
     {**_FOUR, **_LONG, "share": (None, "m")},
 )
+_MEM = {**_NOVELS, "texts": 4, "lengths": (8, 16, 32), "share": ()}
 _CLOUD = {**_BEHIND, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table1": (
@@ -46,6 +47,11 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table2": (
         {**_TABLE_2, "share": ("m",), "group_sizes": (1, 4, 16)},
         {**_TABLE_2, "share": ("e",), "group_sizes": (1, 4)},
+    ),
+    "figure2": (
+        *({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD),
+        {**_MEM, **_BEHIND, "vectors": (1, 2)},
+        {**_MEM, **_BEHIND, "vectors": (1,), "prefix": None},
     ),
     "figure4": ({**_CLOUD, "lengths": (8,)},),
     "figure5": ({**_CLOUD, "lengths": (8,)},),
