@@ -1,10 +1,10 @@
-"""Draw the figures of the committed results again, and build the shipped report, from the records.
+"""Draw the figures of the committed results again, and build the shipped reports, from the records.
 
     python benchmarks/draw.py           # write them; nothing is measured
     python benchmarks/draw.py --check   # exit code 1 where a figure is not what its record says
 
-The report is benchmarks/results/paper-small.html: the paper's experiments on the built-in models,
-from the run in benchmarks/results/paper-small/.
+The reports are benchmarks/results/paper-small.html and paper-real.html: the paper's experiments on
+the built-in models and on SmolLM2-135M, from the runs in the folders of these names.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from prototok.bench.table import figure as bench_figure
 from prototok.report.build import build
 from prototok.report.results import read
 
-RUN = RESULTS / "paper-small"
-REPORT, TITLE = RUN.with_suffix(".html"), "the paper’s experiments on the built-in models"
+REPORTS = {  # title of each, by its run
+    RESULTS / "paper-small": "the paper’s experiments on the built-in models",
+    RESULTS / "paper-real": "the paper’s experiments on SmolLM2-135M",
+}
 
 
 def figures() -> Iterator[tuple[Path, str]]:
@@ -44,7 +46,8 @@ def main() -> None:
         elif path.read_text(encoding="utf-8") != drawn:
             sys.exit(f"{path.name} is not what its record says; run benchmarks/draw.py")
     if not check:
-        build(read(RUN), REPORT, files=False, title=TITLE)
+        for run, title in REPORTS.items():
+            build(read(run), run.with_suffix(".html"), files=False, title=title)
 
 
 if __name__ == "__main__":

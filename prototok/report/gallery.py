@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,13 +63,13 @@ def gallery(results: Results, most: int = 48) -> list[Exhibit]:
     while len(found) < most and any(queues.values()):
         for (experiment, subject, _), queue in queues.items():
             if queue and len(found) < most:
-                shown = _exhibit(experiment, subject, queue.pop(0))
+                pieces = _pieces(subject.model, results.measured)
+                shown = _exhibit(experiment, subject, pieces, queue.pop(0))
                 found.setdefault(shown.anchor, shown)
     return sorted(found.values(), key=lambda x: (x.model, x.source, x.experiment, x.length))
 
 
-def _exhibit(experiment: str, subject: Subject, fit: Fit) -> Exhibit:
-    pieces = _pieces(fit["model"])
+def _exhibit(experiment: str, subject: Subject, pieces: Callable[[int], str], fit: Fit) -> Exhibit:
     margins = fit["margins"] or [None] * fit["length"]
     tokens = tuple(
         Token(pieces(wanted), pieces(came), wanted == came, margin)
@@ -88,11 +88,19 @@ def _exhibit(experiment: str, subject: Subject, fit: Fit) -> Exhibit:
     )  # fmt: skip
 
 
+def _pieces(model: str, measured: Mapping[str, Any]) -> Callable[[int], str]:
+    """Return the text of each id, as `measure` kept it; else its number where no tokenizer is."""
+    kept = measured.get("tokens", {}).get("texts", {}).get(model)
+    if kept is not None:
+        return lambda i: str(kept.get(str(i), f"⟨{i}⟩"))
+    return tokens_of(model) or (lambda i: f"⟨{i}⟩")
+
+
 @lru_cache(maxsize=8)
-def _pieces(model: str) -> Callable[[int], str]:
-    """Return the text of each id; its number where the model's tokenizer is not here."""
+def tokens_of(model: str) -> Callable[[int], str] | None:
+    """Return what gives the text of an id; None where the model's tokenizer is not here."""
     try:
         tokenizer: Any = tokenizer_of(model)
     except ValueError:
-        return lambda i: f"⟨{i}⟩"
+        return None
     return lambda i: str(tokenizer.decode([i], clean_up_tokenization_spaces=False))

@@ -1,5 +1,7 @@
 """Measure what a report needs beyond the fits: paths, robustness, neighbours, text embeddings.
 
+Texts of tokens are kept as well, so that a report can be built where the tokenizer is not.
+
 It takes the models, and minutes; so it is done when asked for and kept in RUN/analysis/, one JSON
 file a subject.
 """
@@ -20,6 +22,7 @@ from prototok.geometry.robustness import decodings, perturbations
 from prototok.geometry.text import semantic_embeddings
 from prototok.geometry.vectors import nearest_tokens, norms, pca
 from prototok.model.frozen_lm import FrozenLM
+from prototok.report.gallery import tokens_of
 from prototok.report.results import Fit, Outcome, Results, Subject
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
@@ -76,6 +79,7 @@ def measure(
     ]
     if solutions:
         _keep(results, "solutions", {"groups": solutions})
+    _keep(results, "tokens", {"texts": _texts_of_tokens(results)})
 
 
 def measure_semantics(results: Results, model: str, device: str = "auto") -> None:
@@ -209,6 +213,20 @@ def _path(paths: Paths) -> dict[str, Any]:
         "straight": [round(x, 4) for x in paths.straight.tolist()],
         "steps": paths.steps.tolist(),
     }
+
+
+def _texts_of_tokens(results: Results) -> dict[str, dict[str, str]]:
+    """Return the text of every id that is wanted or came, by model; none without a tokenizer."""
+    wanted: dict[str, set[int]] = {}
+    for one in results.experiments.values():
+        for fit in one.fits():
+            wanted.setdefault(fit["model"], set()).update(fit["target_ids"], fit["decoded_ids"])
+    found = {}
+    for model, ids in wanted.items():
+        text = tokens_of(model)
+        if text is not None:
+            found[model] = {str(i): text(i) for i in sorted(ids)}
+    return found
 
 
 def _setting(part: Outcome) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import torch
 
 import prototok
 from prototok.geometry import BezierSettings, score
+from prototok.report import gallery as gallery_module
 from prototok.report.build import build
+from prototok.report.gallery import gallery
 from prototok.report.measure import fit_of, measure
 from prototok.report.results import Subject, read
 from prototok.sweep.experiments import plan, settings_of
@@ -47,7 +49,9 @@ def test_rows_of_a_run_are_the_fits_that_were_committed(run: RunFolder) -> None:
     assert torch.equal(fit.tokens.m[by_share[0]], fit.tokens.m[by_share[1]])
 
 
-def test_measurements_are_kept_and_shown(run: RunFolder, tmp_path: Path) -> None:
+def test_measurements_are_kept_and_shown(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = read(run.path)
     measure(results, "cpu", BezierSettings(lr=0.1, max_steps=20, check_every=10))
     again = read(run.path)
@@ -71,5 +75,10 @@ def test_measurements_are_kept_and_shown(run: RunFolder, tmp_path: Path) -> None
     for solutions in both:
         unchanged = next(w for w in solutions["withstood"] if w["what"] == "unchanged")
         assert unchanged["exact"] == solutions["solutions"] == 2
+    # Where the tokenizer is not at hand, the page has the texts of tokens that were kept.
+    monkeypatch.setattr(gallery_module, "tokens_of", lambda model: None)
+    (first, *_) = gallery(again)
+    assert "⟨" not in "".join(t.target for t in first.tokens)
+    assert "".join(t.target for t in first.tokens) == fits[0]["target_text"]
     html = build(again, tmp_path / "r.html", files=False).page.read_text(encoding="utf-8")
     assert 'id="table-figure6"' in html and 'id="table-solutions-robustness"' in html
