@@ -33,15 +33,15 @@ _TABLE_2 = {**_NOVELS, **_BEHIND, "texts": 16, "lengths": (8,), "seeds": 1}
 _FOUR = {"sources": (NOVELS, MODERN, OWN, WORDS), "texts": 4}
 _ONE_FORWARD = (
     {**_FOUR, **_BEHIND, "lengths": (8, 16), "share": (None, "m")},
-    {**_FOUR, **_LONG, "share": (None, "m")},
+    {**_FOUR, **_LONG, "share": (None,)},
 )
-_MEM = {**_NOVELS, "texts": 4, "lengths": (8, 16, 32), "share": ()}
+_MEM = {**_NOVELS, "texts": 4, "lengths": (8, 16, 32), "share": (), "vectors": (1,)}
 _CLOUD = {**_BEHIND, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table1": (
         {**_TABLE_1, **_BEHIND, "texts": 8},
         {**_TABLE_1, **_BEHIND, "texts": 4, "prefix": None},
-        {**_TABLE_1, **_LONG, "texts": 4},
+        {**_TABLE_1, **_LONG, "texts": 4, "arrangements": ("e*", "(e m)*", "e m*")},
     ),
     "table3": _ONE_FORWARD,
     "table2": (
@@ -50,8 +50,8 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "figure2": (
         *({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD),
-        {**_MEM, **_BEHIND, "vectors": (1, 2)},
-        {**_MEM, **_BEHIND, "vectors": (1,), "prefix": None},
+        {**_MEM, **_BEHIND},
+        {**_MEM, **_BEHIND, "prefix": None},
     ),
     "figure4": ({**_CLOUD, "lengths": (8,)},),
     "figure5": ({**_CLOUD, "lengths": (8,)},),
@@ -73,7 +73,7 @@ def parts() -> Parts:
 
 
 def main() -> None:
-    do(options(__doc__).parse_args(), parts(), BezierSettings(max_steps=300), most_pairs=2)
+    do(options(__doc__).parse_args(), parts(), BezierSettings(max_steps=300), most_pairs=1)
 
 
 if __name__ == "__main__":
