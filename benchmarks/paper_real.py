@@ -29,35 +29,29 @@ _BEHIND: dict[str, Any] = {"prefix": " the", "changes": {"max_steps": 300}}
 _LONG = {**_BEHIND, "changes": {"max_steps": 600}, "lengths": (32,)}
 _NOVELS = {"sources": (NOVELS,)}
 _TABLE_1 = {**_NOVELS, "lengths": (1, 2, 4, 8, 16), "arrangements": ARRANGEMENTS}
-_TABLE_2 = {**_NOVELS, **_BEHIND, "texts": 16, "lengths": (8,), "seeds": 1}
 _FOUR = {"sources": (NOVELS, MODERN, OWN, WORDS), "texts": 4}
 _ONE_FORWARD = (
     {**_FOUR, **_BEHIND, "lengths": (8, 16), "share": (None, "m")},
     {**_FOUR, **_LONG, "share": (None,)},
 )
-_MEM = {**_NOVELS, "texts": 4, "lengths": (8, 16, 32), "share": (), "vectors": (1,)}
-_CLOUD = {**_BEHIND, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
+_MEM = {**_NOVELS, **_BEHIND, "texts": 4, "lengths": (8, 16, 32), "share": (), "vectors": (1,)}
+_EIGHT = {**_BEHIND, "lengths": (8,)}
+_CLOUD = {**_EIGHT, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table1": (
         {**_TABLE_1, **_BEHIND, "texts": 8},
         {**_TABLE_1, **_BEHIND, "texts": 4, "prefix": None},
-        {**_TABLE_1, **_LONG, "texts": 4, "arrangements": ("e*", "(e m)*", "e m*")},
+        {**_TABLE_1, **_LONG, "texts": 8, "arrangements": ("(e m)*", "e m*")},
+        {**_TABLE_1, **_LONG, "texts": 4, "arrangements": ("e*",)},
     ),
     "table3": _ONE_FORWARD,
     "table2": (
-        {**_TABLE_2, "share": ("m",), "group_sizes": (1, 4, 16)},
-        {**_TABLE_2, "share": ("e",), "group_sizes": (1, 4)},
+        {**_EIGHT, **_NOVELS, "texts": 16, "seeds": 1, "share": ("m",), "group_sizes": (1, 4, 16)},
     ),
-    "figure2": (
-        *({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD),
-        {**_MEM, **_BEHIND},
-        {**_MEM, **_BEHIND, "prefix": None},
-    ),
-    "figure4": ({**_CLOUD, "lengths": (8,)},),
-    "figure5": ({**_CLOUD, "lengths": (8,)},),
-    "figure6": (
-        {**_NOVELS, **_BEHIND, "texts": 4, "seeds": 4, "lengths": (8,), "share": ("m", None)},
-    ),
+    "figure2": (*({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD), _MEM),
+    "figure4": (_CLOUD,),
+    "figure5": (_CLOUD,),
+    "figure6": ({**_EIGHT, **_NOVELS, "texts": 4, "seeds": 4, "share": ("m", None)},),
 }
 
 

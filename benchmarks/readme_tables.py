@@ -18,6 +18,7 @@ import torch
 
 from prototok.bench.table import summary, table
 from prototok.bench.timing import Peak, ceiling
+from prototok.report.results import read
 from prototok.report.verdict import share_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,6 +363,35 @@ def real_model() -> str:
     commits = ", ".join(sorted({record["commit"] for record in records}))
     files = f"`benchmarks/results/real/`: {len(records)} files, each with its command"
     return "\n".join([*lines, "", f"{files}; the last: {source(records[-1])} All: {commits}."])
+
+
+def arrangements_real() -> str:
+    """Table 1 of SmolLM2-135M: what comes back in each arrangement, behind a token and without."""
+    one = read(RESULTS / "paper-real").experiments["table1"]
+    columns = [
+        (subject, n)
+        for subject in one.values("subject")
+        for n in sorted(set(one.where(subject=subject).values("length")))
+        if n not in (2, 4)
+    ]
+    names = [
+        "nothing in front" if subject.prefix is None else f"behind `{subject.prefix}`"
+        for subject, _ in columns
+    ]
+    heads = [f"{name}: N = {n}" for name, (_, n) in zip(names, columns, strict=True)]
+    lines = ["| arrangement | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for name in one.values("arrangement"):
+        cells = []
+        for subject, n in columns:
+            fits = one.where(subject=subject, length=n, arrangement=name).fits()
+            steps = [fit["steps"] if fit["exact"] else math.inf for fit in fits]
+            middle = statistics.median(steps) if fits else math.inf
+            exact = f"{sum(map(math.isfinite, steps))}/{len(fits)}"
+            right = f"{statistics.mean(fit['accuracy'] for fit in fits):.2f}" if fits else ""
+            updates = f"{middle:.0f}" if math.isfinite(middle) else "–"
+            cells.append(f"{exact}, {right}, {updates}" if fits else "")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def at_share(values: list[float], share: float) -> float | None:
@@ -811,7 +841,7 @@ def kills() -> str:
 
 DOCUMENTS = {
     "docs/scaling.md": (data_engine,),
-    "docs/sink.md": (sinks, fronts, real_model),
+    "docs/sink.md": (sinks, fronts, real_model, arrangements_real),
     "docs/amortised.md": (
         amortised,
         amortised_lengths,
