@@ -375,7 +375,7 @@ def arrangements_real() -> str:
         if n not in (2, 4)
     ]
     names = [
-        "nothing in front" if subject.prefix is None else f"behind `{subject.prefix}`"
+        "nothing in front" if subject.prefix is None else f'behind "{subject.prefix}"'
         for subject, _ in columns
     ]
     heads = [f"{name}: N = {n}" for name, (_, n) in zip(names, columns, strict=True)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import torch
 
 from prototok.geometry import pair_distances
 from prototok.report.chance import context_gap
-from prototok.report.findings import _curve_stays, _m_per_text
+from prototok.report.findings import _curve_stays, _information, _m_per_text
 from prototok.report.results import Outcome, Results, Work
 from prototok.report.verdict import Comparison, judged, mean_of, share_of
 from report.made_up import PATHS
@@ -89,6 +90,21 @@ def m_per_text(own: list[int], shared: list[int]) -> tuple[str, str]:
 def test_where_the_grid_ends_nothing_is_decided() -> None:
     verdict, evidence = m_per_text([16, 16, 16], [16, 16, 16])
     assert verdict == "undecided" and "the grid ends here (n = 3)" in evidence
+
+
+def test_nats_beyond_the_grid_of_one_forward_are_not_told_from_fewer() -> None:
+    """[mem] comes back up to N = 8 of 16, m shared up to the end of its own grid."""
+
+    def verdict(grid: tuple[int, ...]) -> str:
+        rows = [(f"t{i}", "m", n, 1.0 if n <= 4 else 0.5) for i in range(3) for n in grid]
+        mem = [(f"t{i}", None, n, 1.0 if n <= 8 else 0.5) for i in range(3) for n in (4, 8, 16)]
+        work = outcome(*rows).work + tuple(
+            dataclasses.replace(one, mode="autoregressive") for one in outcome(*mem).work
+        )
+        both = Outcome("figure2", {}, work)
+        return _information(Results(None, {"figure2": both}, {}))[0]  # type: ignore[arg-type]
+
+    assert verdict((2, 4)) == "undecided" and verdict((4, 8)) == "holds"
 
 
 def test_a_difference_counts_with_its_interval() -> None:
