@@ -324,8 +324,9 @@ def real_model() -> str:
     records = [json.loads(path.read_text()) for path in paths]
     cells: dict[tuple, list[tuple[dict, dict]]] = {}
     for path, record in zip(paths, records, strict=True):
-        # From before the mean of cold iterates was looked at.
-        before = ", no mean" if path.parent.name == "no-mean" else ""
+        # A folder is named for what `fast` was like, where it was not as it is.
+        folder = path.parent.name
+        before = "" if folder == "real" else f", {folder.replace('-', ' ')}"
         for cell in record["cells"]:
             front = cell["prefix"].removesuffix(" (as asked)")
             arranged = record.get("arrangement", "e m*")
