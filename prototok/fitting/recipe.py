@@ -205,11 +205,10 @@ PAPER = Recipe(name="paper")
 # A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
 # falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
 # 1200 and 2400 updates, so that hard texts get a long one; a text of more than 16 tokens gets one
-# from the first, at 64 tokens 2400. A start nearer to the size of embeddings, or a learned one
-# where the model brings it: from there the way is short, and an update 0.4 long. A sharpened loss
-# that weighs the tokens still wrong. A margin above what the model's dtype rounds away, so that
-# what is exact stays so under other kernels; for that a row that is right goes on cold, for it has
-# nothing left to find.
+# from the first, one of 64 tokens 2400. A start nearer to the size of embeddings, or a learned one where the model brings
+# it: from there the way is short, and an update 0.4 long. A sharpened loss that weighs the tokens
+# still wrong. A margin above what the model's dtype rounds away, so that what is exact stays so
+# under other kernels; for that a row that is right goes on cold, for it has nothing left to find.
 FAST = Recipe(
     name="fast",
     lr=0.1,
