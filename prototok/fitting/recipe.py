@@ -26,8 +26,8 @@ class Recipe:
         schedule: "constant", or "cosine" from lr to zero.
         cycle: updates of the first cosine, each later one twice as long as the one before
             (Loshchilov & Hutter's warm restarts); None: one cosine over `max_steps`.
-        cycle_tokens: length of text that `cycle` is meant for; fits of e and m on one r times as
-            long have no cosine shorter than `cycle` · max(r, r² / 2), or than `max_steps` where
+        cycle_tokens: length of text that `cycle` is meant for; fits of e and m on a longer one have
+            no cosine shorter than `cycle` in proportion to its length, or than `max_steps` where
             that is less; None: it is meant for any.
         cooling: power that the cosine is raised to; above 1 the rate falls earlier, then is low for
             longer.
@@ -186,10 +186,8 @@ class Recipe:
         assert self.cycle is not None
         shortest = torch.zeros_like(tokens)
         if self.cycle_tokens is not None:
-            meant = self.cycle_tokens
-            in_proportion = -(-self.cycle * tokens // meant)  # rounded up
-            by_square = -(-self.cycle * tokens**2 // (2 * meant**2))
-            shortest = torch.maximum(in_proportion, by_square).clamp(max=self.max_steps)
+            shortest = -(-self.cycle * tokens // self.cycle_tokens)  # rounded up
+            shortest = shortest.clamp(max=self.max_steps)
         start, length = torch.zeros_like(tokens), self.cycle
         # Those of a short text, which start first, start at cycle · (2^k − 1).
         while length - self.cycle <= self.max_steps:
@@ -205,7 +203,7 @@ PAPER = Recipe(name="paper")
 # A higher learning rate: an update is 0.7 long in the d-dimensional norm, whatever the model. It
 # falls by the square of a cosine, for it is the cooling that ends a fit, in cycles of 300, 600,
 # 1200 and 2400 updates, so that hard texts get a long one; a text of more than 16 tokens gets one
-# from the first, one of 64 tokens 2400. A start nearer to the size of embeddings, or a learned one where the model brings
+# from the first. A start nearer to the size of embeddings, or a learned one where the model brings
 # it: from there the way is short, and an update 0.4 long. A sharpened loss that weighs the tokens
 # still wrong. A margin above what the model's dtype rounds away, so that what is exact stays so
 # under other kernels; for that a row that is right goes on cold, for it has nothing left to find.
