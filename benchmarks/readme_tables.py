@@ -328,7 +328,9 @@ def real_model() -> str:
         before = ", no mean" if path.parent.name == "no-mean" else ""
         for cell in record["cells"]:
             front = cell["prefix"].removesuffix(" (as asked)")
-            key = record["length"], cell["recipe"] + before, front, record["max_steps"]
+            arranged = record.get("arrangement", "e m*")
+            how = cell["recipe"] + before + ("" if arranged == "e m*" else f", `{arranged}`")
+            key = record["length"], how, front, record["max_steps"]
             cells.setdefault(key, []).append((record, cell))
     for key, parts in sorted(cells.items()):
         by_source: dict[str, list[tuple[float, float | None, float]]] = {}

@@ -38,6 +38,7 @@ from prototok.fitting.learn_shared import own_texts
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.load import BUILT_IN, path_of
 from prototok.model.sink import sink_of
+from prototok.results.arrangement import Arrangement
 from prototok.texts.files import chunks, read_text
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="pieces of each file before these")
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--recipes", default="paper,fast")
+    parser.add_argument("--arrangement", default="e m*", help="such as '(e m)*'")
     parser.add_argument("--prefix", action="append", default=[], help="text, or none")
     parser.add_argument("--ids", action="append", default=[], help="token ids, with commas")
     parser.add_argument("--learned", action="append", default=[], type=int, metavar="P")
@@ -78,6 +80,7 @@ def main() -> None:
         "skipped": a.skip,
         "length": a.length,
         "max_steps": a.max_steps,
+        "arrangement": a.arrangement,
     }
     cells = _kept(a.out, settings)
     started = time.monotonic()
@@ -92,7 +95,8 @@ def main() -> None:
         seen = Seen(pieces, None if a.seconds is None else started + a.seconds)
         try:
             fit = prototok.fast_fit(
-                lm, pieces, recipe=recipe, progress=True, callback=seen.note, **options
+                lm, pieces, recipe=recipe, arrangement=a.arrangement, progress=True,
+                callback=seen.note, **options,
             )  # fmt: skip
             ended = list(range(len(pieces)))
         except prototok.FitInterrupted as stopped:
@@ -152,8 +156,9 @@ def _kept(path: Path, settings: dict) -> list[dict]:
     if not path.exists():
         return []
     record = json.loads(path.read_text())
-    # Records of before there was something to skip do not say so.
-    if any(({"skipped": 0} | record).get(name) != value for name, value in settings.items()):
+    # Records of before there was something to skip, or to arrange, do not say so.
+    usual = {"skipped": 0, "arrangement": "e m*"}
+    if any((usual | record).get(name) != value for name, value in settings.items()):
         sys.exit(f"{path} is of other texts or steps; name another with --out")
     return record["cells"]
 
@@ -171,11 +176,12 @@ def _confirmed(fit: prototok.FitResult | None, lm: prototok.FrozenLM) -> dict[st
         front = torch.empty(0, lm.hidden_size)
         if fit.tokens.prefix is not None:
             front = fit.tokens.prefix.vectors
-        same = 0
+        same, arrangement = 0, Arrangement.parse(fit.tokens.arrangement)
         for row in fit.exact[:, 0].nonzero()[:, 0].tolist():
-            e, m = fit.tokens.vectors(row)
-            inputs = torch.cat([front, e[None], m.expand(fit.tokens.lengths[row] - 1, -1)])
-            ids = model(inputs_embeds=inputs.to(dtype)[None]).logits[0, len(front) :].argmax(-1)
+            layout = arrangement.layout(int(fit.tokens.lengths[row]))
+            inputs = torch.cat([front, fit.tokens.vectors(row)[layout]])
+            read = len(front) + arrangement.offset
+            ids = model(inputs_embeds=inputs.to(dtype)[None]).logits[0, read:].argmax(-1)
             same += torch.equal(ids, fit.targets[row])
         counts[str(dtype).removeprefix("torch.")] = same
     return counts
