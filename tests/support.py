@@ -13,6 +13,7 @@ from prototok import FrozenLM
 from prototok.fitting.fast_fit import FitEvent
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -170,10 +170,17 @@ def plan(
     rows: dict[str, dict[str, Any]] = {}
     parts = (settings, *also)
     longest = max(n for one in parts for n in one.lengths)
+    made: dict[tuple, list[TargetText]] = {}  # once for all parts: some are generated
     for part, model in ((one, model) for one in parts for model in one.models):
         tokenizer = tokenizer_of(model)
         for source in part.sources:
-            texts = _texts(model, source, part, longest, device)
+            asked = (
+                model, source, part.texts, part.contexts, part.continuations, part.text_seed,
+                part.dtype,
+            )  # fmt: skip
+            if asked not in made:
+                made[asked] = _texts(model, source, part, longest, device)
+            texts = made[asked]
             ids = [text_id(text.ids) for text in texts]
             for key, text in zip(ids, texts, strict=True):
                 rows[key] = {

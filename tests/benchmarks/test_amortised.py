@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.support import BENCHMARKS
 
 
 def test_cells_are_told_apart_and_count_what_training_began_with(

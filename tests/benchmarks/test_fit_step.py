@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import prototok
-from support import small_llama
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from support import BENCHMARKS, small_llama
 
 
 @pytest.fixture

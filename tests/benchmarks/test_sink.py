@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.support import BENCHMARKS
 
 
 def test_what_is_confirmed_stands_as_it_was_fitted(

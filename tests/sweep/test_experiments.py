@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prototok.cli import main
 from prototok.fitting.capacity import GRID
+from prototok.sweep import experiments
 from prototok.sweep.experiments import (
     ARRANGEMENTS,
     EXPERIMENTS,
@@ -123,6 +125,29 @@ def test_settings_beside_the_first_are_of_the_same_texts(tmp_path: Path) -> None
     )
     plan(tmp_path / "run", "table3", behind)
     assert "also" not in RunFolder.open(tmp_path / "run").settings()["table3"]
+
+
+def test_continuations_are_generated_once_for_all_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Source] = []
+    generate = experiments.continuations
+
+    def counted(source: Source, *rest: Any) -> Any:
+        made.append(source)
+        return generate(source, *rest)
+
+    monkeypatch.setattr(experiments, "continuations", counted)
+    auto = settings_of(
+        "figure4", "small", models=("tiny-llama",), sources=(Source.parse("generated:held-out"),),
+        contexts=2, continuations=1, lengths=(4,), seeds=1,
+    )  # fmt: skip
+    bare = dataclasses.replace(auto, prefix=None)
+    other = dataclasses.replace(auto, prefix=None, contexts=1)
+    units, texts = plan(tmp_path / "run", "figure4", auto, also=(bare,))
+    assert len(made) == 1 and texts == 2 and units % 2 == 0
+    plan(tmp_path / "other", "figure4", auto, also=(other,))  # other texts are made
+    assert len(made) == 3
 
 
 def test_a_config_file_overrides_the_preset_and_options_override_it(tmp_path: Path) -> None:
