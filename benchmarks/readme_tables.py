@@ -18,8 +18,8 @@ import torch
 
 from prototok.bench.table import summary, table
 from prototok.bench.timing import Peak, ceiling
-from prototok.report.results import read
-from prototok.report.verdict import share_of
+from prototok.report.results import front_of, read
+from prototok.report.verdict import mean_of, share_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -377,11 +377,7 @@ def arrangements_real() -> str:
         for n in sorted(set(one.where(subject=subject).values("length")))
         if n not in (2, 4)
     ]
-    names = [
-        "nothing in front" if subject.prefix is None else f'behind "{subject.prefix}"'
-        for subject, _ in columns
-    ]
-    heads = [f"{name}: N = {n}" for name, (_, n) in zip(names, columns, strict=True)]
+    heads = [f"{front_of(subject.prefix)}: N = {n}" for subject, n in columns]
     lines = ["| arrangement | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name in one.values("arrangement"):
         cells = []
@@ -673,8 +669,8 @@ def more_updates(cell: dict, base: dict) -> str:
         return "| "
     pairs = zip(cell["steps"], base["steps"], strict=True)
     more = [a - b for a, b in pairs if a is not None and b is not None]
-    mean, half = statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
-    return f"{mean:+.1f} | {mean - half:+.1f} to {mean + half:+.1f}".replace("-", "−")
+    found = mean_of(more)
+    return f"{found.value:+.1f} | {found.low:+.1f} to {found.high:+.1f}".replace("-", "−")
 
 
 def amortised_texts() -> str:
