@@ -8,6 +8,9 @@
 //
 // A row's sums run over the depth in steps of 32 whatever the rows around, so a row's result is its
 // own.
+//
+// While few rows pass a panel, the next one is asked for: its 16 rows of a tile lie on a page of their
+// own, and the processor foresees no stream across pages.
 #pragma once
 
 #include "products/packed_matrix.h"
@@ -44,10 +47,26 @@ struct TileFactors {
   const TileTails* tails;  // null: the depth is a multiple of kAmxDepth
 };
 
-// Tiles are numbered as tile_block_config says.
-template <int kRowTiles, int kColumnTiles>
+// What is read next, asked for a cache line after the other.
+struct Ahead {
+  const unsigned char* next;
+
+  template <int kLines>
+  [[gnu::always_inline]] void ask() {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
+    next += kLines * kLine;
+  }
+
+ private:
+  static constexpr int kLine = 64;
+};
+
+// Tiles are numbered as tile_block_config says. A step asks for kLines cache lines.
+template <int kRowTiles, int kColumnTiles, int kLines>
 struct TileBlock {
   Tiles& tiles;
+  Ahead& ahead;
 
   // sums (16 kRowTiles, 16 kColumnTiles) = [sums +] inputs panel, for rows from `row` on and outputs
   // from `column` of the panel on. Sums lie `sums_row` apart.
@@ -108,6 +127,7 @@ struct TileBlock {
     if constexpr (kColumn < kColumnTiles) {
       constexpr int kTile = kWeights + kColumn % (kAmxTiles - kWeights);
       tiles.load<kTile>(panel + kColumn * 2 * kAmxRows, kPanel * std::int64_t(sizeof(Pair)));
+      ahead.ask<kLines / kColumnTiles>();
       dots<0, kColumn, kTile>();
       column<kColumn + 1>(panel);
     }
@@ -145,9 +165,21 @@ struct TiledOutputs {
   std::int64_t row() const { return kPanel; }
   float* begin(std::int64_t, std::int64_t, std::int64_t) const { return block; }
   void end(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
+    if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
+      for (std::int64_t r = 0; r < rows; ++r)
+        convert(block + r * kPanel, p.out + (first + r) * p.outputs + panel);
+      return;
+    }
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t t = 0; t < kPanel; t += kLanes)
         put_outputs(p, first + r, panel + t, load(block + r * kPanel + t));
+  }
+
+ private:
+  static void convert(const float* sums, bf16* out) {
+#pragma GCC unroll 4
+    for (std::int64_t t = 0; t < kPanel; t += 2 * kLanes)
+      store_two(out + t, load(sums + t), load(sums + t + kLanes));
   }
 };
 
@@ -167,41 +199,62 @@ struct TiledSums {
   void end(std::int64_t, std::int64_t, std::int64_t) const {}
 };
 
-// inputs (M, depth); a panel begins every panel_size elements. All rows pass a panel while it is in a
-// cache.
-template <class Sums>
-inline void all_blocks(const bf16* inputs, std::int64_t rows, std::int64_t depth,
-                       const bf16* weight, std::int64_t panel_size, std::int64_t outputs,
-                       const Sums& sums) {
+// inputs (M, depth); a panel begins every panel_size elements.
+struct TiledShape {
+  const bf16* inputs;
+  std::int64_t rows, depth;
+  const bf16* weight;
+  std::int64_t panel_size, outputs;
+};
+
+// All rows pass a panel while it is in a cache. Of the next one they ask for kLines cache lines a step.
+template <int kLines, class Sums>
+inline void all_blocks(const TiledShape& shape, const Sums& sums) {
+  const std::int64_t rows = shape.rows, depth = shape.depth;
   const bool tail = depth % kAmxDepth != 0;
   const Scratch<TileTails> tails(tail ? rows : 0);
-  if (tail) copy_inputs_tail(inputs, rows, depth, tails->inputs);
+  if (tail) copy_inputs_tail(shape.inputs, rows, depth, tails->inputs);
   Tiles tiles;
-  for (std::int64_t panel = 0; panel < outputs; panel += kPanel, weight += panel_size) {
+  const bf16* weight = shape.weight;
+  for (std::int64_t panel = 0; panel < shape.outputs; panel += kPanel) {
     if (tail) copy_panel_tail(weight, depth, tails->panel);
-    const TileFactors factors{inputs, depth, weight, depth, tail ? &*tails : nullptr};
+    const TileFactors factors{shape.inputs, depth, weight, depth, tail ? &*tails : nullptr};
+    weight += shape.panel_size;
+    Ahead ahead{reinterpret_cast<const unsigned char*>(weight)};
     for (std::int64_t first = 0; first < rows; first += kBlockRows) {
       const std::int64_t count = least(kBlockRows, rows - first);
       float* to = sums.begin(first, count, panel);
       tiles.shape(kTileBlockConfigs.of_rows[count]);
       if (count > kAmxRows)
         for (std::int64_t column = 0; column < kPanel; column += 2 * kAmxRows)
-          TileBlock<2, 2>{tiles}.run(factors, first, column, to + column, sums.row(), sums.add());
+          TileBlock<2, 2, kLines>{tiles, ahead}.run(factors, first, column, to + column,
+                                                    sums.row(), sums.add());
       else
-        TileBlock<1, 4>{tiles}.run(factors, first, 0, to, sums.row(), sums.add());
+        TileBlock<1, 4, 2 * kLines>{tiles, ahead}.run(factors, first, 0, to, sums.row(),
+                                                      sums.add());
       sums.end(first, count, panel);
     }
   }
 }
 
+// A panel is 32 cache lines for each step of a block of rows. Many rows take longer to pass it than
+// the next one takes to come, unasked (measured in docs/dev/log.md).
+template <class Sums>
+inline void tiled(const TiledShape& shape, const Sums& sums) {
+  const std::int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
+  if (blocks == 1) return all_blocks<32>(shape, sums);
+  if (blocks == 2) return all_blocks<16>(shape, sums);
+  if (blocks < 8) return all_blocks<8>(shape, sums);
+  all_blocks<0>(shape, sums);
+}
+
 inline void tiled_product(const PackedProduct& p) {
   alignas(64) float block[kBlockRows * kPanel];
-  all_blocks(p.inputs, p.rows, p.depth, p.weight, kPanel * p.depth, p.outputs,
-             TiledOutputs{p, block});
+  tiled({p.inputs, p.rows, p.depth, p.weight, kPanel * p.depth, p.outputs}, TiledOutputs{p, block});
 }
 
 inline void tiled_sum(const PackedSum& p) {
-  all_blocks(p.inputs, p.rows, p.part, p.weight, kPanel * p.depth, p.outputs, TiledSums{p});
+  tiled({p.inputs, p.rows, p.part, p.weight, kPanel * p.depth, p.outputs}, TiledSums{p});
 }
 
 PROTOTOK_TARGET_END
