@@ -86,9 +86,19 @@ std::int64_t DecoderBlocks::saved_bytes(const BlocksInput& input) const {
 
 void DecoderBlocks::multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight,
                              const void* bias, bf16* out, bool add) const {
-  kernels_.pairs->product({inputs + part.first * weight.inputs(), weight.data(), of(bias),
-                           out + part.first * weight.outputs(), part.last - part.first,
-                           weight.inputs(), weight.outputs(), add, part.tile.length < kTilesFrom});
+  const std::int64_t first = by_outputs(part) ? 0 : part.first;
+  const std::int64_t last = by_outputs(part) ? part.tile.texts * part.tile.length : part.last;
+  const PackedProduct product{inputs + first * weight.inputs(), weight.data(), of(bias),
+                              out + first * weight.outputs(), last - first, weight.inputs(),
+                              weight.outputs(), add, part.tile.length < kTilesFrom};
+  if (!by_outputs(part)) return kernels_.pairs->product(product);
+  part.member.meet();  // the inputs of all positions are there
+  kernels_.pairs->product(product.of_member(part.member));
+  part.member.meet();
+}
+
+bool DecoderBlocks::by_outputs(const Part& part) const {
+  return kernels_.pairs->by_outputs && !part.member.alone();
 }
 
 void DecoderBlocks::norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum,
@@ -253,7 +263,7 @@ void DecoderBlocks::parts(const BlocksInput& input, unsigned char* saved, int th
   if (input.texts <= input.tile) {
     const ScratchFrame unsaved(unsaved_bytes);
     const Scratch<TileScratch> scratch(*this, M);
-    const std::int64_t of_tile = kernels_.pairs->tile_rows;
+    const std::int64_t of_tile = kernels_.pairs->by_outputs ? 1 : kernels_.pairs->tile_rows;
     const std::int64_t positions = input.texts * input.length;
     const std::int64_t units = (positions + of_tile - 1) / of_tile;
     parallel_team(int(std::min<std::int64_t>(threads, units)), [&](const Member& member) {

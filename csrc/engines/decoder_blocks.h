@@ -96,6 +96,8 @@ class DecoderBlocks {
   void attend(const Part& part, std::int64_t block, const bf16* qkv, bf16* mixed) const;
   void attend_backward(const Part& part, std::int64_t block, const bf16* qkv,
                        const bf16* grad_mixed, bf16* grad_qkv) const;
+  // Whether those that share a tile share the outputs of a product, not its positions.
+  bool by_outputs(const Part& part) const;
   void multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight, const void* bias,
                 bf16* out, bool add = false) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;

@@ -13,9 +13,11 @@ namespace {
 struct TileScratch {
   bf16* logits;  // (tile, kHeadChunk)
   float* sum;    // (tile, d rounded up to panels)
+  float* rescale;  // (tile,)
   TileScratch(Arena& arena, std::int64_t tile, std::int64_t hidden)
       : logits(arena.take<bf16>(tile * kHeadChunk)),
-        sum(arena.take<float>(tile * panels_padded(hidden))) {}
+        sum(arena.take<float>(tile * panels_padded(hidden))),
+        rescale(arena.take<float>(tile)) {}
 };
 
 }  // namespace
@@ -33,16 +35,15 @@ std::int64_t PackedHead::workspace_bytes(std::int64_t tile) const {
 
 void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads) {
   const std::int64_t V = to_logits_.outputs(), d = to_logits_.inputs();
-  tile = std::min(tile, kHeadTile);
   head.vocabulary = V;
   check_targets(head);
   if (grad != nullptr)
     std::call_once(packed_to_hidden_, [&] { to_hidden_ = packed_transposed(weight_, V, d); });
-  parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
-    const Scratch<TileScratch> scratch(tile, d);
-    PackedHeadTile part{head, d, hidden + begin * d, weight_, to_logits_.data(), to_hidden_.data(),
-                        grad == nullptr ? nullptr : grad + begin * d, scratch->logits,
-                        scratch->sum};
+  const auto tile_of = [&](std::int64_t begin, std::int64_t end, const TileScratch& scratch,
+                           const Member& member) {
+    PackedHeadTile part{head, member, d, hidden + begin * d, weight_, to_logits_.data(),
+                        to_hidden_.data(), grad == nullptr ? nullptr : grad + begin * d,
+                        scratch.logits, scratch.sum, scratch.rescale};
     part.head.rows = end - begin;
     part.head.targets += begin;
     if (head.token_weight != nullptr) part.head.token_weight += begin;
@@ -50,6 +51,21 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
     part.head.predicted += begin;
     part.head.margin += begin;
     kernels_.pairs->head_tile(part);
+  };
+  tile = std::min(tile, kHeadTile);
+  const std::int64_t share = (head.rows + threads - 1) / threads;
+  const bool one_tile = head.rows <= tile && (kernels_.pairs->by_outputs || share == head.rows);
+  // Tiles of a thread, alike so that none waits for another.
+  const std::int64_t tiles = std::max<std::int64_t>(1, (share + tile - 1) / tile);
+  tile = one_tile ? head.rows : std::max<std::int64_t>(1, (share + tiles - 1) / tiles);
+  if (one_tile) {
+    const Scratch<TileScratch> scratch(tile, d);
+    parallel_team(threads, [&](const Member& member) { tile_of(0, head.rows, *scratch, member); });
+    return;
+  }
+  parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
+    const Scratch<TileScratch> scratch(tile, d);
+    tile_of(begin, end, *scratch, Member());
   });
 }
 

@@ -1,10 +1,14 @@
 // A frozen bf16 head: what `head` says of its logits, and the gradient of what they were made from,
-// a tile of rows and a chunk of the vocabulary at a time, in a thread's cache.
+// a tile of rows and a chunk of the vocabulary at a time, in a thread's cache. Threads take tiles of
+// their own or, where the weights are what they would wait for, share one tile: its products by
+// outputs, so that each weight is read by one thread, and what lies between them by rows. A row's
+// result is the same in either way.
 // Letters: R rows, V vocabulary, d hidden size.
 #pragma once
 
 #include "ops/ops.h"
 #include "products/packed_matrix.h"
+#include "simd/parallel.h"
 
 #include <cstdint>
 #include <mutex>
@@ -25,11 +29,11 @@ class PackedHead {
   std::int64_t vocabulary() const { return to_logits_.outputs(); }
   std::int64_t hidden() const { return to_logits_.inputs(); }
 
-  // Scratch bytes of a thread for a tile of so many rows.
+  // Scratch bytes of a tile of so many rows.
   std::int64_t workspace_bytes(std::int64_t tile) const;
 
   // hidden, grad (R, d); grad may be null. Of `head` everything but logits, gradient and
-  // vocabulary; throws as `head` does. `tile`: rows a thread takes at a time, at most kHeadTile.
+  // vocabulary; throws as `head` does. `tile`: rows that a tile may have; it has at most kHeadTile.
   void run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads);
 
  private:
@@ -39,9 +43,10 @@ class PackedHead {
   std::once_flag packed_to_hidden_;
 };
 
-// Of `head` the rows of one tile.
+// Of `head` the rows of one tile, and who of those that share it this is.
 struct PackedHeadTile {
   Head head;
+  Member member;
   std::int64_t hidden_size;
   const bf16* hidden;     // (rows, d)
   const bf16* weight;     // (V, d)
@@ -50,6 +55,7 @@ struct PackedHeadTile {
   bf16* grad;    // (rows, d); null = not wanted
   bf16* logits;  // (rows, kHeadChunk), overwritten
   float* sum;    // (rows, d rounded up to panels), overwritten
+  float* rescale;  // (rows,), overwritten
 };
 
 }  // namespace prototok

@@ -71,20 +71,25 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
   const std::int64_t width = panels_padded(d);
   const float scale = float(1.4426950408889634 / head.temperature);  // exp(x / T) = 2^(x * scale)
   const bool need_grad = tile.grad != nullptr;
+  const std::int64_t first = tile.member.first(head.rows), last = tile.member.last(head.rows);
   HeadState states[kHeadTile];
-  float rescale[kHeadTile];
   for (std::int64_t begin = 0; begin < V; begin += kHeadChunk) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
-    packed_product({tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
-                                 head.rows, d, count, false, false});
-    for (std::int64_t r = 0; r < head.rows; ++r)
-      rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
-                              need_grad, states[r]);
-    if (need_grad)
-      packed_sum({tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
-                               begin == 0 ? nullptr : rescale, head.rows, count, V, d, false});
+    packed_product(PackedProduct{tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
+                                 head.rows, d, count, false, false}
+                       .of_member(tile.member));
+    tile.member.meet();
+    for (std::int64_t r = first; r < last; ++r)
+      tile.rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
+                                   need_grad, states[r]);
+    tile.member.meet();
+    if (!need_grad) continue;
+    packed_sum(PackedSum{tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
+                         begin == 0 ? nullptr : tile.rescale, head.rows, count, V, d, false}
+                   .of_member(tile.member));
+    tile.member.meet();
   }
-  for (std::int64_t r = 0; r < head.rows; ++r) {
+  for (std::int64_t r = first; r < last; ++r) {
     const HeadState& state = states[r];
     const float token_weight = head.token_weight == nullptr ? 1.0f : head.token_weight[r];
     const std::int64_t target = head.targets[r];

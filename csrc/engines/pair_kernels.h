@@ -18,6 +18,9 @@ struct PairKernels {
   void (*first_layer_forward)(const FirstLayerText& text);
   void (*first_layer_backward)(const FirstLayerText& text);
   std::int64_t tile_rows;  // that a product multiplies at a time
+  // Products are so fast that they wait for weights: threads that have one tile share its outputs,
+  // not its rows.
+  bool by_outputs;
 };
 
 }  // namespace prototok

@@ -31,23 +31,26 @@ inline Floats seen_lanes(Floats x, std::int64_t first, std::int64_t last) {
 }
 
 // Logits in units of log 2 -> their exponentials relative to the largest of [first, last], 0 outside
-// of it up to `columns`; returns 1 / their sum. Overwrites `x`, which `powers` may be.
+// of it up to `columns`, a multiple of kLanes; returns 1 / their sum. Overwrites `x`, which `powers`
+// may be.
 template <class T>
 inline float softmax_row(float* x, T* powers, std::int64_t first, std::int64_t last,
                          std::int64_t columns) {
+  const std::int64_t seen_columns = padded(last + 1);
   Floats best = splat(-kInfinity);
-  for (std::int64_t j = 0; j < columns; j += kLanes) {
+  for (std::int64_t j = 0; j < seen_columns; j += kLanes) {
     const Floats seen = seen_lanes(load(x + j), first - j, last - j);
     store(x + j, seen);
     best = larger(seen, best);
   }
   const float top = lane_maximum<kLanes>(best);
   Floats sum = {};
-  for (std::int64_t j = 0; j < columns; j += kLanes) {
+  for (std::int64_t j = 0; j < seen_columns; j += kLanes) {
     const Floats power = exp2_of(load(x + j) - top);
     store(powers + j, power);
     sum += power;
   }
+  for (std::int64_t j = seen_columns; j < columns; j += kLanes) store(powers + j, Floats{});
   return 1.0f / lane_sum<kLanes>(sum);
 }
 

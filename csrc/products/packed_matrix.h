@@ -5,7 +5,9 @@
 #pragma once
 
 #include "simd/bf16.h"
+#include "simd/parallel.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -54,6 +56,23 @@ struct PackedProduct {
   std::int64_t rows, depth, outputs;
   bool add;  // to what `out` holds
   bool few;  // rows of a text: fewer than kTilesFrom
+  std::int64_t out_row = outputs;  // from a row of `out` to the next
+
+  // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
+  PackedProduct of_outputs(std::int64_t first, std::int64_t last) const {
+    PackedProduct part = *this;
+    part.weight += first * depth;
+    if (bias != nullptr) part.bias += first;
+    part.out += first;
+    part.outputs = last - first;
+    return part;
+  }
+  // Of the outputs those that are a thread's share.
+  PackedProduct of_member(const Member& member) const {
+    const std::int64_t panels = panels_padded(outputs) / kPanel;
+    return of_outputs(member.first(panels) * kPanel,
+                      std::min(outputs, member.last(panels) * kPanel));
+  }
 };
 
 // Of a weight (outputs, inputs): for rows of its inputs, and for rows of its outputs (a gradient).
@@ -73,6 +92,21 @@ struct PackedSum {
   const float* scale;  // (M,) of what `sum` holds; null = it holds nothing yet
   std::int64_t rows, part, depth, outputs;
   bool few;  // rows of a text: fewer than kTilesFrom
+  std::int64_t sum_row = panels_padded(outputs);  // from a row of `sum` to the next
+
+  // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
+  PackedSum of_outputs(std::int64_t first, std::int64_t last) const {
+    PackedSum some = *this;
+    some.weight += first * depth;
+    some.sum += first;
+    some.outputs = last - first;
+    return some;
+  }
+  PackedSum of_member(const Member& member) const {
+    const std::int64_t panels = panels_padded(outputs) / kPanel;
+    return of_outputs(member.first(panels) * kPanel,
+                      std::min(outputs, member.last(panels) * kPanel));
+  }
 };
 
 }  // namespace prototok

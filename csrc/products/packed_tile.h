@@ -26,7 +26,7 @@ inline Outer<Pair> panel_factors(const bf16* inputs, std::int64_t row, const bf1
 inline void put_outputs(const PackedProduct& p, std::int64_t row, std::int64_t at, Floats value) {
   const std::int64_t left = p.outputs - at;
   if (left <= 0) return;
-  bf16* to = p.out + row * p.outputs + at;
+  bf16* to = p.out + row * p.out_row + at;
   if (p.bias != nullptr) value += load_some(p.bias + at, left);
   if (p.add) value += load_some(to, left);
   store_some(to, left, value);
@@ -45,7 +45,7 @@ struct PackedTile {
     if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kPanelVectors; ++v)
-          store(p.out + (row + r) * p.outputs + panel + v * kLanes, sum[r][v]);
+          store(p.out + (row + r) * p.out_row + panel + v * kLanes, sum[r][v]);
       return;
     }
     for (int r = 0; r < kRows; ++r)
@@ -60,7 +60,7 @@ struct PackedSumTile {
 
   template <int kRows>
   void run() const {
-    const std::int64_t width = panels_padded(p.outputs);
+    const std::int64_t width = p.sum_row;
     float* to = p.sum + row * width + panel;
     Floats sum[kRows][kPanelVectors];
     for (int r = 0; r < kRows; ++r)

@@ -43,6 +43,7 @@ struct TileFactors {
   const bf16* inputs;
   std::int64_t row;  // elements from one to the next
   const bf16* panel;
+  std::int64_t width;  // outputs that lie side by side in it
   std::int64_t depth;
   const TileTails* tails;  // null: the depth is a multiple of kAmxDepth
 };
@@ -74,44 +75,54 @@ struct TileBlock {
            std::int64_t sums_row, bool add) const {
     const bf16 *inputs = f.inputs + row * f.row, *panel = f.panel + 2 * column;
     begin<0>(sums, sums_row, add);
-    const std::int64_t whole = f.depth / kAmxDepth * kAmxDepth;
+    // What the loop needs is here: to the compiler a load of a tile may change all memory.
+    const std::int64_t whole = f.depth / kAmxDepth * kAmxDepth, from_row = f.row, width = f.width;
+    Ahead asked = ahead;
     for (std::int64_t k = 0; k < whole; k += kAmxDepth)
-      step(inputs + k, f.row, panel + k * kPanel);
+      step(inputs + k, from_row, panel + k * width, width, asked);
     if (f.tails != nullptr)
-      step(f.tails->inputs + row * kAmxDepth, kAmxDepth, f.tails->panel + 2 * column);
+      step(f.tails->inputs + row * kAmxDepth, kAmxDepth, f.tails->panel + 2 * column, width, asked);
+    ahead = asked;
     end<0>(sums, sums_row);
   }
 
  private:
-  static constexpr int kInputs = kRowTiles * kColumnTiles, kWeights = kInputs + kRowTiles;
-  static_assert(kInputs == 4 && kWeights < kAmxTiles, "four tiles of sums");
+  static constexpr int kInputs = 4, kWeights = kInputs + kRowTiles;
+  static_assert(kRowTiles * kColumnTiles <= kInputs && kWeights < kAmxTiles, "four tiles of sums");
 
-  static float* at(float* sums, std::int64_t sums_row, int tile) {
-    return sums + tile / kColumnTiles * kAmxRows * sums_row + tile % kColumnTiles * kAmxRows;
+  // The tile of the sums of number `index`, counted row by row.
+  static constexpr int sums_of(int index) {
+    return index / kColumnTiles * (kInputs / kRowTiles) + index % kColumnTiles;
+  }
+  static float* at(float* sums, std::int64_t sums_row, int index) {
+    return sums + index / kColumnTiles * kAmxRows * sums_row + index % kColumnTiles * kAmxRows;
   }
 
-  template <int kTile>
+  template <int kIndex>
   [[gnu::always_inline]] void begin(float* sums, std::int64_t sums_row, bool add) const {
-    if constexpr (kTile < kInputs) {
+    if constexpr (kIndex < kRowTiles * kColumnTiles) {
+      constexpr int kTile = sums_of(kIndex);
       if (add)
-        tiles.load<kTile>(at(sums, sums_row, kTile), sums_row * std::int64_t(sizeof(float)));
+        tiles.load<kTile>(at(sums, sums_row, kIndex), sums_row * std::int64_t(sizeof(float)));
       else
         tiles.zero<kTile>();
-      begin<kTile + 1>(sums, sums_row, add);
+      begin<kIndex + 1>(sums, sums_row, add);
     }
   }
 
-  template <int kTile>
+  template <int kIndex>
   [[gnu::always_inline]] void end(float* sums, std::int64_t sums_row) const {
-    if constexpr (kTile < kInputs) {
-      tiles.store<kTile>(at(sums, sums_row, kTile), sums_row * std::int64_t(sizeof(float)));
-      end<kTile + 1>(sums, sums_row);
+    if constexpr (kIndex < kRowTiles * kColumnTiles) {
+      tiles.store<sums_of(kIndex)>(at(sums, sums_row, kIndex),
+                                   sums_row * std::int64_t(sizeof(float)));
+      end<kIndex + 1>(sums, sums_row);
     }
   }
 
-  [[gnu::always_inline]] void step(const bf16* inputs, std::int64_t row, const bf16* panel) const {
+  [[gnu::always_inline]] void step(const bf16* inputs, std::int64_t row, const bf16* panel,
+                                   std::int64_t width, Ahead& asked) const {
     load_inputs<0>(inputs, row);
-    column<0>(panel);
+    column<0>(panel, width, asked);
   }
 
   template <int kRow>
@@ -123,20 +134,20 @@ struct TileBlock {
   }
 
   template <int kColumn>
-  [[gnu::always_inline]] void column(const bf16* panel) const {
+  [[gnu::always_inline]] void column(const bf16* panel, std::int64_t width, Ahead& asked) const {
     if constexpr (kColumn < kColumnTiles) {
       constexpr int kTile = kWeights + kColumn % (kAmxTiles - kWeights);
-      tiles.load<kTile>(panel + kColumn * 2 * kAmxRows, kPanel * std::int64_t(sizeof(Pair)));
-      ahead.ask<kLines / kColumnTiles>();
+      tiles.load<kTile>(panel + kColumn * 2 * kAmxRows, width * std::int64_t(sizeof(Pair)));
+      asked.ask<kLines / kColumnTiles>();
       dots<0, kColumn, kTile>();
-      column<kColumn + 1>(panel);
+      column<kColumn + 1>(panel, width, asked);
     }
   }
 
   template <int kRow, int kColumn, int kTile>
   [[gnu::always_inline]] void dots() const {
     if constexpr (kRow < kRowTiles) {
-      tiles.dot<kRow * kColumnTiles + kColumn, kInputs + kRow, kTile>();
+      tiles.dot<sums_of(kRow * kColumnTiles + kColumn), kInputs + kRow, kTile>();
       dots<kRow + 1, kColumn, kTile>();
     }
   }
@@ -167,7 +178,7 @@ struct TiledOutputs {
   void end(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
     if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
       for (std::int64_t r = 0; r < rows; ++r)
-        convert(block + r * kPanel, p.out + (first + r) * p.outputs + panel);
+        convert(block + r * kPanel, p.out + (first + r) * p.out_row + panel);
       return;
     }
     for (std::int64_t r = 0; r < rows; ++r)
@@ -188,7 +199,7 @@ struct TiledSums {
   const PackedSum& p;
 
   bool add() const { return p.scale != nullptr; }
-  std::int64_t row() const { return panels_padded(p.outputs); }
+  std::int64_t row() const { return p.sum_row; }
   float* begin(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
     float* sums = p.sum + first * row() + panel;
     for (std::int64_t r = 0; add() && r < rows; ++r)
@@ -218,7 +229,8 @@ inline void all_blocks(const TiledShape& shape, const Sums& sums) {
   const bf16* weight = shape.weight;
   for (std::int64_t panel = 0; panel < shape.outputs; panel += kPanel) {
     if (tail) copy_panel_tail(weight, depth, tails->panel);
-    const TileFactors factors{shape.inputs, depth, weight, depth, tail ? &*tails : nullptr};
+    const TileFactors factors{shape.inputs, depth, weight, kPanel, depth,
+                              tail ? &*tails : nullptr};
     weight += shape.panel_size;
     Ahead ahead{reinterpret_cast<const unsigned char*>(weight)};
     for (std::int64_t first = 0; first < rows; first += kBlockRows) {
@@ -237,15 +249,16 @@ inline void all_blocks(const TiledShape& shape, const Sums& sums) {
   }
 }
 
-// A panel is 32 cache lines for each step of a block of rows. Many rows take longer to pass it than
-// the next one takes to come, unasked (measured in docs/dev/log.md).
+// A panel is 32 cache lines for each step of a block of rows: all of them are asked for by all blocks
+// of rows together, so that they come evenly (measured in docs/dev/log.md).
 template <class Sums>
 inline void tiled(const TiledShape& shape, const Sums& sums) {
   const std::int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
   if (blocks == 1) return all_blocks<32>(shape, sums);
   if (blocks == 2) return all_blocks<16>(shape, sums);
-  if (blocks < 8) return all_blocks<8>(shape, sums);
-  all_blocks<0>(shape, sums);
+  if (blocks < 6) return all_blocks<8>(shape, sums);
+  if (blocks < 12) return all_blocks<4>(shape, sums);
+  all_blocks<2>(shape, sums);
 }
 
 inline void tiled_product(const PackedProduct& p) {

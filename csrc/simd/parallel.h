@@ -33,6 +33,8 @@ class Member {
   Member() = default;  // alone
   Member(Place& place, int index, int count) : place_(&place), index_(index), count_(count) {}
 
+  bool alone() const { return count_ == 1; }
+
   // Returns when all have called it: what they wrote before can be read behind it.
   void meet() const;
 

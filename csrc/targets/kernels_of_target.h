@@ -14,10 +14,8 @@
 #ifdef PROTOTOK_PAIRS
 #include "engines/first_layer_text.h"
 #include "engines/packed_head_tile.h"
-#include "products/packed_product.h"
-#endif
-#ifdef PROTOTOK_AVX512_BF16
 #include "ops/attention_pairs.h"
+#include "products/packed_product.h"
 #endif
 
 PROTOTOK_TARGET_BEGIN
@@ -25,11 +23,14 @@ PROTOTOK_TARGET_BEGIN
 #ifdef PROTOTOK_PAIRS
 #ifdef PROTOTOK_TILES
 constexpr std::int64_t kTogether = kBlockRows;
+constexpr bool kByOutputs = true;
 #else
 constexpr std::int64_t kTogether = TileShape<Pair>::kRows;
+constexpr bool kByOutputs = false;
 #endif
-constexpr PairKernels kPairKernels{packed_product,      packed_sum,           packed_head_tile,
-                                   first_layer_forward, first_layer_backward, kTogether};
+constexpr PairKernels kPairKernels{packed_product,       packed_sum, packed_head_tile,
+                                   first_layer_forward,  first_layer_backward,
+                                   kTogether, kByOutputs};
 #endif
 
 constexpr Kernels kKernels{
@@ -46,13 +47,13 @@ constexpr Kernels kKernels{
         activation_backward_row<float, float>,
         activation_backward_row<bf16, bf16>,
         attention_heads<float>,
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
         attention_heads_in_pairs,
 #else
         attention_heads<bf16>,
 #endif
         attention_backward_heads<float>,
-#ifdef PROTOTOK_AVX512_BF16
+#ifdef PROTOTOK_PAIRS
         attention_backward_heads_in_pairs,
 #else
         attention_backward_heads<bf16>,

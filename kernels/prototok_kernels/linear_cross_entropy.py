@@ -81,11 +81,9 @@ def _linear_cross_entropy_packed(
     if token_weight is not None:
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
-    rows, threads = len(targets), torch.get_num_threads()
+    threads = torch.get_num_threads()
     head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
-    share = -(-rows // threads)
-    tile = min(_cpu.HEAD_ROWS, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
-    tiles = max(1, -(-share // max(1, tile)))  # of a thread, alike so that none waits for another
+    tile = max(1, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     try:
         head.run(
             **views(
@@ -98,7 +96,7 @@ def _linear_cross_entropy_packed(
                 margin=out.margin,
             ),
             temperature=temperature,
-            tile=max(1, -(-share // tiles)),
+            tile=tile,
             threads=threads,
         )
     except IndexError as error:

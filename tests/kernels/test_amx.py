@@ -322,22 +322,26 @@ def test_tiles_are_in_the_code_of_their_target_alone(code: dict[str, list[str]])
 
 
 def test_sums_stay_in_tiles_through_the_loop(code: dict[str, list[str]]) -> None:
-    """The loop over the depth reads four tiles, multiplies four times and does nothing else."""
-    loops = 0
+    """The loop over the depth reads each tile once, multiplies all pairs of them and no more."""
+    shapes = set[tuple[int, int]]()  # rows of tiles by columns
     for lines in code.values():
         for loop in innermost_loops(lines):
             used = [match for match in map(AMX.search, loop) if match]
             dots = [match[2] for match in used if match[1] == "tdpbf16ps"]
             if not dots:
                 continue
-            loops += 1
-            inputs = len({dot.split(",")[1] for dot in dots})  # 2 where two rows of tiles
-            assert sorted(dot.split(",")[2] for dot in dots) == [f"%tmm{i}" for i in range(4)]
+            rows = len({dot.split(",")[1] for dot in dots})
+            sums = {dot.split(",")[2] for dot in dots}
+            columns = len(sums) // rows
+            assert len(sums) == len(dots) == rows * columns
+            assert sums <= {f"%tmm{i}" for i in range(4)}
+            shapes.add((rows, columns))
             loads = [match for match in used if match[1] == "tileloadd"]
-            assert len(loads) == (4 if inputs == 2 else 5) and len(used) == 4 + len(loads)
+            assert len(loads) == rows + columns and len(used) == len(dots) + len(loads)
             moves = [line for line in loop if re.search(r"\tv?mov\w* ", line)]
             assert all("(" not in line for line in moves), moves  # nothing goes through memory
-    assert loops >= 4  # two blocks in each of the two products
+    # Those of packed weights, and with the ends of small factors.
+    assert shapes == {(2, 2), (1, 4), (2, 1), (1, 2), (1, 1)}
 
 
 def innermost_loops(lines: list[str]) -> list[list[str]]:
