@@ -85,13 +85,16 @@ std::int64_t DecoderBlocks::saved_bytes(const BlocksInput& input) const {
 }
 
 void DecoderBlocks::multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight,
-                             const void* bias, bf16* out, bool add) const {
+                             const PackedMatrix& next, const void* bias, bf16* out,
+                             bool add) const {
   const std::int64_t first = by_outputs(part) ? 0 : part.first;
   const std::int64_t last = by_outputs(part) ? part.tile.texts * part.tile.length : part.last;
-  const PackedProduct product{inputs + first * weight.inputs(), weight.data(), of(bias),
-                              out + first * weight.outputs(), last - first, weight.inputs(),
-                              weight.outputs(), add, part.tile.length < kTilesFrom};
+  PackedProduct product{inputs + first * weight.inputs(), weight.data(), of(bias),
+                        out + first * weight.outputs(), last - first, weight.inputs(),
+                        weight.outputs(), add, part.tile.length < kTilesFrom};
+  product.next = next.data();
   if (!by_outputs(part)) return kernels_.pairs->product(product);
+  product.next += first_output(part.member, next.outputs()) * next.inputs();
   part.member.meet();  // the inputs of all positions are there
   kernels_.pairs->product(product.of_member(part.member));
   part.member.meet();
@@ -173,28 +176,29 @@ void DecoderBlocks::forward_part(const Part& part, bf16* out) const {
   for (std::int64_t b = tile.first; b < blocks; ++b) {
     const DecoderBlock& block = m.blocks[std::size_t(b)];
     const Products& products = forward_[std::size_t(b)];
+    const Products& later = forward_[std::size_t(b + 1 < blocks ? b + 1 : b)];
     const Saved saved = saved_of(tile, b, memory);
     const bool given = b == tile.first && tile.of.qkv != nullptr;
     const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
     if (!given) {
       norm(part, x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics);
       if (delta != nullptr) x = saved.stream;
-      multiply(part, normed, products.qkv, block.qkv_bias, saved.qkv);
+      multiply(part, normed, products.qkv, products.out, block.qkv_bias, saved.qkv);
       part.member.meet();
     }
     attend(part, b, qkv, scratch.heads);
     delta = scratch.narrow[1];
-    multiply(part, scratch.heads, products.out, block.out_bias, delta);
+    multiply(part, scratch.heads, products.out, products.up, block.out_bias, delta);
     if (!given) {
       norm(part, x, m.parallel ? nullptr : delta, saved.middle, normed, block.mlp_norm,
            block.mlp_norm_bias, saved.middle_statistics);
       if (!m.parallel) x = saved.middle;
-      multiply(part, normed, products.up, nullptr, saved.z);
+      multiply(part, normed, products.up, products.down, nullptr, saved.z);
     }
     for (std::int64_t row = part.first; row < part.last; ++row)
       kernels_.activation_bf16(z + row * up(), of(block.up_bias),
                                scratch.inner + row * m.inner, activation);
-    multiply(part, scratch.inner, products.down, block.down_bias, delta, m.parallel);
+    multiply(part, scratch.inner, products.down, later.qkv, block.down_bias, delta, m.parallel);
   }
   const Saved last = saved_of(tile, blocks, memory);
   norm(part, x, delta, last.stream, out, m.norm, m.norm_bias, last.statistics);
@@ -219,26 +223,27 @@ void DecoderBlocks::backward_part(const Part& part, const bf16* grad_out,
     // `grad` is that of the stream behind the block and of what the block adds to it.
     const DecoderBlock& block = m.blocks[std::size_t(b)];
     const Products& products = backward_[std::size_t(b)];
+    const Products& later = backward_[std::size_t(b > tile.first ? b - 1 : b)];
     const Saved saved = saved_of(tile, b, memory);
     const bf16* x = stream(b, saved);
     bf16 *of_mlp_norm = scratch.narrow[0], *of_norm = scratch.narrow[1];
     const bool given = b == tile.first && tile.of.qkv != nullptr;
     const bf16 *qkv = given ? tile.of.qkv : saved.qkv, *z = given ? tile.of.z : saved.z;
     bf16 *grad_qkv = given ? grads.qkv : scratch.wide, *grad_z = given ? grads.z : scratch.wide;
-    multiply(part, grad, products.down, nullptr, scratch.inner);
+    multiply(part, grad, products.down, products.up, nullptr, scratch.inner);
     for (std::int64_t row = part.first; row < part.last; ++row)
       kernels_.activation_backward_bf16(scratch.inner + row * m.inner, z + row * up(),
                                         of(block.up_bias), grad_z + row * up(), activation);
-    if (!given) multiply(part, grad_z, products.up, nullptr, of_mlp_norm);
+    if (!given) multiply(part, grad_z, products.up, products.out, nullptr, of_mlp_norm);
     if (!m.parallel)
       norm_backward(part, of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true);
-    multiply(part, grad, products.out, nullptr, scratch.heads);
+    multiply(part, grad, products.out, products.qkv, nullptr, scratch.heads);
     part.member.meet();  // the gradients of all positions are there, and grad_z has been read
     attend_backward(part, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
     part.member.meet();
-    multiply(part, grad_qkv, products.qkv, nullptr, of_norm);
+    multiply(part, grad_qkv, products.qkv, later.down, nullptr, of_norm);
     part.member.meet();  // grad_qkv has been read: the next grad_z may take its place
     if (m.parallel)
       norm_backward(part, of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias,

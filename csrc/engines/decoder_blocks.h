@@ -98,8 +98,9 @@ class DecoderBlocks {
                        const bf16* grad_mixed, bf16* grad_qkv) const;
   // Whether those that share a tile share the outputs of a product, not its positions.
   bool by_outputs(const Part& part) const;
-  void multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight, const void* bias,
-                bf16* out, bool add = false) const;
+  // `next`: the weight of the product behind this one.
+  void multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight,
+                const PackedMatrix& next, const void* bias, bf16* out, bool add = false) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
   std::int64_t tile_bytes(const BlocksInput& input) const;
   std::int64_t stacked() const {  // (H + 2 K) c

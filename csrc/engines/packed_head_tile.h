@@ -75,18 +75,24 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
   HeadState states[kHeadTile];
   for (std::int64_t begin = 0; begin < V; begin += kHeadChunk) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
-    packed_product(PackedProduct{tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
-                                 head.rows, d, count, false, false}
-                       .of_member(tile.member));
+    const bf16* logits_next =
+        tile.to_logits + (begin + kHeadChunk + first_output(tile.member, kHeadChunk)) * d;
+    const bf16* hidden_next =
+        tile.to_hidden + begin * kPanel + first_output(tile.member, d) * V;
+    PackedProduct to_logits{tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
+                            head.rows, d, count, false, false};
+    to_logits.next = need_grad ? hidden_next : logits_next;
+    packed_product(to_logits.of_member(tile.member));
     tile.member.meet();
     for (std::int64_t r = first; r < last; ++r)
       tile.rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
                                    need_grad, states[r]);
     tile.member.meet();
     if (!need_grad) continue;
-    packed_sum(PackedSum{tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
-                         begin == 0 ? nullptr : tile.rescale, head.rows, count, V, d, false}
-                   .of_member(tile.member));
+    PackedSum to_hidden{tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
+                        begin == 0 ? nullptr : tile.rescale, head.rows, count, V, d, false};
+    to_hidden.next = logits_next;
+    packed_sum(to_hidden.of_member(tile.member));
     tile.member.meet();
   }
   for (std::int64_t r = first; r < last; ++r) {

@@ -48,6 +48,14 @@ class PackedMatrix {
   std::int64_t inputs_ = 0, outputs_ = 0;
 };
 
+// Of the panels of so many outputs the first of a thread's share.
+inline std::int64_t first_output(const Member& member, std::int64_t outputs) {
+  return member.first(panels_padded(outputs) / kPanel) * kPanel;
+}
+inline std::int64_t last_output(const Member& member, std::int64_t outputs) {
+  return std::min(outputs, member.last(panels_padded(outputs) / kPanel) * kPanel);
+}
+
 struct PackedProduct {
   const bf16* inputs;  // (M, I)
   const bf16* weight;  // PackedMatrix::data()
@@ -57,6 +65,7 @@ struct PackedProduct {
   bool add;  // to what `out` holds
   bool few;  // rows of a text: fewer than kTilesFrom
   std::int64_t out_row = outputs;  // from a row of `out` to the next
+  const bf16* next = nullptr;  // the weights that will be read after these, where that is known
 
   // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
   PackedProduct of_outputs(std::int64_t first, std::int64_t last) const {
@@ -69,9 +78,7 @@ struct PackedProduct {
   }
   // Of the outputs those that are a thread's share.
   PackedProduct of_member(const Member& member) const {
-    const std::int64_t panels = panels_padded(outputs) / kPanel;
-    return of_outputs(member.first(panels) * kPanel,
-                      std::min(outputs, member.last(panels) * kPanel));
+    return of_outputs(first_output(member, outputs), last_output(member, outputs));
   }
 };
 
@@ -93,6 +100,7 @@ struct PackedSum {
   std::int64_t rows, part, depth, outputs;
   bool few;  // rows of a text: fewer than kTilesFrom
   std::int64_t sum_row = panels_padded(outputs);  // from a row of `sum` to the next
+  const bf16* next = nullptr;
 
   // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
   PackedSum of_outputs(std::int64_t first, std::int64_t last) const {
@@ -103,9 +111,7 @@ struct PackedSum {
     return some;
   }
   PackedSum of_member(const Member& member) const {
-    const std::int64_t panels = panels_padded(outputs) / kPanel;
-    return of_outputs(member.first(panels) * kPanel,
-                      std::min(outputs, member.last(panels) * kPanel));
+    return of_outputs(first_output(member, outputs), last_output(member, outputs));
   }
 };
 

@@ -216,6 +216,7 @@ struct TiledShape {
   std::int64_t rows, depth;
   const bf16* weight;
   std::int64_t panel_size, outputs;
+  const bf16* next;  // what is read after the last panel; null = not known
 };
 
 // All rows pass a panel while it is in a cache. Of the next one they ask for kLines cache lines a step.
@@ -232,7 +233,8 @@ inline void all_blocks(const TiledShape& shape, const Sums& sums) {
     const TileFactors factors{shape.inputs, depth, weight, kPanel, depth,
                               tail ? &*tails : nullptr};
     weight += shape.panel_size;
-    Ahead ahead{reinterpret_cast<const unsigned char*>(weight)};
+    const bool more = panel + kPanel < shape.outputs || shape.next == nullptr;
+    Ahead ahead{reinterpret_cast<const unsigned char*>(more ? weight : shape.next)};
     for (std::int64_t first = 0; first < rows; first += kBlockRows) {
       const std::int64_t count = least(kBlockRows, rows - first);
       float* to = sums.begin(first, count, panel);
@@ -263,11 +265,12 @@ inline void tiled(const TiledShape& shape, const Sums& sums) {
 
 inline void tiled_product(const PackedProduct& p) {
   alignas(64) float block[kBlockRows * kPanel];
-  tiled({p.inputs, p.rows, p.depth, p.weight, kPanel * p.depth, p.outputs}, TiledOutputs{p, block});
+  tiled({p.inputs, p.rows, p.depth, p.weight, kPanel * p.depth, p.outputs, p.next},
+        TiledOutputs{p, block});
 }
 
 inline void tiled_sum(const PackedSum& p) {
-  tiled({p.inputs, p.rows, p.part, p.weight, kPanel * p.depth, p.outputs}, TiledSums{p});
+  tiled({p.inputs, p.rows, p.part, p.weight, kPanel * p.depth, p.outputs, p.next}, TiledSums{p});
 }
 
 PROTOTOK_TARGET_END
