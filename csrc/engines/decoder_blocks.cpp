@@ -13,6 +13,10 @@ namespace {
 
 const bf16* of(const void* weight) { return static_cast<const bf16*>(weight); }
 
+// Weights of a block from which reading them once for all threads is worth that these meet at each
+// product: faster with 7 MB, slower with 0.8 MB (docs/dev/log.md).
+constexpr std::int64_t kLargeBlock = 2 << 20;
+
 }  // namespace
 
 // Of one block and a tile of M positions, kept for the way back. The stream comes first: behind the
@@ -61,6 +65,8 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
     forward_.push_back({packed(of(block.qkv), stacked(), m.hidden),
                         packed(of(block.out), m.hidden, mixed()), packed(of(block.up), up(), m.hidden),
                         packed(of(block.down), m.hidden, m.inner)});
+  const std::int64_t weights = m.hidden * (stacked() + mixed() + up() + m.inner);
+  large_ = weights * std::int64_t(sizeof(bf16)) >= kLargeBlock;
 }
 
 DecoderBlocks::Saved DecoderBlocks::saved_of(const BlocksInput& tile, std::int64_t block,
@@ -101,7 +107,7 @@ void DecoderBlocks::multiply(const Part& part, const bf16* inputs, const PackedM
 }
 
 bool DecoderBlocks::by_outputs(const Part& part) const {
-  return kernels_.pairs->by_outputs && !part.member.alone();
+  return kernels_.pairs->by_outputs && !part.member.alone() && large_;
 }
 
 void DecoderBlocks::norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum,
@@ -268,7 +274,7 @@ void DecoderBlocks::parts(const BlocksInput& input, unsigned char* saved, int th
   if (input.texts <= input.tile) {
     const ScratchFrame unsaved(unsaved_bytes);
     const Scratch<TileScratch> scratch(*this, M);
-    const std::int64_t of_tile = kernels_.pairs->by_outputs ? 1 : kernels_.pairs->tile_rows;
+    const std::int64_t of_tile = kernels_.pairs->by_outputs && large_ ? 1 : kernels_.pairs->tile_rows;
     const std::int64_t positions = input.texts * input.length;
     const std::int64_t units = (positions + of_tile - 1) / of_tile;
     parallel_team(int(std::min<std::int64_t>(threads, units)), [&](const Member& member) {
