@@ -3,6 +3,7 @@
     python benchmarks/fit_step.py --preset stories3m --model ../shared/models/stories3m
     python benchmarks/fit_step.py --preset pythia-160m
     python benchmarks/fit_step.py --preset smollm2-135m --prefix 1
+    python benchmarks/fit_step.py --preset stories3m --instructions avx512bf16
 
 One text·step is one update of one text's e and m. Compared in turn, in one process and one dtype:
 
@@ -28,6 +29,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +54,7 @@ from prototok.fitting.engine.slots import Room, Slots
 from prototok.model.in_front import prefix_of
 from prototok.model.shapes import SHAPES, random_model
 from prototok.results.arrangement import Arrangement
-from prototok_kernels.backend import this_machine
+from prototok_kernels.backend import instruction_set, this_machine
 
 # Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -282,12 +284,19 @@ def main() -> None:
     parser.add_argument(
         "--out", "--json", type=Path, help="default results/fit-step-PRESET-INSTRUCTIONS.json"
     )
+    parser.add_argument("--instructions", help="of the C++ kernels; default the best there are")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    sizes = CUDA if device.type == "cuda" else CPU
+    sizes = CUDA if torch.device(arguments.device).type == "cuda" else CPU
     if arguments.preset not in sizes:
         parser.error(f"--preset {arguments.preset} is for CUDA; on the CPU: {', '.join(sizes)}")
-    size = sizes[arguments.preset]
+    name = arguments.instructions
+    with nullcontext() if name is None else instruction_set(name):
+        run(arguments, sizes[arguments.preset])
+
+
+def run(arguments: argparse.Namespace, size: Size) -> None:
+    """Measure one preset and write the record."""
+    device = torch.device(arguments.device)
     rows, length = arguments.rows or size.rows, size.length
     if device.type == "cpu":
         keep_freed_memory()

@@ -31,10 +31,11 @@ inline Floats exp2_of(Floats x) {
   return (Floats)_mm512_maskz_scalef_ps(normal, (__m512)p, whole);
 #else
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats kept = no_less(x, -127.0f), shifted = kept + magic;
+  const Floats kept = no_less(x, -126.0f), shifted = kept + magic;
   const Floats p = exp2_of_fraction(kept - (shifted - magic));
   const Ints exponent = (Ints)shifted - (Ints)magic;
-  return p * (Floats)((exponent + 127) << 23);  // exponent -127 gives the bits of 0
+  const Floats power = p * (Floats)((exponent + 127) << 23);
+  return x < -126.0f ? splat(0.0f) : power;
 #endif
 }
 

@@ -8,6 +8,7 @@ Letters: M rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import struct
@@ -18,8 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import prototok
+from against_fp64 import with_gradients
+from kernels import test_attention as attention_tests
 from kernels import test_decoder, test_decoder_blocks, test_first_layer, test_second_layer
 from kernels import test_linear_cross_entropy as test_head
 from prototok import Recipe
@@ -28,6 +32,7 @@ from prototok_kernels import backend
 from prototok_kernels.backend import EMULATED, _cpu, this_machine
 from prototok_kernels.views import views
 from support import losses_by_step
+from zoo import OWN, made
 
 pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
 
@@ -173,6 +178,70 @@ def test_the_head_gives_the_same_in_any_tiles() -> None:
         whole = test_head.linear_cross_entropy(*inputs, backend="packed")
         few = test_head.linear_cross_entropy(*inputs, backend="packed", workspace_bytes=1)
     assert torch.equal(whole.loss, few.loss) and torch.equal(whole.grad_hidden, few.grad_hidden)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_threads_that_share_the_heads_outputs_change_no_bit(tiles: str, rows: int) -> None:
+    inputs = test_head.make_inputs(rows, 134, 2114, torch.bfloat16, "cpu")  # panels with ends
+    alone = test_head.linear_cross_entropy(*inputs, backend="packed")
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for need_grad in (True, False):
+            found = test_head.linear_cross_entropy(*inputs, backend="packed", need_grad=need_grad)
+            assert torch.equal(found.predicted, alone.predicted)
+            assert torch.equal(found.margin, alone.margin)
+            if need_grad:
+                assert torch.equal(found.loss, alone.loss)
+                assert torch.equal(found.grad_hidden, alone.grad_hidden)
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=str)
+@pytest.mark.parametrize("shape", attention_tests.SHAPES, ids=str)
+def test_attention_in_tiles(tiles: str, shape: tuple[int, ...], window: int | None) -> None:
+    attention_tests.test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, torch.bfloat16, window)
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=str)
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("shape", attention_tests.SHAPES[2::4], ids=str)
+def test_attention_in_tiles_behind_a_prefix(
+    tiles: str, shape: tuple[int, ...], count: int, window: int | None
+) -> None:
+    attention_tests.test_behind_a_prefix_it_is_as_close(
+        "cpu", "cpu", shape, torch.bfloat16, count, window
+    )
+
+
+@pytest.mark.parametrize(("texts", "length"), [(1, 70), (1, 7), (1, 3), (2, 31)])
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
+def test_threads_that_share_outputs_change_no_bit(
+    tiles: str, name: str, texts: int, length: int
+) -> None:
+    """Blocks of 2 MiB and more are shared by outputs."""
+    body = prototok.load(wide(name), device="cpu", dtype=torch.bfloat16).body
+    assert isinstance(body, DecoderBody)
+    blocks, tables = test_decoder_blocks.blocks_of(body), body.rotary(length)
+    x = test_decoder_blocks.stream(texts, length, body.norm.numel())
+    run = lambda x: test_decoder_blocks.through(blocks, x, tables)  # noqa: E731
+    alone = with_gradients(run, [x], torch.bfloat16)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for found, expected in zip(with_gradients(run, [x], torch.bfloat16), alone, strict=True):
+            assert torch.equal(found, expected)
+        with torch.no_grad():
+            assert torch.equal(run(x), alone[0])
+
+
+def wide(name: str) -> PreTrainedModel:
+    """A model of a covered family with more than 2 MiB of weights a block, off every panel."""
+    config = copy.deepcopy(made(OWN[name]).config)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 288, 1250, 2
+    config.num_attention_heads, config.num_key_value_heads = 6, 2
+    if hasattr(config, "head_dim"):
+        config.head_dim = 48
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
 
 
 @pytest.mark.parametrize(("texts", "length"), [(3, 19), (1, 70), (5, 3)])
