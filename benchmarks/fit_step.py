@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import time
@@ -59,6 +60,8 @@ from prototok_kernels.backend import instruction_set, this_machine
 # Dense bf16 peaks as declared, FLOP/s, by what the device's name contains.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 ATTENTION = ("sdpa", "eager")  # transformers' names
+# The names that oneDNN, which makes torch's products, has for our instruction sets.
+ONEDNN = {"amx": "AVX512_CORE_AMX", "avx512bf16": "AVX512_CORE_BF16", "avx512": "AVX512_CORE"}
 # How far ours may lie from the plain loop, relative: row losses, and the gradients' norm.
 TOLERANCES = {torch.bfloat16: (1e-2, 0.1), torch.float32: (1e-5, 1e-3)}
 
@@ -284,12 +287,17 @@ def main() -> None:
     parser.add_argument(
         "--out", "--json", type=Path, help="default results/fit-step-PRESET-INSTRUCTIONS.json"
     )
-    parser.add_argument("--instructions", help="of the C++ kernels; default the best there are")
+    parser.add_argument(
+        "--instructions", choices=list(ONEDNN),
+        help="all that either side may use; default the best there are",
+    )  # fmt: skip
     arguments = parser.parse_args()
     sizes = CUDA if torch.device(arguments.device).type == "cuda" else CPU
     if arguments.preset not in sizes:
         parser.error(f"--preset {arguments.preset} is for CUDA; on the CPU: {', '.join(sizes)}")
     name = arguments.instructions
+    if name is not None:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[name]  # read at the first product
     with nullcontext() if name is None else instruction_set(name):
         run(arguments, sizes[arguments.preset])
 
