@@ -251,14 +251,15 @@ inline void all_blocks(const TiledShape& shape, const Sums& sums) {
   }
 }
 
-// A panel is 32 cache lines for each step of a block of rows: all of them are asked for by all blocks
-// of rows together, so that they come evenly (measured in docs/dev/log.md).
+// A panel is 32 cache lines for each step of a block of rows. All blocks of rows together ask for half
+// of them, evenly: what waits for memory takes the room of what is read from the second cache, and from
+// there on the processor foresees the rest (measured: docs/dev/log.md).
 template <class Sums>
 inline void tiled(const TiledShape& shape, const Sums& sums) {
   const std::int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
-  if (blocks == 1) return all_blocks<32>(shape, sums);
-  if (blocks == 2) return all_blocks<16>(shape, sums);
-  if (blocks < 6) return all_blocks<8>(shape, sums);
+  if (blocks == 1) return all_blocks<16>(shape, sums);
+  if (blocks == 2) return all_blocks<8>(shape, sums);
+  if (blocks < 6) return all_blocks<4>(shape, sums);
   if (blocks < 12) return all_blocks<4>(shape, sums);
   all_blocks<2>(shape, sums);
 }
