@@ -274,7 +274,8 @@ void DecoderBlocks::parts(const BlocksInput& input, unsigned char* saved, int th
   if (input.texts <= input.tile) {
     const ScratchFrame unsaved(unsaved_bytes);
     const Scratch<TileScratch> scratch(*this, M);
-    const std::int64_t of_tile = kernels_.pairs->by_outputs && large_ ? 1 : kernels_.pairs->tile_rows;
+    const bool by_outputs = kernels_.pairs->by_outputs && large_;
+    const std::int64_t of_tile = by_outputs ? 1 : kernels_.pairs->tile_rows;
     const std::int64_t positions = input.texts * input.length;
     const std::int64_t units = (positions + of_tile - 1) / of_tile;
     parallel_team(int(std::min<std::int64_t>(threads, units)), [&](const Member& member) {

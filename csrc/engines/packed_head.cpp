@@ -58,6 +58,7 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
   // Tiles of a thread, alike so that none waits for another.
   const std::int64_t tiles = std::max<std::int64_t>(1, (share + tile - 1) / tile);
   tile = one_tile ? head.rows : std::max<std::int64_t>(1, (share + tiles - 1) / tiles);
+  if (head.rows == 0) return;
   if (one_tile) {
     const Scratch<TileScratch> scratch(tile, d);
     parallel_team(threads, [&](const Member& member) { tile_of(0, head.rows, *scratch, member); });

@@ -77,11 +77,10 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
     const bf16* logits_next =
         tile.to_logits + (begin + kHeadChunk + first_output(tile.member, kHeadChunk)) * d;
-    const bf16* hidden_next =
-        tile.to_hidden + begin * kPanel + first_output(tile.member, d) * V;
+    const bf16* part = need_grad ? tile.to_hidden + begin * kPanel : nullptr;
     PackedProduct to_logits{tile.hidden, tile.to_logits + begin * d, nullptr, tile.logits,
                             head.rows, d, count, false, false};
-    to_logits.next = need_grad ? hidden_next : logits_next;
+    to_logits.next = need_grad ? part + first_output(tile.member, d) * V : logits_next;
     packed_product(to_logits.of_member(tile.member));
     tile.member.meet();
     for (std::int64_t r = first; r < last; ++r)
@@ -89,8 +88,8 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
                                    need_grad, states[r]);
     tile.member.meet();
     if (!need_grad) continue;
-    PackedSum to_hidden{tile.logits, tile.to_hidden + begin * kPanel, tile.sum,
-                        begin == 0 ? nullptr : tile.rescale, head.rows, count, V, d, false};
+    PackedSum to_hidden{tile.logits, part, tile.sum, begin == 0 ? nullptr : tile.rescale,
+                        head.rows, count, V, d, false};
     to_hidden.next = logits_next;
     packed_sum(to_hidden.of_member(tile.member));
     tile.member.meet();
