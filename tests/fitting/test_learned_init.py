@@ -121,7 +121,7 @@ def test_every_other_text_starts_at_the_guess(
     made._replace(torch.arange(8))
     guess = encoder.vectors(small_lm, list(made.slots.targets[:8]))
     values = torch.stack([bank.values[:8, 0] for bank in made.slots.banks], dim=1)
-    assert torch.equal(values[1::2], guess[1::2])
+    torch.testing.assert_close(values[1::2], guess[1::2])  # rows round with their batch
     away = (values[0::2, 0] - optimizer.start.mean[0]).abs() / optimizer.start.std[0]
     assert 0.5 < float(away.mean()) < 1.2  # as the prior spreads them
     # A text that the encoder does not take starts at the prior.
