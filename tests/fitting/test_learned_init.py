@@ -119,9 +119,10 @@ def test_every_other_text_starts_at_the_guess(
     corpus = Corpus(list(TRAINED))
     made = Pool(setup, corpus, LENGTH, torch.Generator().manual_seed(0), encoder)
     made._replace(torch.arange(8))
-    guess = encoder.vectors(small_lm, list(made.slots.targets[:8]))
+    # Torch rounds by the size of the batch: as many texts as start there.
+    guess = encoder.vectors(small_lm, list(made.slots.targets[1:8:2]))
     values = torch.stack([bank.values[:8, 0] for bank in made.slots.banks], dim=1)
-    torch.testing.assert_close(values[1::2], guess[1::2])  # rows round with their batch
+    assert torch.equal(values[1::2], guess)
     away = (values[0::2, 0] - optimizer.start.mean[0]).abs() / optimizer.start.std[0]
     assert 0.5 < float(away.mean()) < 1.2  # as the prior spreads them
     # A text that the encoder does not take starts at the prior.
