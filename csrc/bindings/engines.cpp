@@ -316,7 +316,6 @@ void first_layer_backward(const FirstLayer& self, const View& e, const View& m, 
 void bind_engines(py::module_& m) {
   using py::operator""_a;
   const py::kw_only named;
-  m.attr("HEAD_ROWS") = kHeadTile;
   m.attr("BLOCK_POSITIONS") = kBlockPositions;
   py::class_<PackedHead>(m, "PackedHead")
       .def(py::init(&packed_head), named, "weight"_a, py::keep_alive<1, 2>())

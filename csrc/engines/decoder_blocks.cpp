@@ -66,7 +66,8 @@ DecoderBlocks::DecoderBlocks(DecoderModel model)
                         packed(of(block.out), m.hidden, mixed()), packed(of(block.up), up(), m.hidden),
                         packed(of(block.down), m.hidden, m.inner)});
   const std::int64_t weights = m.hidden * (stacked() + mixed() + up() + m.inner);
-  large_ = weights * std::int64_t(sizeof(bf16)) >= kLargeBlock;
+  by_outputs_ =
+      kernels_.pairs->by_outputs && weights * std::int64_t(sizeof(bf16)) >= kLargeBlock;
 }
 
 DecoderBlocks::Saved DecoderBlocks::saved_of(const BlocksInput& tile, std::int64_t block,
@@ -107,7 +108,7 @@ void DecoderBlocks::multiply(const Part& part, const bf16* inputs, const PackedM
 }
 
 bool DecoderBlocks::by_outputs(const Part& part) const {
-  return kernels_.pairs->by_outputs && !part.member.alone() && large_;
+  return by_outputs_ && !part.member.alone();
 }
 
 void DecoderBlocks::norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum,
@@ -274,8 +275,7 @@ void DecoderBlocks::parts(const BlocksInput& input, unsigned char* saved, int th
   if (input.texts <= input.tile) {
     const ScratchFrame unsaved(unsaved_bytes);
     const Scratch<TileScratch> scratch(*this, M);
-    const bool by_outputs = kernels_.pairs->by_outputs && large_;
-    const std::int64_t of_tile = by_outputs ? 1 : kernels_.pairs->tile_rows;
+    const std::int64_t of_tile = by_outputs_ ? 1 : kernels_.pairs->tile_rows;
     const std::int64_t positions = input.texts * input.length;
     const std::int64_t units = (positions + of_tile - 1) / of_tile;
     parallel_team(int(std::min<std::int64_t>(threads, units)), [&](const Member& member) {

@@ -96,7 +96,7 @@ class DecoderBlocks {
   void attend(const Part& part, std::int64_t block, const bf16* qkv, bf16* mixed) const;
   void attend_backward(const Part& part, std::int64_t block, const bf16* qkv,
                        const bf16* grad_mixed, bf16* grad_qkv) const;
-  // Whether those that share a tile share the outputs of a product, not its positions: weights that
+  // Whether those that share this tile share the outputs of a product, not its positions: weights that
   // they would wait for are then read once.
   bool by_outputs(const Part& part) const;
   // `next`: the weight of the product behind this one.
@@ -112,7 +112,7 @@ class DecoderBlocks {
 
   DecoderModel model_;
   const Kernels& kernels_;
-  bool large_;
+  bool by_outputs_;  // of those that share a tile
   std::vector<Products> forward_, backward_;
   std::once_flag packed_backward_;
 };

@@ -37,6 +37,7 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
   const std::int64_t V = to_logits_.outputs(), d = to_logits_.inputs();
   head.vocabulary = V;
   check_targets(head);
+  if (head.rows == 0) return;
   if (grad != nullptr)
     std::call_once(packed_to_hidden_, [&] { to_hidden_ = packed_transposed(weight_, V, d); });
   const auto tile_of = [&](std::int64_t begin, std::int64_t end, const TileScratch& scratch,
@@ -53,17 +54,15 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
     kernels_.pairs->head_tile(part);
   };
   tile = std::min(tile, kHeadTile);
-  const std::int64_t share = (head.rows + threads - 1) / threads;
-  const bool one_tile = head.rows <= tile && (kernels_.pairs->by_outputs || share == head.rows);
-  // Tiles of a thread, alike so that none waits for another.
-  const std::int64_t tiles = std::max<std::int64_t>(1, (share + tile - 1) / tile);
-  tile = one_tile ? head.rows : std::max<std::int64_t>(1, (share + tiles - 1) / tiles);
-  if (head.rows == 0) return;
-  if (one_tile) {
-    const Scratch<TileScratch> scratch(tile, d);
+  if (kernels_.pairs->by_outputs && head.rows <= tile) {
+    const Scratch<TileScratch> scratch(head.rows, d);
     parallel_team(threads, [&](const Member& member) { tile_of(0, head.rows, *scratch, member); });
     return;
   }
+  // Tiles of a thread, alike so that none waits for another.
+  const std::int64_t share = (head.rows + threads - 1) / threads;
+  const std::int64_t tiles = (share + tile - 1) / tile;
+  tile = (share + tiles - 1) / tiles;
   parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
     const Scratch<TileScratch> scratch(tile, d);
     tile_of(begin, end, *scratch, Member());

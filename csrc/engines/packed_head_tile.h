@@ -71,7 +71,8 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
   const std::int64_t width = panels_padded(d);
   const float scale = float(1.4426950408889634 / head.temperature);  // exp(x / T) = 2^(x * scale)
   const bool need_grad = tile.grad != nullptr;
-  const std::int64_t first = tile.member.first(head.rows), last = tile.member.last(head.rows);
+  const std::int64_t first_row = tile.member.first(head.rows);
+  const std::int64_t last_row = tile.member.last(head.rows);
   HeadState states[kHeadTile];
   for (std::int64_t begin = 0; begin < V; begin += kHeadChunk) {
     const std::int64_t count = std::min(kHeadChunk, V - begin);
@@ -83,7 +84,7 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
     to_logits.next = need_grad ? part + first_output(tile.member, d) * V : logits_next;
     packed_product(to_logits.of_member(tile.member));
     tile.member.meet();
-    for (std::int64_t r = first; r < last; ++r)
+    for (std::int64_t r = first_row; r < last_row; ++r)
       tile.rescale[r] = head_chunk(tile.logits + r * count, begin, count, head.targets[r], scale,
                                    need_grad, states[r]);
     tile.member.meet();
@@ -94,7 +95,7 @@ inline void packed_head_tile(const PackedHeadTile& tile) {
     packed_sum(to_hidden.of_member(tile.member));
     tile.member.meet();
   }
-  for (std::int64_t r = first; r < last; ++r) {
+  for (std::int64_t r = first_row; r < last_row; ++r) {
     const HeadState& state = states[r];
     const float token_weight = head.token_weight == nullptr ? 1.0f : head.token_weight[r];
     const std::int64_t target = head.targets[r];

@@ -110,8 +110,8 @@ inline void attention_heads_in_pairs(const AttentionShape& shape, const bf16* qk
     if (j >= T) return nullptr;
     return j < F ? front.values + j * c : qkv + (j - F) * n.width + n.values;
   };
-  clear(values, P / 2 * C);
   for (std::int64_t j = 0; j < T; j += 2) interleave(value(j), value(j + 1), values + j / 2 * C, c);
+  clear(values + (T + 1) / 2 * C, (P / 2 - (T + 1) / 2) * C);
 
   bf16* queries = rows;
   for (std::int64_t head = kv_head * n.group; head < (kv_head + 1) * n.group; ++head)
@@ -171,20 +171,21 @@ inline void take_off_mean(bf16* rows, std::int64_t count, std::int64_t E) {
 }
 
 // A block of queries of one head: their rows, their gradients' and both interleaved, up to an even
-// number of them with zeros, which add nothing. So do the zeros in what is not filled.
+// number of them with zeros, which add nothing. So do the zeros in what products read behind them.
 inline std::int64_t lay_out_queries(const AttentionShape& shape, const PairAttentionSizes& n,
                                     const bf16* qkv, const bf16* grad_out, std::int64_t begin,
                                     std::int64_t count, const PairAttentionBackwardScratch& s) {
   const std::int64_t E = n.E, even = count + count % 2;
-  if (count < kQueryBlock) {
-    clear(s.query_rows, kQueryBlock * E);
-    clear(s.grad_rows, kQueryBlock * E);
-    clear(s.queries, n.kPairs * n.C);
-    clear(s.grads, n.kPairs * n.C);
-  }
+  const std::int64_t filled = even / 2, behind = PairProducts::depth(filled) - filled;
   rotate_rows(qkv + begin * n.width, n.width, s.query_rows, E, count, n.c, shape.table(), begin,
               1.0f, shape.scaling * kLog2e);
   copy_rows(grad_out + begin * n.out_width, n.out_width, s.grad_rows, E, count, n.c);
+  clear(s.query_rows + count * E, (even - count) * E);
+  clear(s.grad_rows + count * E, (even - count) * E);
+  clear(s.queries + filled * n.C, behind * n.C);
+  clear(s.grads + filled * n.C, behind * n.C);
+  clear(s.weights + filled * n.P, behind * n.P);
+  clear(s.slopes + filled * n.P, behind * n.P);
   for (std::int64_t i = 0; i < even; i += 2) {
     interleave(s.query_rows + i * E, s.query_rows + (i + 1) * E, s.queries + i / 2 * n.C, n.c);
     interleave(s.grad_rows + i * E, s.grad_rows + (i + 1) * E, s.grads + i / 2 * n.C, n.c);
@@ -237,7 +238,6 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
   // The gradient of a query, sum_j ds_j k_j, where the ds_j sum to zero: taken from their mean, keys
   // that are alike and large do not show what rounding takes off the ds_j.
   take_off_mean(s.rows, n.T, E);
-  clear(s.keys, P / 2 * C);
   for (std::int64_t j = 0; j < P; j += 2)
     interleave(s.rows + j * E, s.rows + (j + 1) * E, s.keys + j / 2 * C, c);
   copy_rows(front.values, c, s.rows, E, F, c);
@@ -249,10 +249,6 @@ inline void attention_backward_heads_in_pairs(const AttentionShape& shape, const
       const std::int64_t count = least(kQueryBlock, N - begin);
       const std::int64_t even = lay_out_queries(shape, n, qkv + head * c, grad_out + head * c,
                                                 begin, count, s);
-      if constexpr (PairProducts::kOfRows) {  // whose depth goes beyond the last pair
-        clear(s.weights, n.kPairs * P);
-        clear(s.slopes, n.kPairs * P);
-      }
       for (std::int64_t i = 0; i < even; i += n.R) {
         const std::int64_t tile = least(n.R, even - i);
         const std::int64_t seen = F + begin + i + tile, columns = n.columns(seen);

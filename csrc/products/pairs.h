@@ -114,6 +114,9 @@ struct PairsInVectors {
   // Whether the left factor must be rows, or any elements will do.
   static constexpr bool kOfRows = false;
 
+  // The pairs that a product over so many reads: those behind them must be zero.
+  static constexpr std::int64_t depth(std::int64_t pairs) { return pairs; }
+
   // c (rows, columns) = [c +] a (rows, depth) b (depth, columns).
   void operator()(std::int64_t rows, std::int64_t columns, Elements<Pair> a, const Pair* b,
                   std::int64_t b_row, float* c, std::int64_t c_row, std::int64_t depth,

@@ -18,11 +18,13 @@ class PairsInTiles {
   static constexpr std::int64_t kColumns = kAmxDepth;  // keys are a depth, too
   static constexpr bool kOfRows = true;
 
+  static constexpr std::int64_t depth(std::int64_t pairs) { return pairs_padded(2 * pairs) / 2; }
+
   // c (rows, columns) = [c +] a (rows, depth) b (depth, columns), columns in whole tiles. Both factors
   // have zeros where the depth, in pairs, is rounded up to tiles.
   void operator()(std::int64_t rows, std::int64_t columns, Elements<Pair> a, const Pair* b,
                   std::int64_t b_row, float* c, std::int64_t c_row, std::int64_t depth, bool add) {
-    const TileFactors factors{&a.at->first, 2 * a.row, &b->first, b_row, pairs_padded(2 * depth),
+    const TileFactors factors{&a.at->first, 2 * a.row, &b->first, b_row, 2 * this->depth(depth),
                               nullptr};
     tiles_.shape(kTileBlockConfigs.of_rows[rows]);
     if (rows > kAmxRows)

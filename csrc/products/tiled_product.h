@@ -176,21 +176,9 @@ struct TiledOutputs {
   std::int64_t row() const { return kPanel; }
   float* begin(std::int64_t, std::int64_t, std::int64_t) const { return block; }
   void end(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
-    if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
-      for (std::int64_t r = 0; r < rows; ++r)
-        convert(block + r * kPanel, p.out + (first + r) * p.out_row + panel);
-      return;
-    }
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t t = 0; t < kPanel; t += kLanes)
         put_outputs(p, first + r, panel + t, load(block + r * kPanel + t));
-  }
-
- private:
-  static void convert(const float* sums, bf16* out) {
-#pragma GCC unroll 4
-    for (std::int64_t t = 0; t < kPanel; t += 2 * kLanes)
-      store_two(out + t, load(sums + t), load(sums + t + kLanes));
   }
 };
 
@@ -259,7 +247,6 @@ inline void tiled(const TiledShape& shape, const Sums& sums) {
   const std::int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
   if (blocks == 1) return all_blocks<16>(shape, sums);
   if (blocks == 2) return all_blocks<8>(shape, sums);
-  if (blocks < 6) return all_blocks<4>(shape, sums);
   if (blocks < 12) return all_blocks<4>(shape, sums);
   all_blocks<2>(shape, sums);
 }
