@@ -67,18 +67,15 @@ struct PackedProduct {
   std::int64_t out_row = outputs;  // from a row of `out` to the next
   const bf16* next = nullptr;  // the weights that will be read after these, where that is known
 
-  // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
-  PackedProduct of_outputs(std::int64_t first, std::int64_t last) const {
+  // The same of the outputs that are a thread's share.
+  PackedProduct of_member(const Member& member) const {
+    const std::int64_t first = first_output(member, outputs), last = last_output(member, outputs);
     PackedProduct part = *this;
     part.weight += first * depth;
     if (bias != nullptr) part.bias += first;
     part.out += first;
     part.outputs = last - first;
     return part;
-  }
-  // Of the outputs those that are a thread's share.
-  PackedProduct of_member(const Member& member) const {
-    return of_outputs(first_output(member, outputs), last_output(member, outputs));
   }
 };
 
@@ -102,16 +99,14 @@ struct PackedSum {
   std::int64_t sum_row = panels_padded(outputs);  // from a row of `sum` to the next
   const bf16* next = nullptr;
 
-  // The same of outputs first ... last - 1; `first` is a multiple of kPanel.
-  PackedSum of_outputs(std::int64_t first, std::int64_t last) const {
+  // The same of the outputs that are a thread's share.
+  PackedSum of_member(const Member& member) const {
+    const std::int64_t first = first_output(member, outputs), last = last_output(member, outputs);
     PackedSum some = *this;
     some.weight += first * depth;
     some.sum += first;
     some.outputs = last - first;
     return some;
-  }
-  PackedSum of_member(const Member& member) const {
-    return of_outputs(first_output(member, outputs), last_output(member, outputs));
   }
 };
 
