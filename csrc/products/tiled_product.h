@@ -176,9 +176,21 @@ struct TiledOutputs {
   std::int64_t row() const { return kPanel; }
   float* begin(std::int64_t, std::int64_t, std::int64_t) const { return block; }
   void end(std::int64_t first, std::int64_t rows, std::int64_t panel) const {
+    if (p.bias == nullptr && !p.add && panel + kPanel <= p.outputs) {
+      for (std::int64_t r = 0; r < rows; ++r)
+        convert(block + r * kPanel, p.out + (first + r) * p.out_row + panel);
+      return;
+    }
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t t = 0; t < kPanel; t += kLanes)
         put_outputs(p, first + r, panel + t, load(block + r * kPanel + t));
+  }
+
+ private:
+  static void convert(const float* sums, bf16* out) {
+#pragma GCC unroll 4
+    for (std::int64_t t = 0; t < kPanel; t += 2 * kLanes)
+      store_two(out + t, load(sums + t), load(sums + t + kLanes));
   }
 };
 

@@ -57,6 +57,17 @@ inline void store(bf16* to, Floats value) {
 }
 #endif
 
+// Two vectors that lie one behind the other.
+inline void store_two(bf16* to, Floats first, Floats second) {
+#ifdef PROTOTOK_AVX512_BF16
+  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  __builtin_memcpy(to, &halves, sizeof halves);
+#else
+  store(to, first);
+  store(to + kLanes, second);
+#endif
+}
+
 // Fewer than kLanes elements; the lanes without one get `fill`.
 #ifdef PROTOTOK_AVX512
 inline __mmask16 first_lanes(std::int64_t count) { return __mmask16((1u << count) - 1u); }
