@@ -6,7 +6,8 @@
         --lengths 8 16 --folder FOLDER
 
 A stage of training is a length, steps, positions a step and a horizon; each goes on from the one
-before, on windows of --train-text, from the gradient alone unless there is a --reach. Judged are
+before, on windows of --train-text, from the gradient alone unless there is a --reach, at the rate
+and held as near where fits start as --rates and --nears say of it. Judged are
 --count windows of each --text that occur nowhere in the training text. Fits go on until the margin
 is that of `fast`, and count as solved where they come back whole from a decoding at batch 1, in the
 model's dtype and in float32. `fast` fits them twice: as it is, without a prior, and from the prior
@@ -67,15 +68,18 @@ def optimizer_of(
 ) -> tuple[LearnedOptimizer, list[dict]]:
     """Return what all stages end with, and what each was."""
     name, trained, stages = f"optimizer-{asked.reach}", None, []
-    rates = asked.rates or [None] * len(asked.stage)
-    for (length, steps, positions, horizon), rate in zip(asked.stage, rates, strict=True):
+    none = [None] * len(asked.stage)
+    for (length, steps, positions, horizon), rate, near in zip(
+        asked.stage, asked.rates or none, asked.nears or none, strict=True
+    ):
         name += f"-{length}x{steps}x{positions}x{horizon}" + (f"x{rate}" if rate else "")
+        name += f"-near-{near:g}" if near else ""
         path = asked.folder / f"{name}.safetensors"
         if not path.exists():
             start = time.process_time()
             prototok.learn_optimizer(
                 lm, pieces, lengths=(length,), reach=asked.reach, steps=steps, positions=positions,
-                horizon=horizon, rate=rate, prior=prior if trained is None else None,
+                horizon=horizon, rate=rate, near=near, prior=prior if trained is None else None,
                 init=trained, checkpoint=asked.folder / f"{name}.training.safetensors",
                 progress=True,
             ).save(path)  # fmt: skip
@@ -83,7 +87,7 @@ def optimizer_of(
         trained = LearnedOptimizer.load(path)
         stages.append(
             {"length": length, "steps": steps, "positions": positions, "horizon": horizon,
-             "rate": rate}
+             "rate": rate, "near": near}
         )  # fmt: skip
     assert trained is not None
     return trained, stages
@@ -168,6 +172,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs=4, action="append", required=True,
                         metavar=("N", "STEPS", "POSITIONS", "HORIZON"))  # fmt: skip
     parser.add_argument("--rates", type=float, nargs="+", help="of training, one a stage")
+    parser.add_argument("--nears", type=float, nargs="+", help="0 = not held; one a stage")
     parser.add_argument("--reach", type=int, default=0)
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")

@@ -1,4 +1,8 @@
-"""Models that many tests use, loaded once; and Triton's interpreter where there is no GPU."""
+"""Models that many tests use, loaded once; and Triton's interpreter where there is no GPU.
+
+Beside others (`pytest -n 2`) a process of tests, and what it starts, computes on one thread: two
+threads of torch wait for each other as soon as a third wants their cores.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():
