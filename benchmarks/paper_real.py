@@ -34,7 +34,11 @@ _ONE_FORWARD = (
     {**_FOUR, **_BEHIND, "lengths": (8, 16), "share": (None, "m")},
     {**_FOUR, **_LONG, "share": (None,)},
 )
-_MEM = {**_NOVELS, **_BEHIND, "texts": 4, "lengths": (8, 16, 32), "share": (), "vectors": (1,)}
+_MEM = {**_NOVELS, **_BEHIND, "texts": 4, "lengths": (8, 16, 32), "share": (), "vectors": (1, 2)}
+# Where 300 updates bring back no text and no longest length.
+_LONGER = {**_NOVELS, **_BEHIND, "changes": {"max_steps": 1200}, "texts": 4}
+_SHARED = {**_LONGER, "lengths": (32,), "share": ("m",), "vectors": ()}
+_MEM_LONGER = {**_LONGER, "lengths": (32,), "share": (), "vectors": (1, 2)}
 _EIGHT = {**_BEHIND, "lengths": (8,)}
 _CLOUD = {**_EIGHT, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -47,8 +51,14 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table3": _ONE_FORWARD,
     "table2": (
         {**_EIGHT, **_NOVELS, "texts": 16, "seeds": 1, "share": ("m",), "group_sizes": (1, 4, 16)},
+        {**_EIGHT, **_NOVELS, "texts": 16, "seeds": 1, "share": ("e",), "group_sizes": (4, 16)},
     ),
-    "figure2": (*({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD), _MEM),
+    "figure2": (
+        *({**part, **_NOVELS, "vectors": ()} for part in _ONE_FORWARD),
+        _MEM,
+        _SHARED,
+        _MEM_LONGER,
+    ),
     "figure4": (_CLOUD,),
     "figure5": (_CLOUD,),
     "figure6": ({**_EIGHT, **_NOVELS, "texts": 4, "seeds": 4, "share": ("m", None)},),

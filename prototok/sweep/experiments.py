@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prototok.common.arguments import hint
 from prototok.fitting.capacity import GRID
@@ -163,9 +164,11 @@ def plan(
     Texts are tokenised here, and continuations generated (which loads the models that make them),
     so that workers need nothing but the run folder and the models. An experiment may have further
     settings in `also`, as of what is fitted behind another prefix or to a shorter grid; a text is
-    cut to the longest N of them all, so that it is one text in each.
+    cut to the longest N of them all, so that it is one text in each. Planned again with other
+    lengths, an experiment keeps its texts, which grow where they must: what is done stays done.
     """
     require_place(out)  # before models are loaded and texts generated
+    known = _Known.of(out, name)
     units: dict[str, Unit] = {}
     rows: dict[str, dict[str, Any]] = {}
     parts = (settings, *also)
@@ -181,7 +184,7 @@ def plan(
             if asked not in made:
                 made[asked] = _texts(model, source, part, longest, device)
             texts = made[asked]
-            ids = [text_id(text.ids) for text in texts]
+            ids = [known.id_of(source.name, text) for text in texts]
             for key, text in zip(ids, texts, strict=True):
                 rows[key] = {
                     "text_id": key, "source": source.name, "number": text.number,
@@ -193,6 +196,43 @@ def plan(
     kept = settings.to_json() | ({"also": [part.to_json() for part in also]} if also else {})
     RunFolder.create(out).add(name, kept, units.values(), table)
     return len(units), len(rows)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The texts of a run: their ids by their tokens, and those that an experiment had, by place.
+
+    A text has its id from the tokens it was first cut to.
+    """
+
+    by_tokens: dict[tuple[int, ...], str]
+    by_place: dict[tuple, list[dict[str, Any]]]
+
+    @classmethod
+    def of(cls, out: Path, experiment: str) -> _Known:
+        known = cls({}, {})
+        if not (out / "run.json").exists():
+            return known
+        run = RunFolder.open(out)
+        plan = run.plan()
+        own = plan.filter(pc.equal(plan["experiment"], experiment))["spec"].to_pylist()
+        used = {text for spec in own for text in Unit.parse(spec).texts}
+        for row in run.texts().to_pylist():
+            known.by_tokens.setdefault(tuple(row["ids"]), row["text_id"])
+            if row["text_id"] in used:
+                place = row["source"], row["number"], row["origin"], row["context"]
+                known.by_place.setdefault(place, []).append(row)
+        return known
+
+    def id_of(self, source: str, text: TargetText) -> str:
+        """Return the id of the text if it is known, longer or shorter, and else a new one."""
+        place = source, text.number, text.origin, text.context
+        for row in self.by_place.get(place, ()):
+            both = min(len(row["ids"]), len(text.ids))
+            if row["ids"][:both] == text.ids[:both]:
+                found: str = row["text_id"]
+                return found
+        return self.by_tokens.get(tuple(text.ids)) or text_id(text.ids)
 
 
 def _texts(

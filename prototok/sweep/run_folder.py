@@ -116,7 +116,8 @@ class RunFolder:
     ) -> None:
         """Plan an experiment, replacing what was planned under its name.
 
-        Units that are done stay done, whichever experiment asked for them first.
+        Units that are done stay done, whichever experiment asked for them first. A text that the
+        run has already stays as it is, or as long as the longer one.
         """
         rows = [
             {
@@ -137,10 +138,14 @@ class RunFolder:
                 ]
             )
             both = pa.concat_tables([self.texts(), texts])
-            first = {text: i for i, text in reversed(list(enumerate(both["text_id"].to_pylist())))}
+            lengths = pc.list_value_length(both["ids"]).to_pylist()
+            kept: dict[str, int] = {}
+            for i, text in enumerate(both["text_id"].to_pylist()):
+                if text not in kept or lengths[i] > lengths[kept[text]]:
+                    kept[text] = i  # in the place of the first
             # Texts before the plan that names them, the list of experiments last.
-            kept = pa.array(sorted(first.values()), pa.int64())
-            self._replace("texts.parquet", table_writer(both.take(kept)))
+            rows_kept = pa.array(list(kept.values()), pa.int64())
+            self._replace("texts.parquet", table_writer(both.take(rows_kept)))
             self._replace("plan.parquet", table_writer(plan))
             found = self._json()
             found["experiments"][experiment] = settings

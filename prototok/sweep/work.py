@@ -159,12 +159,16 @@ class Worker:
         }
 
     def _read_plan(self, units: list[Unit]) -> None:
-        if any(text not in self.texts for unit in units for text in unit.texts):
+        if any(not self._has(text, unit.length) for unit in units for text in unit.texts):
             self.texts = {row["text_id"]: row for row in self.run.texts().to_pylist()}
         if any(unit.key not in self.experiments for unit in units):
             plan = self.run.plan()
             names = zip(plan["key"].to_pylist(), plan["experiment"].to_pylist(), strict=True)
             self.experiments = dict(reversed(list(names)))
+
+    def _has(self, text: str, length: int) -> bool:
+        """Say whether a text is here in that length: planned again, it may have grown."""
+        return text in self.texts and len(self.texts[text]["ids"]) >= length
 
     def _target(self, text: str, length: int) -> Tensor:
         """Return (N,) int64: the first tokens of a text of the run."""

@@ -7,6 +7,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
 from prototok.cli import main
@@ -125,6 +126,30 @@ def test_settings_beside_the_first_are_of_the_same_texts(tmp_path: Path) -> None
     )
     plan(tmp_path / "run", "table3", behind)
     assert "also" not in RunFolder.open(tmp_path / "run").settings()["table3"]
+
+
+def test_planned_again_with_longer_texts_what_is_done_stays_done(tmp_path: Path) -> None:
+    settings = settings_of("table3", "small", models=("tiny-llama", "tiny-neox"), texts=2)
+    short = dataclasses.replace(settings, lengths=(4, 8))
+    plan(tmp_path / "run", "table3", short)
+    plan(tmp_path / "run", "figure2", short)
+    run = RunFolder.open(tmp_path / "run")
+    before, texts = set(run.units()), run.texts().to_pylist()
+    plan(tmp_path / "run", "table3", dataclasses.replace(settings, lengths=(8, 12)))
+    grown = {row["text_id"]: row for row in run.texts().to_pylist()}
+    assert list(grown) == [row["text_id"] for row in texts]
+    for row in texts:
+        new = grown[row["text_id"]]
+        assert len(new["ids"]) == 12 and new["ids"][:8] == row["ids"]
+        assert new["text"].startswith(row["text"])
+    of_table_3 = run.plan().filter(pc.equal(run.plan()["experiment"], "table3"))
+    eight = of_table_3.filter(pc.equal(of_table_3["length"], 8))["key"].to_pylist()
+    assert eight and set(eight) <= before
+    plan(tmp_path / "run", "figure2", dataclasses.replace(settings, lengths=(12,)))  # theirs, grown
+    plan(tmp_path / "run", "table1", dataclasses.replace(settings, lengths=(12,)))  # the same ones
+    plan(tmp_path / "run", "table3", short)
+    assert set(run.units()) >= before
+    assert {row["text_id"] for row in run.texts().to_pylist()} == set(grown)
 
 
 def test_continuations_are_generated_once_for_all_settings(

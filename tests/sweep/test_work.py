@@ -60,6 +60,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return made
 
 
+def test_a_worker_sees_a_text_that_grew_while_it_ran(tmp_path: Path) -> None:
+    lm = prototok.load("tiny-llama", "cpu", "float32")
+    ids = lm.encode(TEXTS[0])
+    run = RunFolder.create(tmp_path / "run")
+    name = text_id(ids[:2])
+    unit = Unit("one-forward", "tiny-llama", "s", (name,), (0,), 1, dtype="float32", **QUICK)
+    worker = Worker(run, "cpu")
+    for length in (1, 3):
+        row = {"text_id": name, "source": "s", "number": 0, "ids": ids[: length + 1], "text": ""}
+        table = pa.Table.from_pylist([row], schema=schema.TEXTS)
+        run.add("table1", {}, [dataclasses.replace(unit, length=length)], table)
+        lots = Lots(run, list(run.units().values()), 1, 4096, 3)
+        while lot := lots.take():
+            assert all(ok for _, ok in worker.do(lot))
+        found = run.fits("table1").to_pylist()
+        assert [row["target_ids"] for row in found] == [ids[:length]]
+
+
 def test_rows_are_what_decoding_their_vectors_gives(run: RunFolder) -> None:
     lm = prototok.load("tiny-llama", "cpu", "float32")
     units = run.units()
