@@ -29,8 +29,8 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -269,6 +269,27 @@ def fastest(rates: dict[str, list[float]], names: Sequence[str]) -> str:
     return max(names, key=lambda name: quartiles(rates[name])[1])
 
 
+@contextmanager
+def limited_to(name: str | None) -> Iterator[None]:
+    """Let neither side use more than these instructions; None: all that there are.
+
+    oneDNN reads its limit at the first product of a process, so this comes before any.
+    """
+    if name is None:
+        yield
+        return
+    os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[name]
+    with instruction_set(name):
+        yield
+
+
+def add_instructions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instructions", choices=list(ONEDNN),
+        help="all that either side may use; default the best there are",
+    )  # fmt: skip
+
+
 def instructions() -> str:
     """Return what the name of a result's file says of where it ran."""
     return "cuda" if torch.cuda.is_available() else this_machine().instruction_sets[0]
@@ -287,18 +308,12 @@ def main() -> None:
     parser.add_argument(
         "--out", "--json", type=Path, help="default results/fit-step-PRESET-INSTRUCTIONS.json"
     )
-    parser.add_argument(
-        "--instructions", choices=list(ONEDNN),
-        help="all that either side may use; default the best there are",
-    )  # fmt: skip
+    add_instructions(parser)
     arguments = parser.parse_args()
     sizes = CUDA if torch.device(arguments.device).type == "cuda" else CPU
     if arguments.preset not in sizes:
         parser.error(f"--preset {arguments.preset} is for CUDA; on the CPU: {', '.join(sizes)}")
-    name = arguments.instructions
-    if name is not None:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = ONEDNN[name]  # read at the first product
-    with nullcontext() if name is None else instruction_set(name):
+    with limited_to(arguments.instructions):
         run(arguments, sizes[arguments.preset])
 
 

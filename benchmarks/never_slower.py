@@ -22,10 +22,12 @@ import torch
 from fit_step import (
     ATTENTION,
     PlainLoop,
+    add_instructions,
     engine,
     fastest,
     gate,
     instructions,
+    limited_to,
     measure,
     model_of,
     quartiles,
@@ -81,7 +83,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="a variant, in each round")
     parser.add_argument("--out", type=Path, help="default results/never-slower-INSTRUCTIONS.json")
+    add_instructions(parser)
     arguments = parser.parse_args()
+    with limited_to(arguments.instructions):
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure all cells and write the record."""
     keep_freed_memory()
     out = arguments.out or RESULTS / f"never-slower-{instructions()}.json"
     record: dict = {"benchmark": "never_slower", **provenance(), "cells": []}

@@ -23,7 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fit_step import ATTENTION, fastest, instructions, measure, model_of, quartiles
+from fit_step import (
+    ATTENTION,
+    add_instructions,
+    fastest,
+    instructions,
+    limited_to,
+    measure,
+    model_of,
+    quartiles,
+)
 from never_slower import PRESETS
 from record import RESULTS, provenance, write
 
@@ -33,7 +42,6 @@ from prototok.bench.timing import Peak, roofline_seconds
 from prototok.common.allocator import keep_freed_memory
 from prototok.decoding.decode import decode_ids
 from prototok.results.arrangement import Arrangement
-from prototok_kernels.backend import instruction_set
 
 SQUARE = 1024
 ALIKE = 0.75  # share of positions whose ids must be those of transformers: logits are of noise
@@ -96,11 +104,17 @@ def main() -> None:
     parser.add_argument("--lengths", default="16,64,128")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="a variant, in each round")
-    parser.add_argument("--instructions", help="of the C++ kernels; default the best there are")
+    add_instructions(parser)
     parser.add_argument("--out", type=Path, help="default results/one-forward-INSTRUCTIONS.json")
     arguments = parser.parse_args()
+    with limited_to(arguments.instructions):
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure all cells and write the record."""
     keep_freed_memory()
-    name = arguments.instructions or instructions()
+    name = instructions()
     out = arguments.out or RESULTS / f"one-forward-{name}.json"
     copied = copy_rate(torch.device("cpu"))
     record: dict = {
@@ -111,8 +125,7 @@ def main() -> None:
     for preset, length in itertools.product(
         arguments.presets.split(","), map(int, arguments.lengths.split(","))
     ):
-        with instruction_set(name):
-            found = cell(preset, length, arguments.rounds, arguments.seconds, copied)
+        found = cell(preset, length, arguments.rounds, arguments.seconds, copied)
         record["cells"].append(found)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
