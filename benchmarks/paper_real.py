@@ -38,7 +38,8 @@ _MEM = {**_NOVELS, **_BEHIND, "texts": 4, "lengths": (8, 16, 32), "share": (), "
 # Where 300 updates bring back no text and no longest length.
 _LONGER = {**_NOVELS, **_BEHIND, "changes": {"max_steps": 1200}, "texts": 4}
 _SHARED = {**_LONGER, "lengths": (32,), "share": ("m",), "vectors": ()}
-_MEM_LONGER = {**_LONGER, "lengths": (32,), "share": (), "vectors": (1, 2)}
+_MEM_LONGER = {**_LONGER, "lengths": (32, 64), "share": (), "vectors": (1, 2)}
+_SIXTY_FOUR = {**_LONGER, "lengths": (64,), "share": (None,), "vectors": ()}
 _EIGHT = {**_BEHIND, "lengths": (8,)}
 _CLOUD = {**_EIGHT, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -58,6 +59,7 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
         _MEM,
         _SHARED,
         _MEM_LONGER,
+        _SIXTY_FOUR,
     ),
     "figure4": (_CLOUD,),
     "figure5": (_CLOUD,),

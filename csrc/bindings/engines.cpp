@@ -6,6 +6,7 @@
 #include "engines/first_layer.h"
 #include "engines/packed_head.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -25,7 +26,7 @@ std::unique_ptr<PackedHead> packed_head(const View& weight) {
 void run_packed_head(PackedHead& self, const View& hidden, const View& grad_hidden,
                      const View& targets, const View& token_weight, const View& loss,
                      const View& predicted, const View& margin, float temperature, int64_t tile,
-                     int threads) {
+                     Threads threads) {
   const int64_t rows = hidden.sizes<2>()[0];
   const bf16* inputs = hidden.data<const bf16>({rows, self.hidden()});
   bf16* grad = grad_hidden.data_or_null<bf16>({rows, self.hidden()});
@@ -109,7 +110,7 @@ std::unique_ptr<Decoder> decoder(std::shared_ptr<DecoderModel> model, int64_t ro
   return std::make_unique<Decoder>(std::move(model), room, instruction_set);
 }
 
-void decoder_pass(Decoder& self, const View& inputs, int64_t start, int threads) {
+void decoder_pass(Decoder& self, const View& inputs, int64_t start, Threads threads) {
   const auto [rows, length, hidden] = inputs.sizes<3>();
   const float* data = inputs.data<const float>({rows, length, self.model().hidden});
   require(rows >= 1 && length >= 1 && start >= 0,
@@ -118,7 +119,7 @@ void decoder_pass(Decoder& self, const View& inputs, int64_t start, int threads)
   self.pass(data, rows, length, start, threads);
 }
 
-void decoder_logits(Decoder& self, const View& out, int threads) {
+void decoder_logits(Decoder& self, const View& out, Threads threads) {
   require(self.length() > 0, "out: there is no pass yet");
   float* data = out.data<float>({self.rows(), self.length(), self.model().vocabulary});
   const py::gil_scoped_release others_may_run;
@@ -126,7 +127,7 @@ void decoder_logits(Decoder& self, const View& out, int threads) {
 }
 
 // (R, P): behind every position of the last pass; (R,): behind the last one.
-void decoder_predict(Decoder& self, const View& ids, int threads) {
+void decoder_predict(Decoder& self, const View& ids, Threads threads) {
   require(self.length() > 0, "ids: there is no pass yet");
   const bool every = ids.rank == 2;
   int64_t* data = every ? ids.data<int64_t>({self.rows(), self.length()})
@@ -135,11 +136,11 @@ void decoder_predict(Decoder& self, const View& ids, int threads) {
   self.predict(data, every, threads);
 }
 
-void decoder_generate(Decoder& self, const View& ids, int64_t begin, int64_t start, int threads) {
+void decoder_generate(Decoder& self, const View& ids, int64_t begin, int64_t start, Threads threads) {
   const int64_t end = ids.sizes<2>()[0], rows = self.rows();
   int64_t* data = ids.data<int64_t>({end, rows});
   require(begin >= 1 && begin <= end, "begin: must be a row of ids behind the first");
-  require(start >= 0 && start + (end - begin) <= self.positions(),
+  require(start >= 0 && start <= self.positions() - (end - begin),
           "start: the cache has no room for so many positions");
   for (int64_t i = (begin - 1) * rows; i < begin * rows; ++i)
     require(data[i] >= 0 && data[i] < self.model().vocabulary,
@@ -170,7 +171,7 @@ BlocksInput blocks_shape(const DecoderModel& m, int64_t texts, int64_t length,
   input.first = first;
   input.texts = texts;
   input.length = length;
-  input.tile = tile;
+  input.tile = std::min(tile, texts);
   return input;
 }
 
@@ -196,7 +197,7 @@ BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv,
 
 void blocks_forward(const DecoderBlocks& self, const View& x, const View& qkv, const View& z,
                     const View& out, const View& saved, const View& cos, const View& sin,
-                    const View& prefix, int64_t first, int64_t tile, int threads) {
+                    const View& prefix, int64_t first, int64_t tile, Threads threads) {
   const DecoderModel& m = self.model();
   const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, prefix, first, tile);
   bf16* to = out.data<bf16>({input.texts, input.length, m.hidden});
@@ -208,7 +209,7 @@ void blocks_forward(const DecoderBlocks& self, const View& x, const View& qkv, c
 void blocks_backward(DecoderBlocks& self, const View& x, const View& qkv, const View& z,
                      const View& grad, const View& grad_x, const View& grad_qkv, const View& grad_z,
                      const View& saved, const View& cos, const View& sin, const View& prefix,
-                     int64_t first, int64_t tile, int threads) {
+                     int64_t first, int64_t tile, Threads threads) {
   const DecoderModel& m = self.model();
   const BlocksInput input = blocks_input(m, x, qkv, z, cos, sin, prefix, first, tile);
   const int64_t texts = input.texts, length = input.length;
@@ -289,7 +290,7 @@ FirstLayerTexts first_layer_texts(const FirstLayer& self, int64_t length, const 
 }
 
 void first_layer_forward(const FirstLayer& self, const View& e, const View& m, const View& saved,
-                         const View& cos, const View& sin, const View& out, int threads) {
+                         const View& cos, const View& sin, const View& out, Threads threads) {
   const auto [rows, length, hidden] = out.sizes<3>();
   FirstLayerTexts texts = first_layer_texts(self, length, e, m, saved, cos, sin);
   texts.out = out.data<bf16>({e.shape[0], length, self.model().hidden});
@@ -300,7 +301,7 @@ void first_layer_forward(const FirstLayer& self, const View& e, const View& m, c
 
 void first_layer_backward(const FirstLayer& self, const View& e, const View& m, const View& saved,
                           const View& cos, const View& sin, const View& grad, const View& grad_e,
-                          const View& grad_m, int threads) {
+                          const View& grad_m, Threads threads) {
   const int64_t length = grad.sizes<3>()[1], hidden = self.model().hidden;
   FirstLayerTexts texts = first_layer_texts(self, length, e, m, saved, cos, sin);
   const int64_t rows = e.shape[0];

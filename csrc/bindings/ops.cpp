@@ -8,7 +8,7 @@ namespace {
 
 void run_head(const View& logits, const View& gradient, const View& targets, const View& token_weight,
           const View& loss, const View& predicted, const View& margin, float temperature,
-          int threads, const std::string& instruction_set) {
+          Threads threads, const std::string& instruction_set) {
   const auto [rows, vocabulary] = logits.sizes<2>();
   Head head =
       head_of(rows, targets, token_weight, loss, predicted, margin, temperature);
@@ -23,7 +23,7 @@ void run_head(const View& logits, const View& gradient, const View& targets, con
 
 void run_adamw(const View& param, const View& grad, const View& exp_avg, const View& exp_avg_sq,
            const View& step, const View& lr, const View& active, std::pair<double, double> betas,
-           double eps, double weight_decay, int threads, const std::string& instruction_set) {
+           double eps, double weight_decay, Threads threads, const std::string& instruction_set) {
   const auto [rows, coordinates] = param.sizes<2>();
   const AdamW adamw{param.data<float>({rows, coordinates}),
                               grad.data<const float>({rows, coordinates}),
@@ -40,7 +40,7 @@ void run_adamw(const View& param, const View& grad, const View& exp_avg, const V
 
 void run_residual_norm(const View& x, const View& delta, const View& sum, const View& normed,
                    const View& weight, const View& bias, const View& statistics, float eps,
-                   int threads, const std::string& instruction_set) {
+                   Threads threads, const std::string& instruction_set) {
   const Element element = x.element();
   const auto [rows, width] = x.merged().sizes<2>();
   const ResidualNorm norm{x.merged().data(element, {rows, width}),
@@ -59,7 +59,7 @@ void run_residual_norm(const View& x, const View& delta, const View& sum, const 
 
 void run_residual_norm_backward(const View& grad_sum, const View& grad_normed, const View& sum,
                             const View& weight, const View& statistics, const View& grad,
-                            bool centred, int threads, const std::string& instruction_set) {
+                            bool centred, Threads threads, const std::string& instruction_set) {
   const Element element = sum.element();
   const auto [rows, width] = sum.merged().sizes<2>();
   const ResidualNormBackward norm{
@@ -76,7 +76,7 @@ void run_residual_norm_backward(const View& grad_sum, const View& grad_normed, c
 }
 
 void run_activation(const View& grad, const View& z, const View& bias, const View& out,
-                const std::string& kind, bool gated, int threads,
+                const std::string& kind, bool gated, Threads threads,
                 const std::string& instruction_set) {
   const Element element = z.element();
   const auto [rows, wide] = z.merged().sizes<2>();
@@ -94,7 +94,7 @@ void run_activation(const View& grad, const View& z, const View& bias, const Vie
 
 void run_attention(const View& qkv, const View& grad_out, const View& out, const View& cos,
                const View& sin, const View& prefix, int64_t heads, int64_t kv_heads,
-               int64_t window, float scaling, int threads, const std::string& instruction_set) {
+               int64_t window, float scaling, Threads threads, const std::string& instruction_set) {
   const Element element = qkv.element();
   const auto [rows, length, width] = qkv.sizes<3>();
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0,

@@ -46,7 +46,7 @@ void run_sum(const Packed& self, const View& inputs, const View& scale, const Vi
              int64_t begin, bool few) {
   const auto [rows, part] = inputs.sizes<2>();
   const int64_t I = self.matrix().inputs(), O = self.matrix().outputs();
-  require(part % 2 == 0 && begin % 2 == 0 && begin >= 0 && begin + part <= I,
+  require(part % 2 == 0 && begin % 2 == 0 && begin >= 0 && begin <= I - part,
           "inputs: must be a part of the weight's, from an even one on, of an even length");
   const int64_t count = rows, length = part;
   const PackedSum product{inputs.data<const bf16>({count, length}),

@@ -13,6 +13,29 @@
 #include <stdexcept>
 #include <string>
 
+namespace prototok {
+
+// How many threads may take part: at least one.
+struct Threads {
+  int count = 1;
+  operator int() const { return count; }
+};
+
+}  // namespace prototok
+
+template <>
+struct pybind11::detail::type_caster<prototok::Threads> {
+  PYBIND11_TYPE_CASTER(prototok::Threads, const_name("int"));
+  bool load(handle source, bool convert) {
+    make_caster<int> number;
+    if (!number.load(source, convert)) return false;
+    value.count = cast_op<int>(number);
+    if (value.count < 1)
+      throw value_error("threads: must be at least 1, saw " + std::to_string(value.count));
+    return true;
+  }
+};
+
 // What kernels/prototok_kernels/views.py makes: a name, and for a tensor the tensor itself, its
 // address, dtype, shape and strides.
 template <>

@@ -18,7 +18,7 @@ constexpr std::int64_t kWorthAThread = 16384;
 std::int64_t even_grain(std::int64_t rows, std::int64_t work_a_row, int threads, int multiple) {
   const std::int64_t work = rows * work_a_row;
   if (threads <= 1 || work < 2 * kWorthAThread) return rows;
-  const std::int64_t ranges = threads * std::max<std::int64_t>(1, work / (threads << 18));
+  const std::int64_t ranges = threads * std::max<std::int64_t>(1, work / (std::int64_t{threads} << 18));
   const std::int64_t grain = (rows + ranges - 1) / ranges;
   return (grain + multiple - 1) / multiple * multiple;
 }
@@ -57,7 +57,7 @@ void Decoder::pass(const float* inputs, std::int64_t rows, std::int64_t length, 
   if (rows > room_.rows)
     throw std::out_of_range("rows: there is room for " + std::to_string(room_.rows) + ", not for " +
                             std::to_string(rows));
-  if (length > room_.longest_pass || start + length > room_.positions)
+  if (length > room_.longest_pass || start > room_.positions - length)
     throw std::out_of_range("length: " + std::to_string(length) + " positions from " +
                             std::to_string(start) + " on do not fit");
   rows_ = rows;
@@ -175,6 +175,7 @@ void Decoder::predict(std::int64_t* ids, bool every, int threads) {
 
 void Decoder::generate(std::int64_t* ids, std::int64_t begin, std::int64_t end, std::int64_t start,
                        int threads) {
+  if (begin == end) return;
   length_ = 1;
   const std::int64_t d = model_.hidden;
   for (std::int64_t i = begin; i < end; ++i, ++start) {

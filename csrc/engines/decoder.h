@@ -43,8 +43,8 @@ struct DecoderRoom {
   RotaryTable table;  // of T positions at least
 };
 
-// Everything it needs is allocated by the constructor; no call allocates. One thread calls it at a
-// time.
+// Everything it needs is allocated by the constructor, but for scratch memory that each thread
+// allocates at its first call. One thread calls it at a time.
 class Decoder {
  public:
   // Throws std::invalid_argument where `positions` is not a multiple of kPositions, or for an

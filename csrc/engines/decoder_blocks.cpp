@@ -111,6 +111,10 @@ bool DecoderBlocks::by_outputs(const Part& part) const {
   return by_outputs_ && !part.member.alone();
 }
 
+void DecoderBlocks::meet(const Part& part) const {
+  if (!by_outputs(part)) part.member.meet();
+}
+
 void DecoderBlocks::norm(const Part& part, const bf16* x, const bf16* delta, bf16* sum,
                          bf16* normed, const void* weight, const void* bias,
                          NormStatistics* statistics) const {
@@ -191,7 +195,7 @@ void DecoderBlocks::forward_part(const Part& part, bf16* out) const {
       norm(part, x, delta, saved.stream, normed, block.norm, block.norm_bias, saved.statistics);
       if (delta != nullptr) x = saved.stream;
       multiply(part, normed, products.qkv, products.out, block.qkv_bias, saved.qkv);
-      part.member.meet();
+      meet(part);
     }
     attend(part, b, qkv, scratch.heads);
     delta = scratch.narrow[1];
@@ -246,12 +250,12 @@ void DecoderBlocks::backward_part(const Part& part, const bf16* grad_out,
       norm_backward(part, of_mlp_norm, saved.middle, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true);
     multiply(part, grad, products.out, products.qkv, nullptr, scratch.heads);
-    part.member.meet();  // the gradients of all positions are there, and grad_z has been read
+    meet(part);  // the gradients of all positions are there, and grad_z has been read
     attend_backward(part, b, qkv, scratch.heads, grad_qkv);
     if (given) break;  // the first block: `grad` is that of the stream alone
-    part.member.meet();
+    meet(part);
     multiply(part, grad_qkv, products.qkv, later.down, nullptr, of_norm);
-    part.member.meet();  // grad_qkv has been read: the next grad_z may take its place
+    meet(part);  // grad_qkv has been read: the next grad_z may take its place
     if (m.parallel)
       norm_backward(part, of_mlp_norm, x, block.mlp_norm, block.mlp_norm_bias,
                     saved.middle_statistics, grad, true);
@@ -311,11 +315,13 @@ void DecoderBlocks::backward(const BlocksInput& input, const bf16* grad,
                              const BlockInput<bf16>& grads, unsigned char* saved, int threads) {
   std::call_once(packed_backward_, [&] {
     const DecoderModel& m = model_;
+    std::vector<Products> all;  // where one cannot be had, the next call begins with none
     for (const DecoderBlock& block : m.blocks)
-      backward_.push_back({packed_transposed(of(block.qkv), stacked(), m.hidden),
-                           packed_transposed(of(block.out), m.hidden, mixed()),
-                           packed_transposed(of(block.up), up(), m.hidden),
-                           packed_transposed(of(block.down), m.hidden, m.inner)});
+      all.push_back({packed_transposed(of(block.qkv), stacked(), m.hidden),
+                     packed_transposed(of(block.out), m.hidden, mixed()),
+                     packed_transposed(of(block.up), up(), m.hidden),
+                     packed_transposed(of(block.down), m.hidden, m.inner)});
+    backward_ = std::move(all);
   });
   parts(input, saved, threads, [&](const Part& part) {
     backward_part(part, grad + part.position * model_.hidden, from_position(grads, part.position));

@@ -103,6 +103,8 @@ class DecoderBlocks {
   // `next`: the weight of the product behind this one.
   void multiply(const Part& part, const bf16* inputs, const PackedMatrix& weight,
                 const PackedMatrix& next, const void* bias, bf16* out, bool add = false) const;
+  // Where positions need those of others. Around products by outputs all have met already.
+  void meet(const Part& part) const;
   Saved saved_of(const BlocksInput& tile, std::int64_t block, unsigned char* memory) const;
   std::int64_t tile_bytes(const BlocksInput& input) const;
   std::int64_t stacked() const {  // (H + 2 K) c

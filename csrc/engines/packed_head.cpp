@@ -42,8 +42,10 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
     std::call_once(packed_to_hidden_, [&] { to_hidden_ = packed_transposed(weight_, V, d); });
   const auto tile_of = [&](std::int64_t begin, std::int64_t end, const TileScratch& scratch,
                            const Member& member) {
+    // The weights of the gradient are there, and safe to look at, only where it is asked for.
+    const bf16* to_hidden = grad == nullptr ? nullptr : to_hidden_.data();
     PackedHeadTile part{head, member, d, hidden + begin * d, weight_, to_logits_.data(),
-                        to_hidden_.data(), grad == nullptr ? nullptr : grad + begin * d,
+                        to_hidden, grad == nullptr ? nullptr : grad + begin * d,
                         scratch.logits, scratch.sum, scratch.rescale};
     part.head.rows = end - begin;
     part.head.targets += begin;

@@ -26,7 +26,6 @@ class PackedHead {
   // without products of pairs.
   PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden);
 
-  std::int64_t vocabulary() const { return to_logits_.outputs(); }
   std::int64_t hidden() const { return to_logits_.inputs(); }
 
   // Scratch bytes of a tile of so many rows.

@@ -65,7 +65,11 @@ ScratchFrame::~ScratchFrame() {
   std::size_t total = 0;
   for (const Block& block : of.blocks) total += block.bytes;
   of.blocks.clear();
-  of.blocks.emplace_back(total);
+  try {
+    of.blocks.emplace_back(total);
+  } catch (const std::bad_alloc&) {
+    // The next frame asks again.
+  }
 }
 
 }  // namespace prototok

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -13,21 +14,45 @@
 namespace prototok {
 namespace {
 
+// The first exception of many threads; read when all have left.
+class FirstError {
+ public:
+  // Of the exception that is being handled.
+  void keep(std::atomic<bool>& failed) {
+    if (!failed.exchange(true)) error_ = std::current_exception();
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+};
+
 struct Work {
   std::atomic<std::int64_t> next{0};
   std::int64_t rows, grain;
   const void* body;
   void (*call)(const void*, std::int64_t, std::int64_t);
+  std::atomic<bool> failed{false};
+  FirstError error;
 };
 
-void take_ranges(void* pointer) {
+void take_ranges(void* pointer) noexcept {
   Work& work = *static_cast<Work*>(pointer);
-  for (;;) {
-    const std::int64_t begin = work.next.fetch_add(work.grain);
-    if (begin >= work.rows) return;
-    work.call(work.body, begin, std::min(begin + work.grain, work.rows));
+  try {
+    while (!work.failed) {
+      const std::int64_t begin = work.next.fetch_add(work.grain);
+      if (begin >= work.rows) return;
+      work.call(work.body, begin, std::min(begin + work.grain, work.rows));
+    }
+  } catch (...) {
+    work.error.keep(work.failed);
   }
 }
+
+// What those throw who would wait for a thread that has thrown.
+struct MemberLeft {};
 
 // torch runs on an OpenMP runtime of its own, and after each of its parallel regions the threads of
 // that runtime spin for a while in wait of the next. A second pool (another libgomp, or std::thread)
@@ -68,7 +93,15 @@ struct Team {
   const void* body;
   void (*call)(const void*, const Member&);
 
-  void join(int members) { call(body, Member(place, joined.fetch_add(1), members)); }
+  FirstError error;
+
+  void join(int members) noexcept {
+    try {
+      call(body, Member(place, joined.fetch_add(1), members));
+    } catch (...) {
+      error.keep(place.failed);
+    }
+  }
 };
 
 struct OpenMpTeam {
@@ -76,7 +109,7 @@ struct OpenMpTeam {
   ThreadCount count;
 };
 
-void join_region(void* pointer) {
+void join_region(void* pointer) noexcept {
   OpenMpTeam& work = *static_cast<OpenMpTeam*>(pointer);
   work.team.join(work.count());
 }
@@ -109,16 +142,13 @@ void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const v
   work.call = call;
   const std::int64_t ranges = (rows + work.grain - 1) / work.grain;
   const int used = int(std::min<std::int64_t>(threads, ranges));
-  if (used <= 1) {
-    take_ranges(&work);
-    return;
-  }
   // Looked up at each call (under a microsecond) because torch may be imported after this module.
-  if (const GompParallel openmp = loaded_openmp()) {
+  const GompParallel openmp = used > 1 ? loaded_openmp() : nullptr;
+  if (openmp != nullptr)
     openmp(take_ranges, &work, unsigned(used), 0);
-    return;
-  }
-  parallel_team(used, [&](const Member&) { take_ranges(&work); });
+  else
+    parallel_team(used, [&](const Member&) { take_ranges(&work); });
+  work.error.rethrow();
 }
 
 void Member::meet() const {
@@ -129,7 +159,9 @@ void Member::meet() const {
     place_->round.store(round + 1, std::memory_order_release);
     return;
   }
-  wait_until([&] { return place_->round.load(std::memory_order_acquire) != round; });
+  const auto all_came = [&] { return place_->round.load(std::memory_order_acquire) != round; };
+  wait_until([&] { return all_came() || place_->failed; });
+  if (!all_came()) throw MemberLeft();
 }
 
 void parallel_members(int threads, const void* body,
@@ -142,7 +174,7 @@ void parallel_members(int threads, const void* body,
   if (const GompParallel openmp = loaded_openmp())
     if ((work.count = thread_count_of(openmp)) != nullptr) {
       openmp(join_region, &work, unsigned(threads), 0);
-      return;
+      return team.error.rethrow();
     }
   // Nobody begins before it is known how many could be had.
   std::vector<std::thread> helpers;
@@ -160,6 +192,7 @@ void parallel_members(int threads, const void* body,
   team.count.store(members, std::memory_order_release);
   team.join(members);
   for (std::thread& helper : helpers) helper.join();
+  team.error.rethrow();
 }
 
 }  // namespace prototok

@@ -1,5 +1,6 @@
 // Work for many threads: ranges of rows that do not need each other, and teams that wait for each
-// other.
+// other. What a thread throws ends the others' work where they next look, and is thrown again to who
+// called, once all have left: nothing unwinds through another runtime's frames.
 #pragma once
 
 #include <atomic>
@@ -28,6 +29,7 @@ class Member {
   struct Place {
     std::atomic<int> waiting{0};
     std::atomic<unsigned> round{0};
+    std::atomic<bool> failed{false};  // one has thrown and will not come
   };
 
   Member() = default;  // alone
@@ -35,7 +37,8 @@ class Member {
 
   bool alone() const { return count_ == 1; }
 
-  // Returns when all have called it: what they wrote before can be read behind it.
+  // Returns when all have called it: what they wrote before can be read behind it. Throws where one
+  // has thrown.
   void meet() const;
 
   // Of `units` those that are this thread's, [first, last), the same at each call. The first threads

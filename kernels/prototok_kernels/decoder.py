@@ -138,3 +138,5 @@ class Decoder:
             begin = 1
         start += self._front
         self._cpp.generate(**views(ids=ids), begin=begin, start=start, threads=threads)
+        if begin < len(ids):
+            self._length = 1  # of the last pass

@@ -343,6 +343,52 @@ def test_generation_stays_inside_its_memory() -> None:
         decoder(**views(**tables())).predict(**views(ids=ids(R)), threads=1)
 
 
+FAR = 2**63 - 2  # what it is added to has no room for it
+
+
+def test_numbers_that_lead_out_of_a_tensor_are_refused() -> None:
+    with pytest.raises(IndexError, match="length: "):
+        passed().pass_(**views(inputs=floats(R, N, D)), start=FAR, threads=1)
+    with pytest.raises(ValueError, match="start: the cache has no room"):
+        passed().generate(**views(ids=ids(5, R)), begin=1, start=FAR, threads=1)
+
+
+def test_a_part_behind_its_weight_is_refused_and_a_tile_of_more_than_all_is_all() -> None:
+    call = supported("DecoderBlocks.forward")
+    with pytest.raises(ValueError, match="inputs: must be a part"):
+        _cpu.Packed(**views(weight=halves(V, D))).sum(
+            **views(inputs=halves(R, 2), scale=None, sum=floats(R, 64)), begin=FAR, few=False
+        )
+    found = []
+    for tile in (R, 2**56):
+        tensors = fresh(call)
+        size = blocks().saved_bytes(texts=R, length=N, first=0, tile=tile)
+        tensors["saved"] = torch.zeros(size, dtype=torch.uint8)
+        blocks().forward(**views(**tensors), first=0, tile=tile, threads=1)
+        found.append(tensors["out"])
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_thread_is_too_few(threads: int) -> None:
+    tensors = views(**fresh(CALLS["head"]))
+    with pytest.raises(ValueError, match=f"threads: must be at least 1, saw {threads}"):
+        _cpu.head(**tensors, temperature=1.0, threads=threads)
+    with pytest.raises(ValueError, match="threads: "):
+        passed().logits(**views(out=floats(R, N, V)), threads=threads)
+
+
+def test_what_is_generated_is_the_last_pass() -> None:
+    model = passed()
+    kept = floats(R, N, V)
+    model.generate(**views(ids=ids(1, R)), begin=1, start=N, threads=1)  # nothing is asked for
+    model.logits(**views(out=kept), threads=1)
+    model.generate(**views(ids=ids(2, R)), begin=1, start=N, threads=1)
+    with pytest.raises(ValueError, match="out: must be"):
+        model.logits(**views(out=kept), threads=1)
+    model.logits(**views(out=floats(R, 1, V)), threads=1)
+
+
 def test_a_view_keeps_its_tensor() -> None:
     """What a model was made from may be dropped, and what lies there is not written over."""
     model = decoder(**views(**tables()))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +231,52 @@ def test_models_that_it_cannot_take_are_refused() -> None:
         body = body_of(name, dtype)
         with pytest.raises(ValueError, match="model: "):
             blocks_of(body)._packed(body.rotary.width)
+
+
+_RETRY = """
+import resource, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import prototok
+from kernels.test_decoder_blocks import blocks_of, stream, through
+
+sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+config = LlamaConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+body = prototok.load(LlamaForCausalLM(config).bfloat16().eval(), device="cpu").body
+tables, x = body.rotary(7), stream(1, 7, 512)
+
+def gradient(blocks, limit=None):
+    leaf = x.clone().requires_grad_()
+    out = through(blocks, leaf, tables)
+    if limit is not None:
+        with open("/proc/self/statm") as of:
+            held = int(of.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + limit, resource.RLIM_INFINITY))
+    return torch.autograd.grad(out.float().sum(), leaf)[0]
+
+expected = gradient(blocks_of(body))
+again = blocks_of(body)
+try:
+    gradient(again, limit=20 << 20)  # one block has 8 MiB, three are to be laid out
+    sys.exit("there was memory enough")
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(gradient(again), expected)
+"""
+
+
+@needs_bf16
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_gradients_are_right_after_memory_ran_out_for_their_weights() -> None:
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
+    # Large pieces come from the system each time, not from what was let go or set aside before.
+    settings = {
+        "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", _RETRY], capture_output=True, text=True, check=False,
+        env={**os.environ, **settings},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
