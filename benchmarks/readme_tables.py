@@ -518,7 +518,10 @@ def capacity() -> str:
 
 
 def amortised_cells(name: str = "amortised.json") -> list[dict]:
-    cells = result(name)["cells"].values()
+    cells = list(result(name)["cells"].values())
+    if name == "amortised.json":  # `fast` of the same prior and processor stands beside each
+        of_amx = result("amortised-amx.json")["cells"].values()
+        cells += [c | {"model": f"{c['model']}, on AMX"} for c in of_amx]
     return sorted(cells, key=lambda c: (c["model"], c["length"], "trained" in c))
 
 
