@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -103,6 +104,24 @@ def components(**options: Any) -> object:
     return pca(**({"vectors": torch.randn(4, 3)} | options))
 
 
+def learn_optimizer(**options: Any) -> object:
+    given = {"lm": lm(), "texts": [[3, 4, 5]], "lengths": (2,), "steps": 1, "prefix": None}
+    return prototok.learn_optimizer(**(given | options))
+
+
+def learn_encoder(**options: Any) -> object:
+    given = {"lm": lm(), "texts": [[3, 4, 5]], "lengths": (2,), "steps": 1, "prefix": None}
+    return prototok.learn_encoder(**(given | options))
+
+
+def export(**options: Any) -> object:
+    with tempfile.TemporaryDirectory() as home:
+        try:
+            return prototok.export(**({"fit": fitted(), "folder": Path(home) / "F"} | options))
+        finally:
+            assert not list(Path(home).iterdir())
+
+
 def load(**options: Any) -> object:
     return prototok.load(**({"model": "tiny-llama", "device": "cpu"} | options))
 
@@ -112,6 +131,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "capacity": capacity,
     "learn_shared": learn_shared, "autoregressive.fit": mem, "autoregressive.generate": generate,
     "interpolate": interpolate, "connect": connect, "nearest_tokens": nearest, "pca": components,
+    "learn_optimizer": learn_optimizer, "learn_encoder": learn_encoder, "export": export,
     "load": load, "Recipe": Recipe, "BezierSettings": BezierSettings, "Source": Source,
 }  # fmt: skip
 
@@ -119,7 +139,12 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 Table = dict[str, dict[str, dict[str, tuple[Any, ...]]]]
 API: Table = {
     "numbers that count nothing": {
-        "fast_fit": {"length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6]},
+        "fast_fit": {
+            "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6],
+            "max_steps": NO_COUNTS,
+        },
+        "learn_optimizer": {"steps": NO_COUNTS, "positions": NO_COUNTS, "horizon": NO_COUNTS},
+        "learn_encoder": {"steps": NO_COUNTS},
         "fit_stream": {
             "length": NO_COUNTS, "shard": (*NO_COUNTS, None), "batch_size": NO_COUNTS,
             "seeds": NO_COUNTS[:6],
@@ -142,7 +167,12 @@ API: Table = {
         "BezierSettings": {"max_steps": NO_COUNTS, "samples": NO_COUNTS, "check_every": NO_COUNTS},
     },
     "texts that are none": {
-        "fit_stream": {"texts": ("one string", b"bytes", 7, None, {"a": 1}, object())},
+        "fit_stream": {
+            "texts": (
+                "one string", b"bytes", 7, None, {"a": 1}, object(),
+                pandas.DataFrame({"text": ["a table"]}),
+            )
+        },
         "fast_fit": {"texts": NO_TEXTS}, "information": {"texts": NO_TEXTS},
         "capacity": {"texts": NO_TEXTS}, "autoregressive.fit": {"texts": NO_TEXTS},
         "learn_shared": {"texts": tuple(t for t in NO_TEXTS if t is not None)},
@@ -158,13 +188,14 @@ API: Table = {
     "models that are none": {
         name: {"lm": NO_MODELS}
         for name in FUNCTIONS
-        if name not in ("load", "pca", "Recipe", "BezierSettings", "Source")
+        if name not in ("load", "pca", "export", "Recipe", "BezierSettings", "Source")
     },
     "backends that are none": {
         name: {"backend": NO_BACKENDS}
         for name in ("fast_fit", "fit_stream", "decode", "information", "capacity",
                      "autoregressive.fit",
-                     "autoregressive.generate", "interpolate", "connect", "learn_shared")
+                     "autoregressive.generate", "interpolate", "connect", "learn_shared",
+                     "learn_optimizer", "learn_encoder")
     },
     "recipes": {
         "fit_stream": {"recipe": NO_RECIPES},
@@ -195,12 +226,22 @@ API: Table = {
         "information": {"bos": ("maybe", None, True)},
         "autoregressive.fit": {"first": ("third", None, 1)},
         "autoregressive.generate": {
-            "cache": ("paged", None), "first": (torch.zeros(2).long(), torch.tensor([97])),
+            "cache": ("paged", None),
+            "first": (torch.zeros(2).long(), torch.tensor([97]), [1], 3),
             "mem": (None, torch.zeros(1, 1, 31), torch.zeros(0, 1, 32), torch.zeros(32)),
         },
-        "interpolate": {"pairs": ([(0, 9)], [(0, 0)], [(0,)], "ab", 3, [])},
-        "connect": {"pairs": ([(0, 9)], [(0, 0)], [(0,)], "ab", 3, [])},
-        "BezierSettings": {"lr": (0, -1, NAN)},
+        "interpolate": {"pairs": ([(0, 9)], [(0, 0)], [(0,)], "ab", 3, []), "fit": (None, 3)},
+        "connect": {
+            "pairs": ([(0, 9)], [(0, 0)], [(0,)], "ab", 3, []), "fit": (None, 3),
+            "settings": ("fast", 3),
+        },
+        "BezierSettings": {"lr": (0, -1, NAN, "1"), "betas": (3, (2, 3), (0.9,), "ab")},
+        "capacity": {"init": ("prior", 3)},
+        "learn_optimizer": {
+            "prior": ("x", 3), "rate": (0, "1"), "near": (-1, "1"), "lengths": (3, ()),
+        },
+        "learn_encoder": {"prior": ("x", 3), "lengths": (3, ())},
+        "export": {"format": ("x", None, 3, ["npz"])},
         "Source": {
             "kind": ("web", "folder", "dataset", "generated", ""), "words": ((1, 2), (3, 2)),
             "column": (None, 3), "context_tokens": (0, "many"),
@@ -209,8 +250,8 @@ API: Table = {
     "what to load": {
         "load": {
             "model": ("", "no/where", "/no/where", "tiny-lama", "a b", "../x", None, 3, "a/b/c"),
-            "device": ("tpu", "", "cuda:99", "cpu:x", 3, None),
-            "dtype": ("float7", "int8", "", torch.int64, 3, None),
+            "device": ("tpu", "", "cuda:99", "cpu:x", 3, None, "xpu"),
+            "dtype": ("float7", "int8", "", torch.int64, 3, None, "float8_e4m3fn"),
             "revision": ("main",), "attention": ("flash", "paged", "", None),
         },
     },

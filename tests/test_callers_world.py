@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prototok
-from prototok import FrozenLM, Recipe, autoregressive
+from prototok import FrozenLM, ProtoTokens, Recipe, autoregressive
+from prototok.fitting.recipe import recipe_of
 from prototok.geometry.paths import BezierSettings
 from support import small_llama
 
@@ -140,3 +143,96 @@ def test_autocast_makes_no_false_exact() -> None:
         e, m = fit.tokens.vectors(int(row))
         z = torch.cat([e[None], m.expand(5, -1)])[None]
         assert torch.equal(model(inputs_embeds=z).logits[0].argmax(-1), text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_dtype_that_tensors_have_by_default_changes_nothing(dtype: torch.dtype) -> None:
+    lm, texts = load(), [[3, 7, 1, 4], [9, 2, 4, 8]]
+    recipe = replace(recipe_of("fast"), max_steps=40)
+
+    def everything() -> list[Tensor]:
+        fit = prototok.fast_fit(lm, texts, recipe=recipe, prefix=None)
+        trained = prototok.learn_optimizer(
+            lm, texts, lengths=(2,), steps=2, near=2.0, prior=prior_of(lm), prefix=None
+        )
+        learned = prototok.fast_fit(
+            lm, texts, length=2, recipe="learned", init=trained, max_steps=20, prefix=None
+        )
+        return [fit.tokens.e, fit.steps, learned.tokens.e, learned.steps, prototok.decode(lm, fit)]
+
+    expected = everything()
+    torch.set_default_dtype(dtype)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_networks_that_are_read_in_inference_mode_can_be_used(tmp_path: Path) -> None:
+    lm, texts = load(), [[3, 7, 1, 4], [9, 2, 4, 8]]
+    more: dict[str, Any] = {"lengths": (2,), "steps": 2, "prior": prior_of(lm), "prefix": None}
+    prototok.learn_optimizer(lm, texts, **more).save(tmp_path / "o")
+    prototok.learn_encoder(lm, texts, **more).save(tmp_path / "e")
+    prior_of(lm).save(tmp_path / "p")
+    fitted(lm).tokens.save(tmp_path / "t")
+    with torch.inference_mode():
+        read = prototok.Encoder.load(tmp_path / "e"), prototok.LearnedOptimizer.load(tmp_path / "o")
+        prior, tokens = prototok.Prior.load(tmp_path / "p"), ProtoTokens.load(tmp_path / "t")
+    given: dict[str, Any] = {"length": 2, "max_steps": 3, "prefix": None}
+    prototok.fast_fit(lm, texts, recipe="learned", init=read, **given)
+    prototok.fast_fit(lm, texts, init=prior, **given)
+    assert not tokens.e.is_inference()
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path: Path) -> None:
+    lm = load()
+    recipe = Recipe(
+        lr=np.float32(0.1), eps=np.float64(1e-8), betas=(np.float32(0.9), np.float64(0.9)),
+        margin=np.float32(0), weight_decay=np.int64(0), accuracy=np.float64(1),
+        max_steps=np.int64(2),
+    )  # fmt: skip
+    fit = prototok.fast_fit(lm, TEXTS, recipe=recipe, length=np.int64(2))
+    fit.save(tmp_path / "fit")
+    assert prototok.FitResult.load(tmp_path / "fit").tokens.e.equal(fit.tokens.e)
+    done = prototok.fit_stream(
+        lm, TEXTS, tmp_path / "s", length=np.int64(2), shard=np.int64(1), recipe=recipe
+    )
+    assert done.texts == len(TEXTS)
+    prototok.learn_optimizer(
+        lm, TEXTS, lengths=(np.int64(2),), steps=np.int64(1), seed=np.int64(3), prior=prior_of(lm),
+        prefix=None,
+    ).save(tmp_path / "o")  # fmt: skip
+
+
+def test_a_prefix_of_another_model_is_that_of_its_ids_here() -> None:
+    theirs = prototok.load(small_llama(initializer_range=0.5), device="cpu", dtype="float32")
+    lm, rows = load(), torch.tensor([5, 6])
+    given = prototok.fast_fit(theirs, TEXTS, prefix=[5, 6], recipe=RECIPE).tokens.prefix
+    assert given is not None and torch.equal(given.vectors, theirs.embed(rows))
+    kept = prototok.fast_fit(lm, TEXTS, prefix=given, recipe=RECIPE).tokens.prefix
+    assert kept is not None and kept.ids == (5, 6)
+    assert torch.equal(kept.vectors, lm.embed(rows)) and not torch.equal(
+        kept.vectors, given.vectors
+    )
+
+
+def test_lengths_are_decoded_only_where_inputs_begin_alike() -> None:
+    lm = load()
+    for name in ("e m*", "(e m)*", "e*", "e m*+1", "e* m*"):
+        fit = prototok.fast_fit(lm, [[3, 7, 1, 4]], arrangement=name, recipe=Recipe(max_steps=2))
+        if name != "e* m*":
+            whole = prototok.decode(lm, fit)
+            assert torch.equal(prototok.decode(lm, fit, length=2), whole[:, :2])
+        else:
+            with pytest.raises(ValueError, match="length: 2 tokens of 'e\\* m\\*'"):
+                prototok.decode(lm, fit, length=2)
+            assert prototok.decode(lm, fit, length=4).shape == (1, 4)
+
+
+def test_pairs_of_paths_may_be_a_tensor() -> None:
+    lm = load()
+    fit = fitted(lm)
+    line = prototok.interpolate(lm, fit, [(0, 1)], points=3)
+    again = prototok.interpolate(lm, fit, line.pairs, points=3)
+    assert torch.equal(line.accuracy, again.accuracy)

@@ -110,6 +110,13 @@ def test_learn_prior_writes_a_prior(book: Path, tmp_path: Path) -> None:
     made = prototok_cli(*learn, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert prototok.Prior.load(tmp_path / "prior.safetensors").provenance["length"] == "4"
+    short = tmp_path / "short.txt"  # its last piece is no whole one
+    short.write_text("It was a dark and stormy night, and", encoding="utf-8")
+    again = [*learn[:3], str(short), *learn[4:-1], "other.safetensors"]
+    assert prototok_cli(*again, cwd=tmp_path).returncode == 0
+    short.write_text("It was", encoding="utf-8")
+    refused = prototok_cli(*again, cwd=tmp_path)
+    assert refused.returncode == 2 and "fewer than 4 tokens" in refused.stderr
 
 
 def test_a_prefix_is_fitted_behind_and_decoded_behind(book: Path, tmp_path: Path) -> None:

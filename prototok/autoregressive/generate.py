@@ -66,6 +66,8 @@ def generate(
     if rows == 0 or leading == 0:
         raise ValueError(f"mem: {tuple(mem.shape)} holds no vectors")
     require_room(lm, leading, length)
+    if first is not None and not isinstance(first, Tensor):
+        raise ValueError(f"first: {type(first).__name__} is not a tensor of token ids")
     if first is not None and (first.shape != (rows,) or first.dtype != torch.int64):
         raise ValueError(f"first: {first.dtype} {tuple(first.shape)} is not int64 ({rows},)")
     if first is not None and not 0 <= int(first.min()) <= int(first.max()) < lm.vocab_size:

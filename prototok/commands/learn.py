@@ -73,10 +73,13 @@ def prior(
     from prototok.texts.files import chunks
 
     lm = load(model, device, dtype)
-    found = learn_shared(
-        lm, None if text is None else chunks(lm, text, length or 16, 32), length=length,
-        prefix=front_asked(prefix), progress=True,
-    )  # fmt: skip
+    cut = length or 16
+    whole = None
+    if text is not None:  # the last piece of a short book may be shorter
+        whole = [ids for ids in chunks(lm, text, cut, 32) if len(ids) == cut]
+        if not whole:
+            raise ValueError(f"book: {book} has fewer than {cut} tokens")
+    found = learn_shared(lm, whole, length=length, prefix=front_asked(prefix), progress=True)
     found.save(out)
     say(f"a prior of {lm.identity.name} at {found.provenance['length']} tokens; written to {out}")
 

@@ -19,6 +19,13 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def plain_number(value: float) -> float:
+    """Return Python's own int or float of what stands for one, such as np.float32."""
+    if isinstance(value, int | float) and type(value) in (int, float):
+        return value
+    return int(value) if is_integer(value) else float(value)
+
+
 def is_count(value: object) -> TypeGuard[int]:
     """Return True if `value` is a positive integer."""
     return is_integer(value) and value >= 1

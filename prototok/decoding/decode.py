@@ -236,6 +236,11 @@ def decode(
         tokens.require_tokenizer(lm)
     lengths = tokens.lengths.repeat_interleave(tokens.seeds).tolist()
     if length is not None:
+        for own in set(lengths):
+            if not arrangement.begins_alike(own, length):
+                raise ValueError(
+                    f"length: {length} tokens of {arrangement.name!r} do not begin as {own} do"
+                )
         lengths = [length] * len(lengths)
     for size in set(lengths):  # a file may claim any
         require_length(size, lm, arrangement)

@@ -43,7 +43,7 @@ def export(fit: Exportable, folder: str | Path, format: str = "transformers") ->
     Raises:
         ValueError: an unknown format, one that cannot carry these vectors, or a folder in use.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ValueError(
             f"format: {format!r} is not one of {', '.join(FORMATS)}" + hint(format, FORMATS)
         )

@@ -160,6 +160,8 @@ def capacity(
     if not is_count(restarts) and restarts != 0:
         raise ValueError(f"restarts: {restarts!r} is not an integer of at least 0")
     if init is not None:
+        if not isinstance(init, Prior):
+            raise ValueError(f"init: {type(init).__name__} is not a Prior")
         init.require_model(lm)
     settings, layout = recipe_of(recipe), Arrangement.parse("e m*")
     targets = targets_of(lm, texts)

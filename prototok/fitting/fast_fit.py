@@ -52,6 +52,7 @@ def fast_fit(
     arrangement: str = "e m*",
     prefix: PrefixLike | Prefix = "auto",
     recipe: str | Recipe = "fast",
+    max_steps: int | None = None,
     init: Init | None = None,
     backend: str = "auto",
     batch_size: int | str = "auto",
@@ -79,6 +80,7 @@ def fast_fit(
             front of a model that has an attention sink, "paper" nothing. The result keeps it.
         recipe: "fast", "paper", "learned", or a `Recipe`. With "learned" a network makes the
             first updates, and `fast` takes over where its progress stops.
+        max_steps: most updates of a row; None: the recipe's.
         init: where vectors start, from `prototok.learn_shared`; with "learned" the network, from
             `prototok.learn_optimizer`. An encoder, from `prototok.learn_encoder`, starts seed 0 of
             each text at its guess, other seeds near to it, a shared vector at the mean of the
@@ -102,7 +104,7 @@ def fast_fit(
         FitInterrupted: Ctrl-C; carries the fits that had ended.
     """
     layout = Arrangement.parse(arrangement)
-    settings = recipe_of(recipe)
+    settings = recipe_of(recipe, max_steps)
     require_frozen(lm)
     require_share(share, layout)
     if group_size is not None and (share is None or not is_count(group_size)):

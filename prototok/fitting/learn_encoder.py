@@ -74,6 +74,7 @@ def learn_encoder(
     given = prepared(
         lm, texts, lengths, steps, seed, prior, prefix, FAST, backend, progress
     )  # fmt: skip
+    seed = int(seed)
     bare, lm, grid = lm, given.lm, given.lengths
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -110,6 +110,7 @@ def learn_optimizer(
     given = prepared(
         lm, texts, lengths, steps, seed, prior, prefix, LEARNED, backend, progress, trained
     )  # fmt: skip
+    seed = int(seed)
     lm, grid = given.lm, given.lengths
     recipe = LEARNED.at_width(lm.hidden_size, True)  # that of the fits, temperature included
     before = 0 if trained is None else trained.reach

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prototok.common.world import own_world
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
@@ -66,6 +67,7 @@ class Prior(OnHub):
     )
 
     @classmethod
+    @own_world
     def load(cls, path: str | Path) -> Prior:
         """Read what `save` wrote; names, types and shapes are checked before allocation.
 

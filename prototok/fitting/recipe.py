@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import hint, is_integer, is_number
+from prototok.common.arguments import hint, is_integer, is_number, plain_number
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -121,7 +121,11 @@ class Recipe:
                 continue
             if not is_integer(value) or value < least:
                 raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
-            object.__setattr__(self, name, int(value))  # results store it as JSON
+        # Results store them as JSON, which numpy's numbers are not.
+        for name in vars(self):
+            if is_number(value := getattr(self, name)):
+                object.__setattr__(self, name, plain_number(value))
+        object.__setattr__(self, "betas", tuple(map(plain_number, self.betas)))
 
     @property
     def adamw(self) -> AdamWSettings:

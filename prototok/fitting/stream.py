@@ -41,7 +41,9 @@ from prototok.texts.rows import Unreadable
 from prototok.texts.targets import target_of, text_id
 
 # Of `fast_fit`; the others are of texts that share a vector, or of one call.
-OPTIONS = ("seeds", "arrangement", "prefix", "recipe", "init", "backend", "batch_size")
+OPTIONS = (
+    "seeds", "arrangement", "prefix", "recipe", "max_steps", "init", "backend", "batch_size",
+)  # fmt: skip
 SHARD = 4096
 
 
@@ -75,7 +77,8 @@ def fit_stream(
         resume: go on with what the folder holds; nothing is there at first.
         overwrite: remove the shards that the folder holds.
         progress: None shows a bar on a terminal; True also prints lines elsewhere; False is quiet.
-        options: seeds, arrangement, prefix, recipe, init, backend and batch_size, of `fast_fit`.
+        options: seeds, arrangement, prefix, recipe, max_steps, init, backend and batch_size, of
+            `fast_fit`.
 
     Raises:
         ValueError: an argument that cannot be met, a folder that holds something else, another
@@ -84,6 +87,7 @@ def fit_stream(
             stay, and `resume` goes on from there, as after Ctrl-C and whatever `texts` raises.
     """
     _require(lm, texts, length, shard, options)
+    length, shard = None if length is None else int(length), int(shard)  # numpy's integers too
     place = ShardFolder(Path(folder), resume, overwrite)
     with place.claimed():
         return fit_to_shards(lm, texts, place, length, shard, progress, options)
@@ -96,6 +100,8 @@ def _require(
     require_frozen(lm)
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: {type(texts).__name__} is not an iterator of texts")
+    if hasattr(texts, "columns"):  # it would give their names
+        raise ValueError(f"texts: {type(texts).__name__} is a table; give one of its columns")
     for name, value in (("length", length), ("shard", shard)):
         if not (is_count(value) or (name == "length" and value is None)):
             raise ValueError(f"{name}: {value!r} is not a positive integer")
@@ -114,7 +120,7 @@ def fit_to_shards(
     progress: bool | None, options: dict[str, Any],
 ) -> StreamSummary:  # fmt: skip
     """Fit texts into a folder that is claimed; see `fit_stream`."""
-    recipe = recipe_of(options.get("recipe", "fast"))
+    recipe = recipe_of(options.get("recipe", "fast"), options.get("max_steps"))
     layout = Arrangement.parse(options.get("arrangement", "e m*"))
     init = options.get("init")
     behind, _ = front_of(lm, options.get("prefix", "auto"), recipe, start_of(init))

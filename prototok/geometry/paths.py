@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count, is_integer
+from prototok.common.arguments import is_count, is_integer, is_number
 from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
@@ -78,8 +78,11 @@ class BezierSettings:
         for name in ("max_steps", "samples", "check_every"):
             if not is_count(getattr(self, name)):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
-        if not self.lr > 0:
+        if not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"lr: {self.lr!r} is not a positive number")
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not (pair and all(is_number(b) and 0 <= b < 1 for b in self.betas)):
+            raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
 
 
 @own_world
@@ -129,7 +132,9 @@ def connect(
     Minimises the fit loss at φ(t), t uniform in [0, 1], over the one control point π, which starts
     half-way (the paper's quadratic Bezier curves, Figure 6). Arguments as in `interpolate`.
     """
-    settings = settings or BezierSettings()
+    settings = BezierSettings() if settings is None else settings
+    if not isinstance(settings, BezierSettings):
+        raise ValueError(f"settings: {type(settings).__name__} is not BezierSettings")
     _require_rows(batch_size)
     ends = _Ends.of(lm, fit, pairs, backend)
     t = _grid(points)
@@ -169,7 +174,10 @@ class _Ends:
         cls, lm: FrozenLM, fit: FitResult, pairs: Sequence[tuple[int, int]] | None, backend: str
     ) -> _Ends:  # fmt: skip
         require_frozen(lm)
+        if not isinstance(fit, FitResult):
+            raise ValueError(f"fit: {type(fit).__name__} is not a FitResult")
         tokens = fit.tokens
+        pairs = pairs.tolist() if isinstance(pairs, Tensor) else pairs
         tokens.require_model(lm)
         lm = lm.behind(tokens.prefix)
         seeds = tokens.seeds

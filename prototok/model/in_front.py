@@ -20,12 +20,17 @@ PrefixLike = None | str | Sequence[int] | Tensor
 def prefix_of(lm: FrozenLM, given: PrefixLike | Prefix) -> Prefix | None:
     """Return the prefix that text, token ids or vectors (P, d) are; None for None.
 
+    A Prefix of tokens, as another model's fit has it, is that of these ids here.
+
     Raises ValueError for ids outside the vocabulary, vectors of another width or not finite, and
     what leaves no room in the context.
     """
     if given is None:
         return None
-    found = given if isinstance(given, Prefix) else _made(lm, given)
+    if isinstance(given, Prefix):
+        found = given if given.ids is None else _made(lm, given.ids)
+    else:
+        found = _made(lm, given)
     if found.vectors.shape[1] != lm.hidden_size:
         raise ValueError(
             f"prefix: its vectors have {found.vectors.shape[1]} coordinates, those of "

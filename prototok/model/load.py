@@ -193,6 +193,10 @@ def device_of(device: str | torch.device) -> torch.device:
         ) from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ValueError(f"device: {device!r} cannot be had here") from None
     return found
 
 
@@ -202,7 +206,7 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     found = getattr(torch, _SHORT.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(
             f"dtype: {dtype!r} is not 'auto' or a floating-point torch dtype" + hint(dtype, _DTYPES)
         )

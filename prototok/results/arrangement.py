@@ -71,6 +71,12 @@ class Arrangement:
         """Return L for N targets."""
         return length + self.offset
 
+    def begins_alike(self, length: int, other: int) -> bool:
+        """Say whether inputs of these two lengths are the same as far as both go."""
+        shorter = min(length, other)
+        ours, theirs = (self.layout(n)[: self.input_length(shorter)] for n in (length, other))
+        return bool(torch.equal(ours, theirs))
+
     def layout(self, length: int) -> Tensor:
         """Return (L,) int64, the vector at each position: 0 … K−1 for e₁ … e_K, K for m."""
         position = torch.arange(self.input_length(length), device="cpu")

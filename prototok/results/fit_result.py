@@ -21,6 +21,7 @@ from torch import Tensor
 from prototok.common.files import flush, is_temporary, remove_orphans, whole
 from prototok.common.json import parse_json
 from prototok.common.shown import html_table
+from prototok.common.world import own_world
 from prototok.results.history import History
 from prototok.results.proto_tokens import ProtoTokens
 from prototok.results.provenance import seeds_of
@@ -182,6 +183,7 @@ class FitResult:
             raise
 
     @classmethod
+    @own_world
     def load(cls, folder: str | Path) -> FitResult:
         """Read what `save` wrote.
 

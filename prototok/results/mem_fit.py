@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prototok.common.shown import html_table
+from prototok.common.world import own_world
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
@@ -120,6 +121,7 @@ class MemFit:
         write_tensors(path, _FORM, tensors, origin, first=self.first)
 
     @classmethod
+    @own_world
     def load(cls, path: str | Path) -> MemFit:
         """Read what `save` wrote; ValueError for anything else."""
         header, tensors, origin = read_tensors(path, "one of a MemFit", _FORM, _require_consistent)

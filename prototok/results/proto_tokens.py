@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prototok.common.arguments import is_count
 from prototok.common.shown import count
+from prototok.common.world import own_world
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
@@ -143,6 +144,7 @@ class ProtoTokens(OnHub):
     )
 
     @classmethod
+    @own_world
     def load(cls, path: str | Path) -> ProtoTokens:
         """Read what `save` wrote. Names, types and shapes are checked before anything is allocated.
 

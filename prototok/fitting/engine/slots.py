@@ -290,7 +290,8 @@ class Slots:
 
     def follow(self, window: Window) -> None:
         """Let means follow the vectors that were updated."""
-        weight = torch.where(self.is_cold(slice(window.groups)), _WEIGHT, 1.0)
+        cold = self.is_cold(slice(window.groups))
+        weight = torch.ones_like(cold, dtype=torch.float32).masked_fill_(cold, _WEIGHT)
         for bank in self.banks:
             of = slice(None) if bank.shared else self.group_of_row[: window.rows]
             n = window.groups if bank.shared else window.rows

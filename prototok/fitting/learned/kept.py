@@ -12,6 +12,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prototok.common.world import own_world
 from prototok.fitting.prior import Prior
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
@@ -72,6 +73,7 @@ class KeptNetwork(OnHub, Generic[N]):
         write_tensors(path, self.form, tensors, origin)
 
     @classmethod
+    @own_world
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; names, types and shapes are checked before allocation.
 

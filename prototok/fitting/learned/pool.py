@@ -116,7 +116,8 @@ class Pool:
         slots, t, scale = self.slots, self.setup.recipe.temperature, self.network.scale
         nats = t * slots.loss / self.length
         weight = torch.where(good, t / self.length / (_SOFT + nats) / len(nats), 0.0)[:, None]
-        nearer = torch.where(good, self.near / slots.width / len(nats), 0.0)[:, None]
+        share = self.near / slots.width / len(nats)
+        nearer = torch.zeros_like(nats).masked_fill_(good, share)[:, None]
         # A row that came after the last score has an update of zero pending, with no graph.
         signal = [
             bank.turned(weight * bank.grad[:, 0] + nearer * (bank.values[:, 0] - mean) / scale**2)

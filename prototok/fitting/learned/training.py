@@ -89,11 +89,14 @@ def prepared(
     """
     require_frozen(lm)
     grid = require_training(lengths, steps, seed)
+    seed = int(seed)  # torch takes no integer of numpy
     if trained is not None:
         if prior is not None:
             raise ValueError("prior: a network that was trained, in init, brings its own")
         prior = trained.start
     if prior is not None:
+        if not isinstance(prior, Prior):
+            raise ValueError(f"prior: {type(prior).__name__} is not a Prior")
         prior.require_model(lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     behind, in_front = front_of(lm, prefix, recipe, prior)
@@ -118,7 +121,7 @@ def require_training(lengths: Sequence[int], steps: int, seed: int) -> list[int]
     grid = listed_items(lengths)
     if not grid or not all(map(is_count, grid)) or grid != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
-    return grid
+    return [int(length) for length in grid]
 
 
 def start_for(
