@@ -27,10 +27,10 @@ def prefix_of(lm: FrozenLM, given: PrefixLike | Prefix) -> Prefix | None:
     """
     if given is None:
         return None
-    if isinstance(given, Prefix):
-        found = given if given.ids is None else _made(lm, given.ids)
-    else:
-        found = _made(lm, given)
+    found = given if isinstance(given, Prefix) else _made(lm, given)
+    if isinstance(given, Prefix) and given.ids is not None:
+        here = _made(lm, given.ids)
+        found = given if torch.equal(given.vectors, here.vectors) else here
     if found.vectors.shape[1] != lm.hidden_size:
         raise ValueError(
             f"prefix: its vectors have {found.vectors.shape[1]} coordinates, those of "

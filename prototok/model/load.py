@@ -194,7 +194,7 @@ def device_of(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for and torch sees no CUDA device")
     try:
-        torch.empty(1, device=found)
+        torch.empty(1, dtype=torch.float32, device=found)
     except (RuntimeError, NotImplementedError, AssertionError):
         raise ValueError(f"device: {device!r} cannot be had here") from None
     return found
