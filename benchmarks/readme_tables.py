@@ -517,18 +517,24 @@ def capacity() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
-def amortised_cells(name: str = "amortised.json") -> list[dict]:
-    cells = list(result(name)["cells"].values())
-    if name == "amortised.json":  # `fast` of the same prior and processor stands beside each
-        of_amx = result("amortised-amx.json")["cells"].values()
-        cells += [c | {"model": f"{c['model']}, on AMX"} for c in of_amx]
+# Result files, and what a model's name gets behind it: `fast` of the same prior and processor
+# stands beside each network.
+AMORTISED = {"amortised.json": "", "amortised-amx.json": ", on AMX"}
+PARTS = {"amortised_parts.json": ""}
+
+
+def amortised_cells(files: dict[str, str] = AMORTISED) -> list[dict]:
+    cells = [
+        c | {"model": c["model"] + where}
+        for name, where in files.items() for c in result(name)["cells"].values()
+    ]  # fmt: skip
     return sorted(cells, key=lambda c: (c["model"], c["length"], "trained" in c))
 
 
 def amortised_commands() -> str:
     """The command lines of all cells, under the machine that ran them."""
     runs: dict[str, dict[str, dict[str, None]]] = {}
-    for c in amortised_cells() + amortised_cells("amortised_parts.json"):
+    for c in amortised_cells() + amortised_cells(PARTS):
         on, _, when = source(c).partition(c["date"])
         found = runs.setdefault(on.strip(" ,"), {}).setdefault(c["command"], {})
         found[c["date"] + when.rstrip(".")] = None
@@ -636,7 +642,7 @@ def amortised_lengths() -> str:
 
 def amortised_parts() -> str:
     """What a network sees and how long its texts stay, one changed at a time."""
-    cells = amortised_cells("amortised_parts.json")
+    cells = amortised_cells(PARTS)
 
     def changed(cell: dict) -> tuple:
         return cell["reach"] is not None, cell["horizon"] or 0, cell["recipe"]

@@ -136,7 +136,8 @@ void decoder_predict(Decoder& self, const View& ids, Threads threads) {
   self.predict(data, every, threads);
 }
 
-void decoder_generate(Decoder& self, const View& ids, int64_t begin, int64_t start, Threads threads) {
+void decoder_generate(Decoder& self, const View& ids, int64_t begin, int64_t start,
+                      Threads threads) {
   const int64_t end = ids.sizes<2>()[0], rows = self.rows();
   int64_t* data = ids.data<int64_t>({end, rows});
   require(begin >= 1 && begin <= end, "begin: must be a row of ids behind the first");

@@ -18,7 +18,8 @@ constexpr std::int64_t kWorthAThread = 16384;
 std::int64_t even_grain(std::int64_t rows, std::int64_t work_a_row, int threads, int multiple) {
   const std::int64_t work = rows * work_a_row;
   if (threads <= 1 || work < 2 * kWorthAThread) return rows;
-  const std::int64_t ranges = threads * std::max<std::int64_t>(1, work / (std::int64_t{threads} << 18));
+  const std::int64_t team = threads;
+  const std::int64_t ranges = team * std::max<std::int64_t>(1, work / (team << 18));
   const std::int64_t grain = (rows + ranges - 1) / ranges;
   return (grain + multiple - 1) / multiple * multiple;
 }

@@ -51,9 +51,6 @@ void take_ranges(void* pointer) noexcept {
   }
 }
 
-// What those throw who would wait for a thread that has thrown.
-struct MemberLeft {};
-
 // torch runs on an OpenMP runtime of its own, and after each of its parallel regions the threads of
 // that runtime spin for a while in wait of the next. A second pool (another libgomp, or std::thread)
 // then shares the cores with threads that do nothing (measured in docs/dev/log.md). So this
@@ -92,7 +89,6 @@ struct Team {
   std::atomic<int> count{0};
   const void* body;
   void (*call)(const void*, const Member&);
-
   FirstError error;
 
   void join(int members) noexcept {
@@ -113,6 +109,9 @@ void join_region(void* pointer) noexcept {
   OpenMpTeam& work = *static_cast<OpenMpTeam*>(pointer);
   work.team.join(work.count());
 }
+
+// What those throw who would wait for a thread that has thrown.
+struct MemberLeft {};
 
 // Returns when `ready()` is true. For as long as a wait should take the thread only rests, then it
 // lets others run, which may be who it waits for.

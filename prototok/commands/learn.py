@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prototok.fitting.learned.optimizer import LearnedOptimizer
     from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
+    from prototok.model.frozen_lm import FrozenLM
 
     Begun = Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer]
 
@@ -70,15 +71,12 @@ def prior(
     text = _text_of(book, out)
     from prototok.fitting.learn_shared import learn_shared
     from prototok.model.load import load
-    from prototok.texts.files import chunks
 
     lm = load(model, device, dtype)
     cut = length or 16
-    whole = None
-    if text is not None:  # the last piece of a short book may be shorter
-        whole = [ids for ids in chunks(lm, text, cut, 32) if len(ids) == cut]
-        if not whole:
-            raise ValueError(f"book: {book} has fewer than {cut} tokens")
+    whole = _pieces(lm, text, cut, cut, 32)
+    if whole == []:
+        raise ValueError(f"book: {book} has fewer than {cut} tokens")
     found = learn_shared(lm, whole, length=length, prefix=front_asked(prefix), progress=True)
     found.save(out)
     say(f"a prior of {lm.identity.name} at {found.provenance['length']} tokens; written to {out}")
@@ -104,14 +102,11 @@ def optimizer(
     text = _text_of(book, out)
     from prototok.fitting.learn_optimizer import learn_optimizer
     from prototok.model.load import load
-    from prototok.texts.files import chunks
 
     start, begun = _begin_with(init)
     lm = load(model, device, dtype)
-    whole = None
-    if text is not None:
-        longest = max(grid[-1], min(_CHUNKS, lm.context or _CHUNKS))
-        whole = [ids for ids in chunks(lm, text, longest, None) if len(ids) >= grid[-1]]
+    longest = max(grid[-1], min(_CHUNKS, lm.context or _CHUNKS))
+    whole = _pieces(lm, text, longest, grid[-1], None)
     found = learn_optimizer(
         lm, whole, lengths=grid, steps=steps, prior=start, init=begun, seed=seed,
         checkpoint=checkpoint, prefix=front_asked(prefix), progress=True,
@@ -150,6 +145,17 @@ def encoder(
     )  # fmt: skip
     found.save(out)
     say(f"an encoder of {lm.identity.name} at {lengths} tokens; written to {out}")
+
+
+def _pieces(
+    lm: FrozenLM, text: str | None, length: int, least: int, limit: int | None
+) -> list[list[int]] | None:  # fmt: skip
+    """Cut a book into pieces of `length` tokens; a shorter last one counts from `least` on."""
+    from prototok.texts.files import chunks
+
+    if text is None:
+        return None
+    return [ids for ids in chunks(lm, text, length, limit) if len(ids) >= least]
 
 
 def start_from(paths: list[Path] | None, recipe: Recipe) -> tuple[Init | None, Recipe]:

@@ -19,10 +19,15 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_betas(value: object) -> TypeGuard[tuple[float, float]]:
+    """Return True for two numbers in [0, 1), as AdamW takes them."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return all(is_number(beta) and 0 <= beta < 1 for beta in value)
+
+
 def plain_number(value: float) -> float:
     """Return Python's own int or float of what stands for one, such as np.float32."""
-    if isinstance(value, int | float) and type(value) in (int, float):
-        return value
     return int(value) if is_integer(value) else float(value)
 
 

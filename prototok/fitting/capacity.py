@@ -21,7 +21,7 @@ from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.fast_fit import one_forward
 from prototok.fitting.front import front_of
-from prototok.fitting.prior import Prior
+from prototok.fitting.prior import Prior, require_prior
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.fitting.under_way import UnderWay
 from prototok.fitting.verify import Verified, verify
@@ -160,9 +160,7 @@ def capacity(
     if not is_count(restarts) and restarts != 0:
         raise ValueError(f"restarts: {restarts!r} is not an integer of at least 0")
     if init is not None:
-        if not isinstance(init, Prior):
-            raise ValueError(f"init: {type(init).__name__} is not a Prior")
-        init.require_model(lm)
+        require_prior("init", init, lm)
     settings, layout = recipe_of(recipe), Arrangement.parse("e m*")
     targets = targets_of(lm, texts)
     lm, _ = front_of(lm, prefix, settings, init)

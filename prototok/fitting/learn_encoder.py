@@ -74,8 +74,7 @@ def learn_encoder(
     given = prepared(
         lm, texts, lengths, steps, seed, prior, prefix, FAST, backend, progress
     )  # fmt: skip
-    seed = int(seed)
-    bare, lm, grid = lm, given.lm, given.lengths
+    bare, lm, grid, seed = lm, given.lm, given.lengths, given.seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = EncoderNetwork(lm.hidden_size, _WIDTH, _DEPTH, grid[-1])

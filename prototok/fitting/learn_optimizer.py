@@ -110,8 +110,7 @@ def learn_optimizer(
     given = prepared(
         lm, texts, lengths, steps, seed, prior, prefix, LEARNED, backend, progress, trained
     )  # fmt: skip
-    seed = int(seed)
-    lm, grid = given.lm, given.lengths
+    lm, grid, seed = given.lm, given.lengths, given.seed
     recipe = LEARNED.at_width(lm.hidden_size, True)  # that of the fits, temperature included
     before = 0 if trained is None else trained.reach
     reach = 0 if lm.body.head is None else max(before, grid[-1]) if reach is None else reach

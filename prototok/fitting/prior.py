@@ -90,3 +90,10 @@ def _require_consistent(header: dict, shapes: Shapes, model: ModelIdentity) -> N
     for name, (dtype, shape) in shapes.items():
         if dtype != "F32" or shape != expected[name]:
             raise ValueError(f"{name} is {dtype} {shape} where F32 {expected[name]} is expected")
+
+
+def require_prior(name: str, prior: object, lm: FrozenLM) -> None:
+    """Raise ValueError unless the argument of that name is a Prior of the model that `lm` holds."""
+    if not isinstance(prior, Prior):
+        raise ValueError(f"{name}: {type(prior).__name__} is not a Prior")
+    prior.require_model(lm)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import hint, is_integer, is_number, plain_number
+from prototok.common.arguments import hint, is_betas, is_integer, is_number, plain_number
 from prototok_kernels.adamw_rows import AdamWSettings
 
 
@@ -106,8 +106,7 @@ class Recipe:
                 raise ValueError(f"{name}: {value!r} is negative or not a number")
         if not (is_number(self.accuracy) and 0 < self.accuracy <= 1):
             raise ValueError(f"accuracy: {self.accuracy!r} is not in (0, 1]")
-        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        if not (pair and all(is_number(b) and 0 <= b < 1 for b in self.betas)):
+        if not is_betas(self.betas):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
         if self.cycle is not None and self.schedule != "cosine":
             raise ValueError(f"cycle: {self.cycle!r} means nothing to a {self.schedule} schedule")

@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count, is_integer, is_number
+from prototok.common.arguments import is_betas, is_count, is_integer, is_number
 from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
@@ -80,8 +80,7 @@ class BezierSettings:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
         if not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"lr: {self.lr!r} is not a positive number")
-        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        if not (pair and all(is_number(b) and 0 <= b < 1 for b in self.betas)):
+        if not is_betas(self.betas):
             raise ValueError(f"betas: {self.betas!r} is not two numbers in [0, 1)")
 
 

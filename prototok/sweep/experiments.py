@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from prototok.common.arguments import hint
 from prototok.fitting.capacity import GRID
@@ -214,9 +213,7 @@ class _Known:
         if not (out / "run.json").exists():
             return known
         run = RunFolder.open(out)
-        plan = run.plan()
-        own = plan.filter(pc.equal(plan["experiment"], experiment))["spec"].to_pylist()
-        used = {text for spec in own for text in Unit.parse(spec).texts}
+        used = {text for unit in run.units(experiment).values() for text in unit.texts}
         for row in run.texts().to_pylist():
             known.by_tokens.setdefault(tuple(row["ids"]), row["text_id"])
             if row["text_id"] in used:

@@ -88,23 +88,26 @@ class RunFolder:
         found: dict[str, dict[str, Any]] = self._json()["experiments"]
         return found
 
-    def plan(self) -> pa.Table:
-        """Read `schema.PLAN`: one row an (experiment, unit)."""
+    def plan(self, experiment: str | None = None) -> pa.Table:
+        """Read `schema.PLAN`: one row an (experiment, unit), of all or of one experiment."""
         plan = self._table("plan.parquet", schema.PLAN)
         # The first two become names of files.
         for name, pattern in (("key", _KEY), ("experiment", _NAME), ("spec", _ANY)):
             fits = pc.match_substring_regex(plan[name], f"^(?:{pattern.pattern})$")
             if plan[name].null_count or not pc.all(fits, min_count=0).as_py():
                 raise ValueError(f"run: {self.path / 'plan.parquet'} has a {name} that is none")
-        return plan
+        return plan if experiment is None else plan.filter(pc.equal(plan["experiment"], experiment))
 
     def texts(self) -> pa.Table:
         """Read `schema.TEXTS`."""
         return self._table("texts.parquet", schema.TEXTS)
 
-    def units(self) -> dict[str, Unit]:
-        """Return every planned unit once, by key, in the order they were planned."""
-        plan = self.plan()
+    def units(self, experiment: str | None = None) -> dict[str, Unit]:
+        """Return every planned unit once, by key, in the order they were planned.
+
+        With `experiment`, those that it planned.
+        """
+        plan = self.plan(experiment)
         pairs = zip(plan["key"].to_pylist(), plan["spec"].to_pylist(), strict=True)
         try:
             return {key: Unit.parse(spec) for key, spec in pairs}
@@ -167,10 +170,7 @@ class RunFolder:
 
         With `experiment`, those of the units it planned, and the column says its name.
         """
-        plan = self.plan()
-        if experiment is not None:
-            plan = plan.filter(pc.equal(plan["experiment"], experiment))
-        wanted = dict.fromkeys(plan["key"].to_pylist())
+        wanted = dict.fromkeys(self.plan(experiment)["key"].to_pylist())
         tables = [schema.FITS.empty_table()]
         seen: set[str] = set()
         # Shards first: what compaction takes from here meanwhile is found there.

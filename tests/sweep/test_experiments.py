@@ -142,7 +142,7 @@ def test_planned_again_with_longer_texts_what_is_done_stays_done(tmp_path: Path)
         new = grown[row["text_id"]]
         assert len(new["ids"]) == 12 and new["ids"][:8] == row["ids"]
         assert new["text"].startswith(row["text"])
-    of_table_3 = run.plan().filter(pc.equal(run.plan()["experiment"], "table3"))
+    of_table_3 = run.plan("table3")
     eight = of_table_3.filter(pc.equal(of_table_3["length"], 8))["key"].to_pylist()
     assert eight and set(eight) <= before
     plan(tmp_path / "run", "figure2", dataclasses.replace(settings, lengths=(12,)))  # theirs, grown

@@ -24,7 +24,7 @@ from prototok.fitting.learn_shared import SPREAD, learn_shared, own_texts
 from prototok.fitting.learned.checkpoint import Checkpoint
 from prototok.fitting.learned.kept import KeptNetwork
 from prototok.fitting.learned.pool import Corpus
-from prototok.fitting.prior import Prior
+from prototok.fitting.prior import Prior, require_prior
 from prototok.fitting.recipe import Recipe
 from prototok.fitting.shipped import shipped
 from prototok.model.frozen_lm import FrozenLM, require_frozen
@@ -51,6 +51,7 @@ class Prepared:
 
     lm        the model behind its prefix
     lengths   that are trained at, rising
+    seed      of everything that is drawn
     layout    of what is fitted
     corpus    what windows are cut from
     start     where vectors start, with an eigenbasis
@@ -60,6 +61,7 @@ class Prepared:
 
     lm: FrozenLM
     lengths: list[int]
+    seed: int
     layout: Arrangement
     corpus: Corpus
     start: Prior
@@ -95,9 +97,7 @@ def prepared(
             raise ValueError("prior: a network that was trained, in init, brings its own")
         prior = trained.start
     if prior is not None:
-        if not isinstance(prior, Prior):
-            raise ValueError(f"prior: {type(prior).__name__} is not a Prior")
-        prior.require_model(lm)
+        require_prior("prior", prior, lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     behind, in_front = front_of(lm, prefix, recipe, prior)
     layout = Arrangement.parse("e m*")
@@ -109,7 +109,7 @@ def prepared(
     else:
         start, spread = start_for(behind, prior, backend, progress)
     made = made_by(grid, steps, seed, texts, in_front)
-    return Prepared(behind, grid, layout, corpus, start, spread, made)
+    return Prepared(behind, grid, seed, layout, corpus, start, spread, made)
 
 
 def require_training(lengths: Sequence[int], steps: int, seed: int) -> list[int]:
