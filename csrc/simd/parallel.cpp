@@ -58,29 +58,35 @@ void take_ranges(void* pointer) noexcept {
 // omp parallel` compiles to. Linking with -fopenmp would not do: some torch wheels carry libgomp
 // under a name of their own, and the linker would then load the system's beside it.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-
-GompParallel loaded_openmp() {
-#if defined(__unix__) || defined(__APPLE__)
-  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-  return nullptr;
-#endif
-}
-
-// The number of threads in a region that `openmp` began; null where another runtime in the process
-// would answer.
+// The number of threads in a region.
 using ThreadCount = int (*)();
 
-ThreadCount thread_count_of(GompParallel openmp) {
+struct OpenMp {
+  GompParallel parallel = nullptr;  // null: there is none
+  ThreadCount count = nullptr;      // null where another runtime in the process would answer
+};
+
+// The one in the process. It is looked for until it is found, because torch may be imported after this
+// module; to find it again would take tens of microseconds among hundreds of libraries.
+OpenMp loaded_openmp() {
 #if defined(__unix__) || defined(__APPLE__)
+  static std::atomic<GompParallel> found{nullptr};
+  static std::atomic<ThreadCount> found_count{nullptr};
+  if (const GompParallel parallel = found.load(std::memory_order_acquire))
+    return {parallel, found_count.load(std::memory_order_relaxed)};
+  const auto parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (parallel == nullptr) return {};
   void* count = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
   Dl_info of_count, of_parallel;
   if (count != nullptr && dladdr(count, &of_count) != 0 &&
-      dladdr(reinterpret_cast<void*>(openmp), &of_parallel) != 0 &&
+      dladdr(reinterpret_cast<void*>(parallel), &of_parallel) != 0 &&
       of_count.dli_fbase == of_parallel.dli_fbase)
-    return reinterpret_cast<ThreadCount>(count);
+    found_count.store(reinterpret_cast<ThreadCount>(count), std::memory_order_relaxed);
+  found.store(parallel, std::memory_order_release);
+  return {parallel, found_count.load(std::memory_order_relaxed)};
+#else
+  return {};
 #endif
-  return nullptr;
 }
 
 struct Team {
@@ -141,10 +147,9 @@ void parallel_ranges(std::int64_t rows, std::int64_t grain, int threads, const v
   work.call = call;
   const std::int64_t ranges = (rows + work.grain - 1) / work.grain;
   const int used = int(std::min<std::int64_t>(threads, ranges));
-  // Looked up at each call (under a microsecond) because torch may be imported after this module.
-  const GompParallel openmp = used > 1 ? loaded_openmp() : nullptr;
-  if (openmp != nullptr)
-    openmp(take_ranges, &work, unsigned(used), 0);
+  const OpenMp openmp = used > 1 ? loaded_openmp() : OpenMp();
+  if (openmp.parallel != nullptr)
+    openmp.parallel(take_ranges, &work, unsigned(used), 0);
   else
     parallel_team(used, [&](const Member&) { take_ranges(&work); });
   work.error.rethrow();
@@ -170,11 +175,12 @@ void parallel_members(int threads, const void* body,
   Team& team = work.team;
   team.body = body;
   team.call = call;
-  if (const GompParallel openmp = loaded_openmp())
-    if ((work.count = thread_count_of(openmp)) != nullptr) {
-      openmp(join_region, &work, unsigned(threads), 0);
-      return team.error.rethrow();
-    }
+  const OpenMp openmp = loaded_openmp();
+  if (openmp.count != nullptr) {
+    work.count = openmp.count;
+    openmp.parallel(join_region, &work, unsigned(threads), 0);
+    return team.error.rethrow();
+  }
   // Nobody begins before it is known how many could be had.
   std::vector<std::thread> helpers;
   helpers.reserve(std::size_t(threads - 1));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,8 @@ Made = TypeVar("Made")
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _making = threading.Lock()
 
+_address, _version = Tensor.data_ptr, attrgetter("_version")
+
 
 def packed(
     owner: object, weights: Sequence[Tensor], make: Callable[[], Made], settings: object = None
@@ -26,7 +29,7 @@ def packed(
     as long as `owner` lives, by any number of threads, and by those that still use it. So it must
     not hold the owner: of an owner that is itself the weight it holds an alias.
     """
-    state = settings, [_state_of(weight) for weight in weights]
+    state = settings, _state_of(weights)
     known, made = _packed.get(owner, (None, None))
     if known == state:
         return made
@@ -38,10 +41,14 @@ def packed(
         return made
 
 
-def _state_of(weight: Tensor) -> object:
+def _state_of(weights: Sequence[Tensor]) -> object:
     """Return what differs once a weight is changed in place or given other memory."""
-    # A tensor of inference mode counts no versions, and may have changed since any look at it.
-    return object() if weight.is_inference() else (weight.data_ptr(), weight._version)
+    # By maps, since every call of a kernel comes here, for some hundred weights.
+    try:
+        return list(map(_address, weights)), list(map(_version, weights))
+    except RuntimeError:
+        # A tensor of inference mode counts no versions, and may have changed since any look at it.
+        return object()
 
 
 def why_unpacked(weights: Iterable[Tensor]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from prototok.model.prefix import Prefix
 from prototok_kernels.plan import Plan, plan_of
 
 _casting = threading.Lock()
+_version = attrgetter("_version")
 _PREFIXES_KEPT = 8  # models behind other prefixes: a study of thousands must not keep them all
 
 
@@ -300,7 +302,10 @@ def context_of(config: PreTrainedConfig) -> int | None:
 
 def version_of(weights: list[Tensor]) -> int:
     """Return how often these were changed in place; torch counts for all who share the storage."""
-    return sum(weight._version for weight in weights if not weight.is_inference())
+    try:
+        return sum(map(_version, weights))
+    except RuntimeError:  # one was made in inference mode, which counts nothing
+        return sum(weight._version for weight in weights if not weight.is_inference())
 
 
 def twin_of(lm: FrozenLM, dtype: torch.dtype) -> PreTrainedModel:
