@@ -17,6 +17,8 @@ const bf16* of(const void* weight) { return static_cast<const bf16*>(weight); }
 // product: faster with 7 MB, slower with 0.8 MB (docs/dev/log.md).
 constexpr std::int64_t kLargeBlock = 2 << 20;
 
+constexpr std::int64_t kQueries = 32;  // that attention in tiles takes at a time
+
 }  // namespace
 
 // Of one block and a tile of M positions, kept for the way back. The stream comes first: behind the
@@ -36,6 +38,26 @@ struct DecoderBlocks::Saved {
     middle = arena.take<bf16>(of.model_.parallel ? 0 : M * of.model_.hidden);
     qkv = arena.take<bf16>(M * of.stacked());
     z = arena.take<bf16>(M * of.up());
+  }
+};
+
+// What the first queries of a head cost: a key for each that they see, as many as the last of its block
+// does.
+struct DecoderBlocks::HeadCost {
+  std::int64_t front, length;
+
+  explicit HeadCost(const BlocksInput& tile) : front(tile.front), length(tile.length) {}
+
+  std::int64_t of(std::int64_t queries) const {
+    const std::int64_t blocks = queries / kQueries, left = queries % kQueries;
+    return queries * front + kQueries * (kQueries * blocks * (blocks + 1) / 2 +
+                                         left * (blocks + 1));
+  }
+  // The first query before which there is this much; those of a share are between two.
+  std::int64_t query_at(std::int64_t cost) const {
+    std::int64_t query = 0;
+    while (query < length && of(query) < cost) ++query;
+    return query;
   }
 };
 
@@ -146,17 +168,32 @@ AttentionShape DecoderBlocks::attention(const Part& part, std::int64_t block) co
           tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
 }
 
-// qkv (M, (H + 2 K) c) of all positions up to the part's last -> mixed (M, H c) of the part's.
+// qkv (M, (H + 2 K) c) of all positions up to the part's last -> mixed (M, H c) of the part's; by
+// outputs of all heads' queries that are the member's.
 void DecoderBlocks::attend(const Part& part, std::int64_t block, const bf16* qkv,
                            bf16* mixed) const {
-  const std::int64_t N = part.tile.length;
+  const std::int64_t K = model_.kv_heads, N = part.tile.length;
   AttentionShape shape = attention(part, block);
-  for (std::int64_t text = part.first / N; text * N < part.last; ++text) {
-    shape.first = std::max<std::int64_t>(0, part.first - text * N);
-    shape.length = std::min(N, part.last - text * N);  // later keys are not seen
-    for (std::int64_t head = 0; head < model_.kv_heads; ++head)
-      kernels_.attention_bf16(shape, qkv + text * N * stacked(), mixed + text * N * this->mixed(),
-                              head);
+  const auto head = [&](std::int64_t text, std::int64_t kv_head, std::int64_t first,
+                        std::int64_t last) {
+    shape.first = first;
+    shape.length = last;  // later keys are not seen
+    kernels_.attention_bf16(shape, qkv + text * N * stacked(), mixed + text * N * this->mixed(),
+                            kv_head);
+  };
+  if (!by_outputs(part)) {
+    for (std::int64_t text = part.first / N; text * N < part.last; ++text)
+      for (std::int64_t k = 0; k < K; ++k)
+        head(text, k, std::max<std::int64_t>(0, part.first - text * N),
+             std::min(N, part.last - text * N));
+    return;
+  }
+  const HeadCost cost(part.tile);
+  const std::int64_t all = part.tile.texts * K * cost.of(N);
+  const std::int64_t from = part.member.first(all), to = part.member.last(all);
+  for (std::int64_t i = from / cost.of(N), begin; (begin = i * cost.of(N)) < to; ++i) {
+    const std::int64_t first = cost.query_at(from - begin), last = cost.query_at(to - begin);
+    if (first < last) head(i / K, i % K, first, last);
   }
 }
 

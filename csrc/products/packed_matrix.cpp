@@ -16,11 +16,14 @@ PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_
     : inputs_(inputs), outputs_(outputs) {
   const std::size_t bytes = std::size_t(panels_padded(outputs) * inputs) * sizeof(bf16);
   const std::size_t page = bytes >= kHugePage / 2 ? kHugePage : 64;
-  data_.reset(static_cast<bf16*>(std::aligned_alloc(page, (bytes + page - 1) / page * page)));
+  const std::size_t whole = (bytes + page - 1) / page * page;
+  data_.reset(static_cast<bf16*>(std::aligned_alloc(page, whole)));
   if (!data_ && bytes > 0) throw std::bad_alloc();
 #if defined(__linux__)
-  // Where it fails, small pages do.
-  if (page == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+  // Memory that was in use before is let go first: only what has no pages yet gets large ones. Where
+  // it fails, small pages do.
+  if (page == kHugePage && madvise(data_.get(), whole, MADV_DONTNEED) == 0)
+    madvise(data_.get(), whole, MADV_HUGEPAGE);
 #endif
   bf16* to = data_.get();
   for (std::int64_t first = 0; first < outputs; first += kPanel)
