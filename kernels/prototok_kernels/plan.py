@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prototok_kernels.attention_triton import why_no_tile
-from prototok_kernels.backend import KERNEL_DTYPES, PACKED, Machine, this_machine
+from prototok_kernels.backend import EMULATED, KERNEL_DTYPES, PACKED, Machine, this_machine
 from prototok_kernels.layers import DecoderLayer, inner_projection, is_parallel
 from prototok_kernels.packed import why_unpacked
 
@@ -43,8 +43,9 @@ FEW_ROWS_ON_CUDA = 4
 # is of float32 on AVX-512. Where blocks have packed products it is for tokens one by one.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
 # Positions a thread up to which it is so even then where rows are fewer than threads: it shares out
-# outputs, where blocks share out positions and have no tile of products for each thread.
-FEW_POSITIONS_A_THREAD = 6
+# outputs, where blocks share out positions and have no tile of products for each thread. AMX takes
+# half the time from the length on that its tiles are for (kTilesFrom in packed_matrix.h).
+FEW_POSITIONS_A_THREAD, TILES_FROM = 6, 5
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,8 @@ def _plan_of(
     wide = dtype == torch.float32 and length > 1 and "avx512" in machine.instruction_sets
     few_for_decoder = FEW_POSITIONS_FP32 if wide else FEW_POSITIONS
     too_few = rows < machine.threads and rows * length <= FEW_POSITIONS_A_THREAD * machine.threads
+    if machine.packed in (PACKED[0], EMULATED):  # in tiles
+        too_few = too_few and length < TILES_FROM
     has_products = length > 1 and blocks.taken == "cpu" and not too_few
 
     if run_elsewhere:

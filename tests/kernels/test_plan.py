@@ -14,6 +14,7 @@ from prototok_kernels.plan import (
     FEW_POSITIONS,
     FEW_POSITIONS_FP32,
     FEW_ROWS_ON_CUDA,
+    TILES_FROM,
     Choice,
     Plan,
     Shape,
@@ -247,6 +248,7 @@ def test_few_positions_of_fewer_rows_than_threads_go_through_the_decoder() -> No
     for machine, rows, length, expected in (
         (CPU, 1, 12, "cpu"), (CPU, 1, 13, "blocks"), (CPU, 2, 6, "blocks"), (one, 1, 8, "blocks"),
         (four, 3, 8, "cpu"), (four, 3, 9, "blocks"),
+        (AMX_CPU, 1, TILES_FROM - 1, "cpu"), (AMX_CPU, 1, TILES_FROM, "blocks"),
     ):  # fmt: skip
         plan = planned(machine=machine, rows=rows, length=length)
         assert taken(plan)["decoder"] == expected
