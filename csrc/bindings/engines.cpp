@@ -4,6 +4,7 @@
 #include "engines/decoder.h"
 #include "engines/decoder_blocks.h"
 #include "engines/first_layer.h"
+#include "engines/one_forward.h"
 #include "engines/packed_head.h"
 
 #include <algorithm>
@@ -176,14 +177,10 @@ BlocksInput blocks_shape(const DecoderModel& m, int64_t texts, int64_t length,
   return input;
 }
 
-BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv,
-                                   const View& z, const View& cos, const View& sin,
-                                   const View& prefix, int64_t first, int64_t tile) {
-  const auto [texts, length, hidden] = x.sizes<3>();
+// Everything but what enters.
+BlocksInput blocks_constants(const DecoderModel& m, int64_t texts, int64_t length, const View& cos,
+                             const View& sin, const View& prefix, int64_t first, int64_t tile) {
   BlocksInput input = blocks_shape(m, texts, length, first, tile);
-  require(qkv.given == z.given, "z: must be given exactly where qkv is");
-  require(!qkv.given || (m.parallel && first < int64_t(m.blocks.size())),
-          "qkv: only a parallel block takes its products");
   input.cos = cos.rows<const float>({length, m.rotated});
   input.sin = sin.rows<const float>({length, m.rotated});
   input.table_row = m.rotated;
@@ -192,6 +189,17 @@ BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv,
     input.front_kv = prefix.data<const bf16>(
         {int64_t(m.blocks.size()), 2, m.kv_heads, input.front, m.head_size});
   }
+  return input;
+}
+
+BlocksInput blocks_input(const DecoderModel& m, const View& x, const View& qkv, const View& z,
+                         const View& cos, const View& sin, const View& prefix, int64_t first,
+                         int64_t tile) {
+  const auto [texts, length, hidden] = x.sizes<3>();
+  BlocksInput input = blocks_constants(m, texts, length, cos, sin, prefix, first, tile);
+  require(qkv.given == z.given, "z: must be given exactly where qkv is");
+  require(!qkv.given || (m.parallel && first < int64_t(m.blocks.size())),
+          "qkv: only a parallel block takes its products");
   input.of = block_input<const bf16>(m, texts, length, x, qkv, z);
   return input;
 }
@@ -221,6 +229,23 @@ void blocks_backward(DecoderBlocks& self, const View& x, const View& qkv, const 
   auto* kept = saved.data<std::uint8_t>({self.saved_bytes(input)});
   const py::gil_scoped_release others_may_run;
   self.backward(input, of_out, grads, kept, threads);
+}
+
+void blocks_one_forward(const DecoderBlocks& self, PackedHead& head, const View& vectors,
+                        const View& layout, const View& cos, const View& sin, const View& prefix,
+                        const View& ids, int64_t tile, Threads threads) {
+  const DecoderModel& m = self.model();
+  const auto [texts, slots, hidden] = vectors.sizes<3>();
+  const int64_t length = layout.sizes<1>()[0];
+  require(head.hidden() == m.hidden, "head: must be of the blocks' hidden size");
+  const int64_t* at = layout.data<const int64_t>({length});
+  require(std::all_of(at, at + length, [&](int64_t i) { return i >= 0 && i < slots; }),
+          "layout: must be of vectors that there are");
+  const OneForward input{blocks_constants(m, texts, length, cos, sin, prefix, 0, tile), slots,
+                         vectors.data<const bf16>({texts, slots, m.hidden}), at};
+  int64_t* to = ids.data<int64_t>({texts, length});
+  const py::gil_scoped_release others_may_run;
+  one_forward(self, head, input, to, threads);
 }
 
 // ---- the collapsed first layer ----
@@ -351,7 +376,9 @@ void bind_engines(py::module_& m) {
            "sin"_a, "prefix"_a, "first"_a, "tile"_a, "threads"_a)
       .def("backward", &blocks_backward, named, "x"_a, "qkv"_a, "z"_a, "grad"_a, "grad_x"_a,
            "grad_qkv"_a, "grad_z"_a, "saved"_a, "cos"_a, "sin"_a, "prefix"_a,
-           "first"_a, "tile"_a, "threads"_a);
+           "first"_a, "tile"_a, "threads"_a)
+      .def("one_forward", &blocks_one_forward, "head"_a, named, "vectors"_a, "layout"_a, "cos"_a,
+           "sin"_a, "prefix"_a, "ids"_a, "tile"_a, "threads"_a);
   py::class_<FirstLayer>(m, "FirstLayer")
       .def(py::init(&first_layer), named, "weights"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
            "activation"_a, "gated"_a, "eps"_a, "scaling"_a, py::keep_alive<1, 2>())

@@ -55,7 +55,7 @@ class DecoderBlocks:
         self._bare = bare
 
     @cached_property
-    def _prefix(self) -> Tensor | None:  # (L, 2, K, P, c)
+    def prefix(self) -> Tensor | None:  # (L, 2, K, P, c)
         fronts = [layer.prefix for layer in self.layers if layer.prefix is not None]
         return torch.stack(fronts) if fronts else None
 
@@ -89,17 +89,18 @@ class DecoderBlocks:
             return decoder_blocks_ref(
                 self, x, cos, sin, plan.passes.taken, start, projected, activated
             )
-        cpp = self._packed(cos.shape[1])
+        cpp = self.packed(cos.shape[1])
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         qkv, z = (None, None) if projected is None else (t.contiguous() for t in projected)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _CpuBlocks.apply(x, qkv, z, cos, sin, self._prefix, cpp, start)
-        constants = cos, sin, self._prefix
+            return _CpuBlocks.apply(x, qkv, z, cos, sin, self.prefix, cpp, start)
+        constants = cos, sin, self.prefix
         return _forward((x.contiguous(), qkv, z), None, constants, cpp, _shape(x, start))
 
-    def _packed(self, rotated: int) -> Any:
+    def packed(self, rotated: int) -> Any:
+        """Return the C++ blocks, for rotary tables of this width."""
         if self._bare is not None:
-            return self._bare._packed(rotated)
+            return self._bare.packed(rotated)
 
         def make() -> Any:
             norm = self.norm, self.norm_bias
@@ -120,16 +121,19 @@ def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> 
             )
 
 
-def _shape(x: Tensor, start: int) -> dict[str, int]:
-    """Return the block that x enters, and how many texts make a tile."""
-    texts, length, _ = x.shape
+def blocks_tile(texts: int, length: int) -> int:
+    """Return how many texts of N positions make a tile."""
     threads = torch.get_num_threads()
     share = -(-texts // threads)
     # All of them, which threads share, where whole texts would leave an eighth of threads idle:
     # that is more than they lose by waiting for each other (docs/dev/log.md).
     if 8 * texts <= 7 * share * threads:
-        return {"first": start, "tile": texts}
-    return {"first": start, "tile": max(1, min(_cpu.BLOCK_POSITIONS // length, share))}
+        return texts
+    return max(1, min(_cpu.BLOCK_POSITIONS // length, share))
+
+
+def _shape(x: Tensor, start: int) -> dict[str, int]:
+    return {"first": start, "tile": blocks_tile(*x.shape[:2])}
 
 
 def _forward(

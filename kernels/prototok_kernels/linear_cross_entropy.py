@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,11 @@ def _cpu_pass(
         raise ValueError(str(error)) from None
 
 
+def packed_head(weight: Tensor) -> Any:
+    """Return the C++ head of a weight (V, d) that `why_unpacked` says nothing against."""
+    return packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
+
+
 def _linear_cross_entropy_packed(
     hidden: Tensor,
     weight: Tensor,
@@ -82,7 +88,7 @@ def _linear_cross_entropy_packed(
         token_weight = token_weight.to(torch.float32).contiguous()
     out = _empty_output(hidden, targets, need_grad)
     threads = torch.get_num_threads()
-    head = packed(weight, [weight], lambda: _cpu.PackedHead(**views(weight=weight.detach())))
+    head = packed_head(weight)
     tile = max(1, workspace_bytes // (threads * head.workspace_bytes(tile=1)))
     try:
         head.run(

@@ -19,12 +19,14 @@ from prototok.common.urgent import urgent
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.decoding.replay import on_the_host
+from prototok.model.families import DecoderBody
 from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.results.arrangement import Arrangement
 from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
+from prototok_kernels.one_forward import why_not_one_call
 from prototok_kernels.plan import Plan
 
 # Rows that are decoded together where none of them notices: positions, and logits that are kept.
@@ -71,7 +73,7 @@ def decode_vectors(
     given = [] if targets is None else [targets.to(lm.device)]
 
     def score(states: Tensor, weight: Tensor | None, by: str, given: Sequence[Tensor]) -> Scores:
-        states = states[:, arrangement.offset :][:, :length]
+        states = _of_targets(states, arrangement, length)
         shape = states.shape[:2]
         targets = given[0] if given else _head(states, weight, None, by).predicted.view(shape)
         head = _head(states, weight, targets, by)
@@ -104,14 +106,20 @@ def decode_ids(
     plan = plan or lm.plan(len(vectors), arrangement.input_length(length), backend)
 
     def compute(vectors: Tensor, layout: Tensor) -> Scores:
-        states = lm.hidden(vectors[:, layout], backend)[:, arrangement.offset :][:, :length]
+        states = _of_targets(lm.hidden(vectors[:, layout], backend), arrangement, length)
         head = _head(states, lm.body.head, None, plan.head.taken)
         return [head.predicted.view(states.shape[:2])]
 
     with named_range("decode", lm.device):
         if plan.decoder.taken == "cpu":
             ids = _passed(lm, vectors, arrangement, length).ids()
-            return ids[:, arrangement.offset :][:, :length]
+            return _of_targets(ids, arrangement, length)
+        if why_not_one_call(plan) is None:
+            lm.require_unchanged()
+            assert isinstance(lm.body, DecoderBody)
+            vectors, layout = _inputs(lm, vectors, arrangement, length)
+            ids = lm.body.ids(vectors, layout, plan)
+            return _of_targets(ids, arrangement, length)
         key = ("ids", len(vectors), arrangement, length, backend)
         with urgent(lm.device):
             inputs = _inputs(lm, vectors, arrangement, length)
@@ -156,6 +164,13 @@ def decode_alone(
 def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Tensor]:
     """Return the vectors as the model reads them, and which of them each position has."""
     return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
+
+
+def _of_targets(positions: Tensor, arrangement: Arrangement, length: int) -> Tensor:
+    """Return of what is (R, L, …) the positions that targets are read at."""
+    if positions.shape[1] == length:  # a view of it all would cost a small forward some percent
+        return positions
+    return positions[:, arrangement.offset :][:, :length]
 
 
 def _passed(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> Decoder:

@@ -230,7 +230,7 @@ def test_models_that_it_cannot_take_are_refused() -> None:
     for name, dtype in (("qwen3, tied", torch.bfloat16), ("qwen2", torch.float32)):
         body = body_of(name, dtype)
         with pytest.raises(ValueError, match="model: "):
-            blocks_of(body)._packed(body.rotary.width)
+            blocks_of(body).packed(body.rotary.width)
 
 
 _RETRY = """

@@ -418,7 +418,7 @@ def test_blocks_behind_a_prefix_share_the_packed_weights() -> None:
     assert isinstance(bare, DecoderBody)
     behind = bare.behind(prefix_of_width(32, 2).bfloat16())
     rotated = bare.rotary.width
-    assert behind._blocks._packed(rotated) is bare._blocks._packed(rotated)
+    assert behind._blocks.packed(rotated) is bare._blocks.packed(rotated)
 
 
 def test_vectors_and_keys_of_other_shapes_are_refused() -> None:

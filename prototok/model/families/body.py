@@ -18,6 +18,7 @@ from prototok.model.families.rotary import RotaryTables
 from prototok.model.families.upcast import Upcast
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
+from prototok_kernels.one_forward import one_forward
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
@@ -94,10 +95,25 @@ class DecoderBody:
         """Return cos and sin (P + N, r) for inputs of N positions, row i for position i."""
         return self.rotary(self.prefix_length + length)
 
+    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The same (N, r) behind the prefix."""
+        cos, sin = self.tables(length)
+        if self.prefix_length == 0:
+            return cos, sin
+        return cos[self.prefix_length :], sin[self.prefix_length :]
+
     def hidden(self, inputs_embeds: Tensor, plan: Plan) -> Tensor:
         """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
-        cos, sin = (t[self.prefix_length :] for t in self.tables(inputs_embeds.shape[1]))
-        return self._blocks(inputs_embeds, cos, sin, plan)
+        return self._blocks(inputs_embeds, *self._tables(inputs_embeds.shape[1]), plan)
+
+    def ids(self, vectors: Tensor, layout: Tensor, plan: Plan) -> Tensor:
+        """Return the ids (B, N) of vectors (B, S, d) laid out over N positions, by one C++ call.
+
+        Raises ValueError for a plan that says otherwise (`why_not_one_call`).
+        """
+        assert self.head is not None
+        tables = self._tables(len(layout))
+        return one_forward(self._blocks, self.head, vectors, layout, *tables, plan)
 
     def hidden_of_pair(
         self,
@@ -112,8 +128,7 @@ class DecoderBody:
         And, where the plan says so, the first projections of the second block. Its first layer must
         not be "in full". e and m may be of any floating dtype.
         """
-        tables = self.tables(length)
-        cos, sin = (t[self.prefix_length :] for t in tables)
+        tables, (cos, sin) = self.tables(length), self._tables(length)
         pair = (e, m, group, length, self.layers[0], *tables, plan)
         second = plan.second_layer.taken
         if second == "in full":

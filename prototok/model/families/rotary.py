@@ -30,6 +30,8 @@ class RotaryTables:
         cos, sin = self._tables
         if len(cos) < length:
             cos, sin = self._tables = self._made(length)
+        if len(cos) == length:
+            return cos, sin
         return cos[:length], sin[:length]
 
     def _made(self, length: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,155 @@
+"""A forward in one C++ call: the ids that its parts give, whatever stands around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import prototok
+from kernels.test_amx import wide
+from prototok.decoding.decode import decode_ids, decode_vectors
+from prototok.model.families.body import DecoderBody
+from prototok.model.frozen_lm import FrozenLM
+from prototok.model.prefix import Prefix
+from prototok.results.arrangement import Arrangement
+from prototok_kernels import backend
+from prototok_kernels.backend import EMULATED, _cpu, this_machine
+from prototok_kernels.linear_cross_entropy import packed_head
+from prototok_kernels.one_forward import one_forward, one_forward_ref, why_not_one_call
+from prototok_kernels.views import views
+from zoo import OWN, made
+
+pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
+NAMES = ["llama, grouped, tied", "gpt-neox, parallel", "mistral, window shorter than the text"]
+
+
+@pytest.fixture(params=[EMULATED, "own"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    if request.param == EMULATED:
+        with backend.instruction_set(EMULATED):
+            yield
+    elif this_machine().packed:
+        yield
+    else:
+        pytest.skip("no products of bf16 pairs here")
+    torch.set_num_threads(before)
+
+
+def loaded(name: str) -> FrozenLM:
+    """A small model of a covered family, of an even vocabulary, as packed heads are."""
+    config = copy.deepcopy(made(OWN[name]).config)
+    config.vocab_size = 96
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return prototok.load(model, device="cpu", dtype=torch.bfloat16)
+
+
+def vectors_of(lm: FrozenLM, rows: int, slots: int) -> Tensor:
+    spread = float(lm.embedding.float().std())
+    generator = torch.Generator().manual_seed(5)
+    return spread * torch.randn(rows, slots, lm.hidden_size, generator=generator)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("arrangement", ["e m*", "e m*+1", "e*", "(e m)*", "e4 m*+3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_gives_the_ids_of_its_parts(name: str, arrangement: str) -> None:
+    bare, of = loaded(name), Arrangement.parse(arrangement)
+    vectors = vectors_of(bare, 3, of.slots)
+    for lm in (bare, bare.behind(Prefix(bare.embedding[:3].float()))):
+        assert isinstance(lm.body, DecoderBody)
+        for length in (9, 12):
+            plan = lm.plan(3, of.input_length(length))
+            assert why_not_one_call(plan) is None
+            layout = of.layout(length)
+            parts = lm.logits(vectors.bfloat16()[:, layout]).argmax(-1)
+            assert torch.equal(lm.body.ids(vectors.bfloat16(), layout, plan), parts)
+            found = decode_ids(lm, vectors, of, length, "auto")
+            assert torch.equal(found, parts[:, of.offset :])
+            scored = decode_vectors(lm, vectors, of, length, None, "auto", as_fitted=True)
+            assert torch.equal(found, scored.ids)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_it_gives_the_ids_of_the_reference() -> None:
+    """Of logits that stand clear of each other: bf16 rounds the two differently."""
+    lm = prototok.load("tiny-llama", device="cpu", dtype=torch.bfloat16)
+    assert isinstance(lm.body, DecoderBody)
+    ids = torch.tensor(lm.encode("Once upon a time there was a little girl who liked to play."))
+    vectors, layout = lm.embed(ids)[None], torch.arange(len(ids))
+    tables = lm.body.tables(len(ids))
+    found = lm.body.ids(vectors, layout, lm.plan(1, len(ids)))
+    blocks, head = lm.body._blocks, lm.body.head
+    assert head is not None
+    assert torch.equal(found, one_forward_ref(blocks, head, vectors, layout, *tables))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
+def test_any_number_of_threads_gives_the_same(name: str) -> None:
+    """Blocks of 2 MiB and more are shared by outputs, attention by queries of like cost."""
+    bare = prototok.load(wide(name), device="cpu", dtype=torch.bfloat16)
+    of = Arrangement.parse("e m*")
+    front = Prefix(vectors_of(bare, 1, 5)[0])
+    for lm in (bare, bare.behind(front)):
+        for rows, length in ((1, 70), (1, 3), (2, 41)):
+            vectors = vectors_of(lm, rows, 2).bfloat16()[:, of.layout(length)]
+            found = []
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                found.append(lm.hidden(vectors))
+            assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@pytest.mark.usefixtures("instructions")
+def test_a_weight_that_changes_is_seen() -> None:
+    lm = loaded(NAMES[0])
+    body, of = lm.body, Arrangement.parse("e m*")
+    assert isinstance(body, DecoderBody) and body.head is not None
+    given = (vectors_of(lm, 1, 2).bfloat16(), of.layout(20), lm.plan(1, 20))
+    before = body.ids(*given)
+    flipped = replace(body, head=body.head.flip(0).contiguous())
+    with torch.no_grad():
+        body.head.copy_(flipped.head)
+    after = body.ids(*given)
+    assert torch.equal(after, flipped.ids(*given)) and not torch.equal(after, before)
+    with torch.no_grad():
+        next(lm.source.parameters()).mul_(2)
+    with pytest.raises(ValueError, match="were changed since it was loaded"):
+        decode_ids(lm, vectors_of(lm, 1, 2), of, 20, "auto")
+
+
+@pytest.mark.usefixtures("instructions")
+def test_what_it_cannot_take_is_named() -> None:
+    lm = loaded(NAMES[0])
+    body, layout = lm.body, torch.tensor([0, 1, 1])
+    assert isinstance(body, DecoderBody) and body.head is not None
+    vectors, plan, tables = vectors_of(lm, 2, 2).bfloat16(), lm.plan(2, 3), body.tables(3)
+    cpp, head, blocks = body._blocks.packed(tables[0].shape[1]), body.head, body._blocks
+    with pytest.raises(ValueError, match="plan: the blocks do not run as one C"):
+        one_forward(blocks, head, vectors, layout, *tables, lm.plan(2, 3, "torch"))
+    for wrong in ([0, 2, 1], [0, -1, 1]):
+        with pytest.raises(ValueError, match="layout: must be of vectors that there are"):
+            one_forward(blocks, head, vectors, torch.tensor(wrong), *tables, plan)
+    with pytest.raises(ValueError, match="vectors: must be .* of bfloat16"):
+        one_forward(blocks, head, vectors.float(), layout, *tables, plan)
+    with pytest.raises(ValueError, match="cos: must be at least"):
+        one_forward(blocks, head, vectors, layout, *(t[:2] for t in tables), plan)
+    other = packed_head(torch.zeros(8, lm.hidden_size + 2, dtype=torch.bfloat16))
+    ids = torch.empty(2, 3, dtype=torch.int64)
+    named = views(
+        vectors=vectors, layout=layout, cos=tables[0], sin=tables[1], prefix=None, ids=ids
+    )
+    with pytest.raises(ValueError, match="head: must be of the blocks' hidden size"):
+        cpp.one_forward(other, **named, tile=1, threads=1)
+    short = views(ids=ids[:, :2].contiguous())
+    with pytest.raises(ValueError, match="ids: must be"):
+        cpp.one_forward(packed_head(head), **{**named, **short}, tile=1, threads=1)
