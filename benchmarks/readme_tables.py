@@ -38,8 +38,11 @@ def source(record: dict) -> str:
 
 
 def bench() -> str:
-    record = result("bench.json")
-    return "\n".join(["The output of `python -m prototok.bench`:", "", "```", table(record), "```"])
+    tables = [table(result("bench.json")), summary(result("bench-amx.json"))]
+    lines = ["The output of `python -m prototok.bench`, and of another run its first part:"]
+    for text in tables:
+        lines += ["", "```", text, "```"]
+    return "\n".join(lines)
 
 
 def bench_short() -> str:
