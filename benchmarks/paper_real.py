@@ -41,6 +41,9 @@ _SHARED = {**_LONGER, "lengths": (32,), "share": ("m",), "vectors": ()}
 _MEM_LONGER = {**_LONGER, "lengths": (32, 64), "share": (), "vectors": (1, 2)}
 _SIXTY_FOUR = {**_LONGER, "lengths": (64,), "share": (None,), "vectors": ()}
 _EIGHT = {**_BEHIND, "lengths": (8,)}
+# Times of an idle machine; at N = 32 `fast` may go on for as long as most texts need.
+_TIMED = {**_NOVELS, **_BEHIND, "texts": 4}
+_TO_32 = {**_TIMED, "lengths": (32,), "changes": {"max_steps": 900}}
 _CLOUD = {**_EIGHT, "sources": (OWN,), "contexts": 10, "continuations": 4, "seeds": 3}
 EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "table1": (
@@ -61,6 +64,8 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], ...]] = {
         _MEM_LONGER,
         _SIXTY_FOUR,
     ),
+    "table4": ({**_TIMED, "lengths": (8, 16), "texts": 8}, {**_TO_32, "texts": 8}),
+    "figure3": ({**_TIMED, "lengths": (8, 16)}, _TO_32),
     "figure4": (_CLOUD,),
     "figure5": (_CLOUD,),
     "figure6": ({**_EIGHT, **_NOVELS, "texts": 4, "seeds": 4, "share": ("m", None)},),
