@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prototok
 from prototok import FrozenLM, ProtoTokens, Recipe, autoregressive
+from prototok.common.ranges import named_range
 from prototok.fitting.recipe import recipe_of
 from prototok.geometry.paths import BezierSettings
 from support import small_llama
@@ -236,3 +239,29 @@ def test_pairs_of_paths_may_be_a_tensor() -> None:
     line = prototok.interpolate(lm, fit, [(0, 1)], points=3)
     again = prototok.interpolate(lm, fit, line.pairs, points=3)
     assert torch.equal(line.accuracy, again.accuracy)
+
+
+def test_tables_that_a_forward_leaves_serve_any_later_one() -> None:
+    """Rotary tables are kept, so they must not be inference tensors or fake ones."""
+    lm = load()
+    with torch.inference_mode():
+        expected = lm.hidden(lm.embed(torch.tensor([[3, 7, 1, 4]])))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(lm.body.tables(9)[0], FakeTensor)
+    for length in (4, 9):
+        embeds = lm.embed(torch.arange(length)[None]).requires_grad_()
+        lm.hidden(embeds).sum().backward()
+        assert embeds.grad is not None and embeds.grad.abs().max() > 0
+    assert torch.equal(lm.hidden(lm.embed(torch.tensor([[3, 7, 1, 4]]))), expected)
+
+
+@pytest.mark.parametrize("of_all_threads", [False, True])
+def test_a_profiler_sees_named_ranges(of_all_threads: bool) -> None:
+    lm = load()
+    tokens = fitted(lm).tokens
+    settings = _ExperimentalConfig(profile_all_threads=of_all_threads)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=settings) as profile:
+        prototok.decode(lm, tokens)
+    assert "decode" in {event.name for event in profile.events() or ()}
+    assert isinstance(named_range("decode", lm.device), contextlib.nullcontext)

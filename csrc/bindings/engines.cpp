@@ -344,6 +344,7 @@ void bind_engines(py::module_& m) {
   using py::operator""_a;
   const py::kw_only named;
   m.attr("BLOCK_POSITIONS") = kBlockPositions;
+  m.attr("TILES_FROM") = kTilesFrom;
   py::class_<PackedHead>(m, "PackedHead")
       .def(py::init(&packed_head), named, "weight"_a, py::keep_alive<1, 2>())
       .def("workspace_bytes", &PackedHead::workspace_bytes, named, "tile"_a)

@@ -114,6 +114,9 @@ struct View {
                                   text(wanted.begin(), int(wanted.size())) + " of " + wanted_dtype +
                                   ", saw " + text(shape.data(), rank) + " of " + dtype);
     require_contiguous();
+    const bool empty = std::find(shape.begin(), shape.begin() + rank, 0) != shape.begin() + rank;
+    if (address == nullptr && !empty)
+      throw std::invalid_argument(std::string(name) + ": has no memory, as a fake tensor has none");
     return address;
   }
 

@@ -41,8 +41,8 @@ struct DecoderBlocks::Saved {
   }
 };
 
-// What the first queries of a head cost: a key for each that they see, as many as the last of its block
-// does.
+// What the first queries of a head cost. A query costs as many keys as the last of its kQueries queries
+// sees; windows are not counted.
 struct DecoderBlocks::HeadCost {
   std::int64_t front, length;
 
@@ -53,7 +53,7 @@ struct DecoderBlocks::HeadCost {
     return queries * front + kQueries * (kQueries * blocks * (blocks + 1) / 2 +
                                          left * (blocks + 1));
   }
-  // The first query before which there is this much; those of a share are between two.
+  // The first query in front of which the cost is at least this. A share goes from one to the next.
   std::int64_t query_at(std::int64_t cost) const {
     std::int64_t query = 0;
     while (query < length && of(query) < cost) ++query;
@@ -168,8 +168,8 @@ AttentionShape DecoderBlocks::attention(const Part& part, std::int64_t block) co
           tile.front_kv + block * 2 * m.kv_heads * tile.front * m.head_size};
 }
 
-// qkv (M, (H + 2 K) c) of all positions up to the part's last -> mixed (M, H c) of the part's; by
-// outputs of all heads' queries that are the member's.
+// qkv (M, (H + 2 K) c) of all positions up to the part's last -> mixed (M, H c) of the part's
+// positions. By outputs instead: of the member's share of all heads' queries.
 void DecoderBlocks::attend(const Part& part, std::int64_t block, const bf16* qkv,
                            bf16* mixed) const {
   const std::int64_t K = model_.kv_heads, N = part.tile.length;

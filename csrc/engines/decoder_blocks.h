@@ -4,7 +4,7 @@
 // A thread takes a tile (some texts) through all blocks before the next one: each weight is read
 // once a tile, and threads never wait for each other. Where there is one tile alone they share it
 // out by its positions, and meet where a position needs others': at attention. Large weights that
-// products would wait for are shared out by outputs instead, and attention by queries that cost alike;
+// products would wait for are shared out by outputs instead, and attention in shares that cost alike;
 // threads meet around each product.
 // Kept for the way back is what is cheap to read and costly to make: the stream in front of each norm
 // with its statistics, the stacked product of q, k, v and what the activation reads. Norms and

@@ -1,6 +1,5 @@
-// One forward of texts to the ids behind their positions: vectors laid out over the positions, through
-// blocks and head. What lies between is scratch memory: for a small model a call costs little more than
-// its products.
+// One forward: it lays vectors out over the positions of texts, takes them through blocks and head, and
+// gives the id behind each position. For a small model a call costs little more than its products.
 // Letters: R texts, N positions, S vectors of a text, d hidden size.
 #pragma once
 
@@ -12,7 +11,7 @@
 namespace prototok {
 
 struct OneForward {
-  BlocksInput blocks;  // from the first one on; its stream is made here
+  BlocksInput blocks;  // from the first block on; what enters is made here
   std::int64_t slots;  // S
   const bf16* vectors;          // (R, S, d)
   const std::int64_t* layout;   // (N,) in [0, S): the vector at each position

@@ -20,10 +20,12 @@ PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_
   data_.reset(static_cast<bf16*>(std::aligned_alloc(page, whole)));
   if (!data_ && bytes > 0) throw std::bad_alloc();
 #if defined(__linux__)
-  // Memory that was in use before is let go first: only what has no pages yet gets large ones. Where
-  // it fails, small pages do.
-  if (page == kHugePage && madvise(data_.get(), whole, MADV_DONTNEED) == 0)
+  // Pages that were in use before are let go first: only memory without any gets large ones. Where
+  // either call fails, small pages serve as well.
+  if (page == kHugePage) {
+    madvise(data_.get(), whole, MADV_DONTNEED);
     madvise(data_.get(), whole, MADV_HUGEPAGE);
+  }
 #endif
   bf16* to = data_.get();
   for (std::int64_t first = 0; first < outputs; first += kPanel)

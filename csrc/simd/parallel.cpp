@@ -63,11 +63,11 @@ using ThreadCount = int (*)();
 
 struct OpenMp {
   GompParallel parallel = nullptr;  // null: there is none
-  ThreadCount count = nullptr;      // null where another runtime in the process would answer
+  ThreadCount count = nullptr;      // null where there is none, or another runtime would answer
 };
 
 // The one in the process. It is looked for until it is found, because torch may be imported after this
-// module; to find it again would take tens of microseconds among hundreds of libraries.
+// module. Looking it up each time would take tens of microseconds among hundreds of libraries.
 OpenMp loaded_openmp() {
 #if defined(__unix__) || defined(__APPLE__)
   static std::atomic<GompParallel> found{nullptr};

@@ -129,7 +129,7 @@ def blocks_tile(texts: int, length: int) -> int:
     # that is more than they lose by waiting for each other (docs/dev/log.md).
     if 8 * texts <= 7 * share * threads:
         return texts
-    return max(1, min(_cpu.BLOCK_POSITIONS // length, share))
+    return max(1, min(_cpu.BLOCK_POSITIONS // max(1, length), share))
 
 
 def _shape(x: Tensor, start: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """One forward from the vectors of a text to the ids behind its positions.
 
 In bfloat16 on a CPU with AMX or AVX-512 BF16 that is one C++ call. A small model's products take so
-little there that half of a forward was what stood around them.
+little time there that Python and torch around them took as much.
 
 Letters: B rows, S vectors of a row, N positions, d hidden size, V vocabulary, r rotary size.
 """
@@ -36,7 +36,7 @@ def one_forward(
 ) -> Tensor:  # (B, N) int64
     """Return the argmax of the logits behind every position, the lowest id among equals.
 
-    The bits are those of `blocks` and `linear_cross_entropy` by the same plan.
+    They are the ids that `blocks` and `linear_cross_entropy` give by the same plan.
 
     Raises ValueError for a plan that it cannot follow (`why_not_one_call`), and for a layout of
     vectors that are not there.
@@ -44,7 +44,7 @@ def one_forward(
     why = why_not_one_call(plan)
     if why is not None:
         raise ValueError(f"plan: {why}")
-    ids = layout.new_empty(len(vectors), len(layout))
+    ids = torch.empty(len(vectors), len(layout), dtype=torch.int64, device="cpu")
     cpp, threads = blocks.packed(cos.shape[1]), torch.get_num_threads()
     cpp.one_forward(
         packed_head(head),

@@ -43,9 +43,11 @@ FEW_ROWS_ON_CUDA = 4
 # is of float32 on AVX-512. Where blocks have packed products it is for tokens one by one.
 FEW_POSITIONS, FEW_POSITIONS_FP32 = 64, 256
 # Positions a thread up to which it is so even then where rows are fewer than threads: it shares out
-# outputs, where blocks share out positions and have no tile of products for each thread. AMX takes
-# half the time from the length on that its tiles are for (kTilesFrom in packed_matrix.h).
-FEW_POSITIONS_A_THREAD, TILES_FROM = 6, 5
+# outputs, where blocks share out positions and have no tile of products for each thread.
+FEW_POSITIONS_A_THREAD = 6
+# The length from which AMX multiplies in tiles (kTilesFrom in packed_matrix.h): blocks then take
+# half of the decoder's time, however few the positions.
+TILES_FROM = 5
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ def _plan_of(
     wide = dtype == torch.float32 and length > 1 and "avx512" in machine.instruction_sets
     few_for_decoder = FEW_POSITIONS_FP32 if wide else FEW_POSITIONS
     too_few = rows < machine.threads and rows * length <= FEW_POSITIONS_A_THREAD * machine.threads
-    if machine.packed in (PACKED[0], EMULATED):  # in tiles
+    if machine.packed in (PACKED[0], EMULATED):
         too_few = too_few and length < TILES_FROM
     has_products = length > 1 and blocks.taken == "cpu" and not too_few
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 
 
 def named_range(name: str, device: torch.device) -> AbstractContextManager[object]:
@@ -16,4 +16,5 @@ def named_range(name: str, device: torch.device) -> AbstractContextManager[objec
     if device.type == "cuda":
         return torch.cuda.nvtx.range(name)
     # Without a profiler a range would still cost a small model's forward several percent.
-    return torch.profiler.record_function(name) if _profiler_enabled() else nullcontext()
+    profiled = _profiler_enabled() or profiler._is_profiler_enabled  # of this thread, or of all
+    return torch.profiler.record_function(name) if profiled else nullcontext()

@@ -32,6 +32,10 @@ from prototok_kernels.plan import Plan
 # Rows that are decoded together where none of them notices: positions, and logits that are kept.
 _POSITIONS, _LOGITS = 256, 4 << 20
 
+# Layouts that C++ read, by arrangement and length: most decodes are of a few.
+_layouts: dict[tuple[Arrangement, int], Tensor] = {}
+_LAYOUTS_KEPT = 1024
+
 Scores = list[Tensor]  # (R, N) each
 
 
@@ -117,8 +121,8 @@ def decode_ids(
         if why_not_one_call(plan) is None:
             lm.require_unchanged()
             assert isinstance(lm.body, DecoderBody)
-            vectors, layout = _inputs(lm, vectors, arrangement, length)
-            ids = lm.body.ids(vectors, layout, plan)
+            layout = _kept_layout(arrangement, length)
+            ids = lm.body.ids(vectors.to(lm.device, lm.dtype), layout, plan)
             return _of_targets(ids, arrangement, length)
         key = ("ids", len(vectors), arrangement, length, backend)
         with urgent(lm.device):
@@ -166,9 +170,20 @@ def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
 
 
+def _kept_layout(arrangement: Arrangement, length: int) -> Tensor:
+    """Return the layout for one who only reads it."""
+    layout = _layouts.get((arrangement, length))
+    if layout is None:
+        layout = arrangement.layout(length)
+        # What one of torch's modes makes in its place is of no use outside of it.
+        if type(layout) is Tensor and len(_layouts) < _LAYOUTS_KEPT:
+            _layouts[arrangement, length] = layout
+    return layout
+
+
 def _of_targets(positions: Tensor, arrangement: Arrangement, length: int) -> Tensor:
-    """Return of what is (R, L, …) the positions that targets are read at."""
-    if positions.shape[1] == length:  # a view of it all would cost a small forward some percent
+    """Return the positions that targets are read at, (R, N, …) of (R, L, …)."""
+    if positions.shape[1] == length:  # a view of all would cost a small forward some percent
         return positions
     return positions[:, arrangement.offset :][:, :length]
 

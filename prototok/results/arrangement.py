@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -79,21 +78,12 @@ class Arrangement:
         return bool(torch.equal(ours, theirs))
 
     def layout(self, length: int) -> Tensor:
-        """Return (L,) int64, the vector at each position: 0 … K−1 for e₁ … e_K, K for m.
-
-        It is kept and given to all who ask, so nobody may write to it.
-        """
-        return _layout(self, length)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept may be part of a graph later
-def _layout(of: Arrangement, length: int) -> Tensor:
-    position = torch.arange(of.input_length(length), device="cpu")
-    if of.name == "e*":
-        return torch.zeros_like(position)
-    if of.name == "e* m*":
-        return (position >= (length + 1) // 2).long()
-    if of.name == "(e m)*":
-        return position % 2
-    return position.clamp(max=of.leading)
+        """Return (L,) int64, the vector at each position: 0 … K−1 for e₁ … e_K, K for m."""
+        position = torch.arange(self.input_length(length), device="cpu")
+        if self.name == "e*":
+            return torch.zeros_like(position)
+        if self.name == "e* m*":
+            return (position >= (length + 1) // 2).long()
+        if self.name == "(e m)*":
+            return position % 2
+        return position.clamp(max=self.leading)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import prototok
@@ -125,6 +127,33 @@ def test_a_weight_that_changes_is_seen() -> None:
         next(lm.source.parameters()).mul_(2)
     with pytest.raises(ValueError, match="were changed since it was loaded"):
         decode_ids(lm, vectors_of(lm, 1, 2), of, 20, "auto")
+
+
+@pytest.mark.parametrize("instructions", ["own"], indirect=True)  # emulated it takes minutes
+@pytest.mark.usefixtures("instructions")
+def test_many_positions_take_no_memory_for_good() -> None:
+    lm, of = loaded(NAMES[0]), Arrangement.parse("e m*")
+    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # noqa: E731
+    decode_ids(lm, vectors_of(lm, 4, 2), of, 64, "auto")
+    many = vectors_of(lm, 20_000, 2)
+    decode_ids(lm, many, of, 64, "auto")  # what torch keeps of it is not ours
+    before = pages()
+    for _ in range(2):
+        decode_ids(lm, many, of, 64, "auto")
+    between = 20_000 * 64 * (2 * 2 * lm.hidden_size + 16)  # bytes
+    assert (pages() - before) * 4096 < between // 2
+
+
+@pytest.mark.usefixtures("instructions")
+def test_what_a_mode_of_torchs_makes_is_not_kept() -> None:
+    lm, of = loaded(NAMES[0]), Arrangement.parse("e m*")
+    vectors = vectors_of(lm, 1, 2)
+    refused = pytest.raises(ValueError, match="has no memory, as a fake tensor has none")
+    with FakeTensorMode(allow_non_fake_inputs=True), refused:
+        decode_ids(lm, vectors, of, 29, "auto")
+    with torch.inference_mode():
+        found = decode_ids(lm, vectors, of, 29, "auto")
+    assert torch.equal(decode_ids(lm, vectors, of, 29, "auto"), found)
 
 
 @pytest.mark.usefixtures("instructions")

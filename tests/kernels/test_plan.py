@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from prototok_kernels.backend import Machine, require, unavailable
+from prototok_kernels.backend import Machine, _cpu, require, unavailable
 from prototok_kernels.plan import (
     FEW_ON_CPU,
     FEW_POSITIONS,
@@ -241,6 +241,11 @@ def test_few_positions_go_through_the_decoder() -> None:
         assert taken(tokens)["decoder"] == "cpu"
     odd = dataclasses.replace(LLAMA, unpacked="a weight of (3, 64) has an odd size")
     assert taken(planned(odd, rows=1, length=3))["decoder"] == "cpu"
+
+
+@pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
+def test_tiles_are_taken_from_one_length_on() -> None:
+    assert TILES_FROM == _cpu.TILES_FROM
 
 
 def test_few_positions_of_fewer_rows_than_threads_go_through_the_decoder() -> None:

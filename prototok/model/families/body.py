@@ -96,7 +96,7 @@ class DecoderBody:
         return self.rotary(self.prefix_length + length)
 
     def _tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """The same (N, r) behind the prefix."""
+        """Return the rows (N, r) of `tables` for the inputs, without the prefix's."""
         cos, sin = self.tables(length)
         if self.prefix_length == 0:
             return cos, sin

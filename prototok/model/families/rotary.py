@@ -29,11 +29,14 @@ class RotaryTables:
         # Read once and replaced as a pair: another thread may grow them meanwhile.
         cos, sin = self._tables
         if len(cos) < length:
-            cos, sin = self._tables = self._made(length)
+            cos, sin = made = self._made(length)
+            if type(cos) is Tensor:  # what one of torch's modes makes is of no use outside of it
+                self._tables = made
         if len(cos) == length:
             return cos, sin
         return cos[:length], sin[:length]
 
+    @torch.inference_mode(False)  # an inference tensor could be part of no later graph
     def _made(self, length: int) -> tuple[Tensor, Tensor]:
         position = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
         angle = torch.outer(position, self.inv_freq).repeat(1, 2)
