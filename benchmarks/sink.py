@@ -68,14 +68,13 @@ def main() -> None:
     sink = sink_of(lm)
     print(f"{lm.identity.name}: {sink}")
     most = a.skip + a.texts
-    pieces = [
-        piece for path in a.text for piece in chunks(lm, read_text(path), a.length, most)[a.skip :]
-    ]
+    of_path = {path.name: chunks(lm, read_text(path), a.length, most)[a.skip :] for path in a.text}
+    pieces = [piece for some in of_path.values() for piece in some]
     settings = {
         "model": lm.identity.name.rsplit("/", 1)[-1],
         "dtype": str(lm.dtype).removeprefix("torch."),
         "share of attention on position 0": sink.share,
-        "sources": [path.name for path in a.text],
+        "sources": [name for name, some in of_path.items() if some],
         "texts": len(pieces),
         "skipped": a.skip,
         "length": a.length,

@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import prototok
 from prototok import FitResult, LearnedOptimizer
-from prototok.cli import main
+from prototok.cli import app, main
 from prototok_kernels.backend import this_machine
 from support import small_llama
 
@@ -172,6 +175,9 @@ def test_decoding_with_another_tokenizer_is_refused(book: Path, tmp_path: Path) 
         (["fit", "book.txt", "-o", "book.txt"], "prototok: folder: book.txt is a file"),
         (["fit", "book.txt", "-o", "full"], "prototok: folder: full exists and holds something"),
         (["decode", "full"], "prototok: folder: full holds no fit"),
+        (["decode", "shards"], "it is a folder of shards; shards/00000000 is the first of them"),
+        (["fit", "book.txt", "-o", "t", "--model", "book.txt"], "model: book.txt is a file, and"),
+        (["learn", "prior", "-o", "p", "--length", "4000"], "length: 4000 tokens need 4000 pos"),
         (["bench", "--lengths", "a,b"], "prototok: lengths: 'a,b' is not a list"),
         (["bench", "--lengths", "0"], "prototok: length: 0 is not a positive integer"),
         (["bench", "--shape", "gpt-5"], "prototok: shape: 'gpt-5' is not one of"),
@@ -203,6 +209,8 @@ def test_bad_usage_is_exit_code_2_and_writes_nothing(
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "shards" / "00000000").mkdir(parents=True)
+    (tmp_path / "shards" / "00000000" / "fits.parquet").write_bytes(b"")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -261,6 +269,17 @@ def test_the_steps_are_those_asked_for(book: Path, tmp_path: Path) -> None:
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     shown = prototok_cli("--version", cwd=tmp_path)
     assert shown.returncode == 0 and shown.stdout == f"prototok {prototok.__version__}\n"
+
+
+def test_no_help_has_brackets_which_the_terminal_would_take_for_markup() -> None:
+    def said(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        yield from (getattr(option, "help", None) or "" for option in command.params)
+        for inner in getattr(command, "commands", {}).values():
+            yield from said(inner)
+
+    texts = list(said(typer.main.get_command(app)))
+    assert len(texts) > 100 and not [text for text in texts if "[" in text]
 
 
 def test_env_and_help_answer_fast(tmp_path: Path) -> None:

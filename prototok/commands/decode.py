@@ -27,9 +27,11 @@ def decode(
 
     from prototok.decoding.decode import decode as decode_tokens
     from prototok.model.load import load
+    from prototok.results.fit_folder import missing_of
     from prototok.results.fit_result import FitResult
 
     best = FitResult.load(folder).best()
+    missing = missing_of(folder, best)
     if out is not None:
         try_file(out, "out", lambda head: not head)
     stored = best.tokens.model
@@ -50,7 +52,10 @@ def decode(
         if right < len(target):
             say(f"chunk {i}: {right} of {len(target)} tokens right")
     say(f"{exact} of {len(found)} chunks are exact")
-    say(exactness(exact, len(found), best.tokens))
+    if missing:
+        say(f"unfinished: {missing} more chunks are missing, perhaps between these; `prototok fit "
+            "--resume` goes on")  # fmt: skip
+    say(exactness(exact, len(found), best.tokens, missing))
 
 
 def _print_text(text: str) -> None:

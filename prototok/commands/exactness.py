@@ -19,10 +19,12 @@ def labelled(result: FitResult, differs: str | None) -> FitResult:
     return dataclasses.replace(result, tokens=tokens)
 
 
-def exactness(exact: int, texts: int, tokens: ProtoTokens) -> str:
+def exactness(exact: int, texts: int, tokens: ProtoTokens, missing: int = 0) -> str:
     """Tell exact tokens from exact text: a tokenizer may not give back what it read."""
     differs = tokens.provenance.get(TEXT)
-    if differs is None:
+    if missing:
+        text = "no, chunks are missing"
+    elif differs is None:
         text = "not known"  # fitted from Python, or by an earlier version
     elif differs:
         text = f"no, {differs}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prototok.exporting.rows import Exportable
 
 _FIT = "A folder that `prototok fit` wrote, or a file that ProtoTokens or MemFit saved."
-_FORMAT = "npz, transformers, peft, llamacpp; of [mem] vectors vllm and sglang, too."
+_FORMAT = "npz, transformers, peft, llamacpp; of autoregressive vectors vllm and sglang, too."
 
 
 def export(

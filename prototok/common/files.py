@@ -174,7 +174,9 @@ def try_file(path: Path, name: str, ours: Callable[[bytes], bool]) -> None:
         with open(path, "rb") as file:
             head = file.read(_HEAD)
         if not ours(head):
-            raise ValueError(f"{name}: {path} is there and no file that prototok may replace")
+            raise ValueError(
+                f"{name}: {path} is there and no file that prototok may replace; name a new one"
+            )
     with contextlib.suppress(_Enough), try_folder(path.parent, name):
         raise _Enough
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from prototok.common.arguments import batch_size_of, is_count
 from prototok.common.version import VERSION
 from prototok.common.world import own_world
+from prototok.decoding.decode import require_length
 from prototok.fitting.engine.basis import eigenbasis
 from prototok.fitting.fast_fit import fast_fit
 from prototok.fitting.front import describe, front_of
@@ -23,6 +24,7 @@ from prototok.model.frozen_lm import FrozenLM, require_frozen
 from prototok.model.in_front import PrefixLike
 from prototok.model.prefix import Prefix
 from prototok.model.sample import sample
+from prototok.results.arrangement import Arrangement
 from prototok.results.provenance import as_json
 from prototok.texts.targets import Texts, targets_of
 
@@ -66,6 +68,8 @@ def learn_shared(
     if length is not None and not is_count(length):
         raise ValueError(f"length: {length!r} is not a positive integer")
     lengths = _LENGTHS if length is None else (length,)
+    if length is not None:  # the texts are sampled first
+        require_length(length, lm, Arrangement.parse("e m*"))
     if texts is None:
         texts = own_texts(lm, 32, lengths[0])
     targets = targets_of(lm, texts, lengths[0])

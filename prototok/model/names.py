@@ -20,6 +20,8 @@ def require_known(name: str, revision: str | None, built_in: Iterable[str]) -> N
     cache is asked for once, with a short wait. Something like a built-in name is not asked for,
     unless it names an owner, too.
     """
+    if Path(name).is_file():
+        raise ValueError(f"model: {name} is a file, and neither a model's folder nor a .gguf")
     meant = None if "/" in name else nearest(name, built_in)
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):

@@ -162,6 +162,13 @@ class FitFolder:
         return join([FitResult.load(self._unfinished.part(text)) for text in texts])
 
 
+def missing_of(path: Path, fit: FitResult) -> int:
+    """Return how many texts the fit that `path` holds still lacks, since it was interrupted."""
+    unfinished = Unfinished(path / "unfinished", path, _FORM, _remove)
+    planned = unfinished.plan().get("texts") if unfinished.is_there() else None
+    return max(0, planned - fit.tokens.texts) if isinstance(planned, int) else 0
+
+
 def _remove(text: Path) -> None:
     remove_files(text, ("fits.parquet", "proto_tokens.safetensors"))
 

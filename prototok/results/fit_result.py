@@ -196,6 +196,8 @@ class FitResult:
             why = "it is unfinished; `prototok fit --resume` goes on" if unfinished else (
                 f"{_FITS} is missing"
             )  # fmt: skip
+            if (folder / "00000000" / _FITS).is_file():
+                why = f"it is a folder of shards; {folder / '00000000'} is the first of them"
             raise ValueError(f"folder: {folder} holds no fit ({why})")
         tokens = ProtoTokens.load(folder / _TOKENS)
         table = _read_table(folder / _FITS, tokens)

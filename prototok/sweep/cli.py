@@ -25,8 +25,8 @@ Run = Annotated[Path, typer.Argument(help="The run folder.")]
 _EXPERIMENT = "table1, table2, table3, table4, figure2, figure3, figure4, figure5 or figure6."
 _MODEL = "NAME, NAME@REVISION or random:NAME; may be given more than once."
 _SOURCE = (
-    "[NAME=]KIND[:PATH]: held-out, folder:BOOKS, dataset:FILE#COLUMN, random, random:WORDS or "
-    "generated:SOURCE; may be given more than once."
+    "KIND, KIND:PATH or NAME=KIND:PATH, such as held-out, folder:BOOKS, dataset:FILE#COLUMN, "
+    "random, random:WORDS or generated:SOURCE; may be given more than once."
 )
 _PREFIX = f"{PREFIX} May be given more than once, to fit everything with each."
 _PRESET = "paper: its settings. small: minutes on two cores, with what is in the package."

@@ -125,6 +125,10 @@ def test_resuming_gives_the_fit_that_was_never_interrupted(
         assert fit(limit=5) == 130
     assert "interrupted; 2 of 5 chunks are in F" in capsys.readouterr().err
     assert FitResult.load("F").tokens.texts == 2  # what had ended can be decoded
+    assert cli("decode", "F", "--device", "cpu") == 0
+    said = capsys.readouterr().err
+    assert "unfinished: 3 more chunks are missing" in said
+    assert "text exact: no, chunks are missing" in said
     assert fit(limit=5) == 2
     assert "holds an unfinished fit of 2 texts; give --resume" in capsys.readouterr().err
     assert fit("--resume", length=2) == 2

@@ -32,5 +32,6 @@ class Setup:
     def __post_init__(self) -> None:
         if self.recipe.learned and self.network is None:
             raise ValueError(
-                f"recipe: {self.recipe.name!r} needs init, a LearnedOptimizer of this model"
+                f"recipe: {self.recipe.name!r} needs init, a LearnedOptimizer of this model "
+                "(`prototok learn optimizer` makes one)"
             )
