@@ -135,6 +135,14 @@ def test_a_prefix_is_fitted_behind_and_decoded_behind(book: Path, tmp_path: Path
     assert other.returncode == 2 and "holds a fit of other prefix" in other.stderr
 
 
+def test_a_dataset_says_why_a_text_was_refused(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("It was a dark night.\nHe\n")
+    made = prototok_cli("dataset", "lines.txt", "--length", "3", "-o", "F", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "text 1 was refused (" in made.stderr and "1 refused" in made.stderr
+    assert "every reason is in F/*/shard.json" in made.stderr
+
+
 def test_decoding_with_another_model_is_refused(book: Path, tmp_path: Path) -> None:
     prototok_cli("fit", str(book), "--length", "2", "--limit", "1", "-o", "tokens", cwd=tmp_path)
     wrong = prototok_cli("decode", "tokens", "--model", "tiny-neox", cwd=tmp_path)

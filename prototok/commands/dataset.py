@@ -96,6 +96,7 @@ def _fit(
 ) -> None:  # fmt: skip
     """Fit texts into the folder, and say what came of them."""
     from prototok.fitting.stream import fit_to_shards
+    from prototok.results.shards import Shards
 
     try:
         summary = fit_to_shards(lm, texts, place, length, shard, True, options)
@@ -106,6 +107,9 @@ def _fit(
         raise typer.Exit(130) from None
     except OSError as error:
         raise cannot_go_on(place.path, error, f"{len(place.done())} shards are in it") from None
+    if summary.refused:
+        number, why = next(Shards(place.path).refused())
+        say(f"text {number} was refused ({why}); every reason is in {place.path}/*/shard.json")
     lost = f", {summary.refused} refused" if summary.refused else ""
     lost += f", {summary.failed} failed" if summary.failed else ""
     say(
