@@ -157,10 +157,10 @@ def test_what_did_not_converge_names_what_to_try(
     prototok.fast_fit(small_lm, TEXTS, recipe=Recipe(max_steps=1), progress=True)
     said = capsys.readouterr().err
     assert "2 texts of 2 did not come back whole" in said
-    for way in ("a smaller length", "seeds=4", "prefix=", "learn_shared", "max_steps above 1"):
+    for way in ("a smaller length", "4 seeds", "a prefix", "a learned start", "more than 1 steps"):
         assert way in said
     prototok.fast_fit(small_lm, TEXTS, recipe=Recipe(max_steps=1), progress=True, seeds=3)
-    assert "seeds=4" not in capsys.readouterr().err
+    assert "4 seeds" not in capsys.readouterr().err
     prototok.fast_fit(small_lm, TEXTS, recipe=Recipe(max_steps=1))
     prototok.fast_fit(small_lm, [[3]], recipe="fast", progress=True)
     assert capsys.readouterr().err == ""

@@ -21,14 +21,14 @@ def advice(fit: FitResult, setup: Setup) -> str | None:
         return None
     assert isinstance(setup.inputs, OneForward)
     reached = best.accuracy[missing, 0]
-    most = f"max_steps above {setup.recipe.max_steps}"
+    most = f"more than {setup.recipe.max_steps} steps"
     near = float(reached.median()) >= _NEAR
     ways = [
         most if near else "a smaller length",
-        "" if fit.tokens.seeds > 1 else "seeds=4",
-        "" if setup.recipe.name != "paper" else "recipe='fast'",
-        "" if fit.tokens.prefix is not None else "prefix=' the' (a token in front)",
-        "" if setup.inputs.prior is not None else "init=learn_shared(lm) (a learned start)",
+        "" if fit.tokens.seeds > 1 else "4 seeds",
+        "" if setup.recipe.name != "paper" else "the recipe 'fast'",
+        "" if fit.tokens.prefix is not None else "a prefix such as ' the'",
+        "" if setup.inputs.prior is not None else "a learned start",
         "a smaller length" if near else most,
     ]
     low, high = float(reached.min()), float(reached.max())
