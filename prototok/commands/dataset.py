@@ -107,12 +107,12 @@ def _fit(
         raise typer.Exit(130) from None
     except OSError as error:
         raise cannot_go_on(place.path, error, f"{len(place.done())} shards are in it") from None
-    if summary.refused:
-        number, why = next(Shards(place.path).refused())
-        say(f"text {number} was refused ({why}); every reason is in {place.path}/*/shard.json")
     lost = f", {summary.refused} refused" if summary.refused else ""
     lost += f", {summary.failed} failed" if summary.failed else ""
     say(
         f"{summary.texts} texts in {summary.shards} shards, {summary.exact} exact{lost}; written "
         f"to {place.path}"
     )
+    if summary.refused:
+        number, why = next(Shards(place.path).refused())
+        say(f"text {number} was refused ({why}); every reason is in {place.path}/*/shard.json")
