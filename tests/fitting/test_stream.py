@@ -392,8 +392,10 @@ def test_the_command_reads_files_of_every_kind_and_goes_on(
         patched.setattr(ShardFolder, "commit", commit)
         assert cli() == (130, "interrupted; 1 shards are in F, and --resume goes on from there\n")
     code, said = cli("--resume")
-    assert code == 0 and said.endswith(" exact, 3 refused; written to F\n")
-    assert said.startswith("8 texts in 2 shards, ")
+    totals, why = said.splitlines()
+    assert code == 0 and totals.endswith(" exact, 3 refused; written to F")
+    assert totals.startswith("8 texts in 2 shards, ")
+    assert why.startswith("text 1 was refused (texts: text 1 is empty); ")
     assert dict(Shards("F").refused()) == {
         1: "texts: text 1 is empty",
         2: "texts: text 2 could not be read, line 3 of a.txt is not UTF-8",
