@@ -12,7 +12,6 @@
 #include "simd/arena.h"
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 
@@ -136,10 +135,6 @@ class FirstLayer {
   template <class Body>
   void each_text(const FirstLayerTexts& texts, std::int64_t rows, std::int64_t length, int threads,
                  const Body& body) const;
-
-  struct Free {
-    void operator()(unsigned char* data) const { std::free(data); }
-  };
 
   const Kernels& kernels_;
   FirstLayerModel model_;

@@ -21,10 +21,6 @@ struct Between {
         margin(arena.take<float>(M)) {}
 };
 
-struct Free {
-  void operator()(unsigned char* memory) const { std::free(memory); }
-};
-
 }  // namespace
 
 void one_forward(const DecoderBlocks& blocks, PackedHead& head, OneForward input, std::int64_t* ids,

@@ -1,5 +1,6 @@
 #include "products/packed_matrix.h"
 
+#include <cstdlib>
 #include <new>
 
 #if defined(__linux__)

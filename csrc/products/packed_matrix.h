@@ -4,13 +4,13 @@
 // Letters: M rows, I inputs, O outputs.
 #pragma once
 
+#include "simd/arena.h"
 #include "simd/bf16.h"
 #include "simd/parallel.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 
 namespace prototok {
@@ -41,9 +41,6 @@ class PackedMatrix {
   std::int64_t outputs() const { return outputs_; }
 
  private:
-  struct Free {
-    void operator()(bf16* data) const { std::free(data); }
-  };
   std::unique_ptr<bf16[], Free> data_;
   std::int64_t inputs_ = 0, outputs_ = 0;
 };

@@ -9,10 +9,6 @@
 namespace prototok {
 namespace {
 
-struct Free {
-  void operator()(unsigned char* memory) const { std::free(memory); }
-};
-
 // Only pages that are touched cost memory, and most calls never need a second block.
 constexpr std::size_t kSmallestBlock = std::size_t(1) << 20;
 

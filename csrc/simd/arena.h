@@ -6,8 +6,14 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 namespace prototok {
+
+// What owns aligned memory deletes it by this.
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
 
 // Hands out pieces of one memory, each on cache lines of its own: a vector across two of them is
 // read at half the speed. Without memory it only counts, and every piece is null.

@@ -65,11 +65,9 @@ def learn_shared(
         ValueError: an argument that cannot be met, named; fewer than two texts among them.
     """
     require_frozen(lm)
-    if length is not None and not is_count(length):
-        raise ValueError(f"length: {length!r} is not a positive integer")
-    lengths = _LENGTHS if length is None else (length,)
-    if length is not None:  # the texts are sampled first
+    if length is not None:  # before texts of it are sampled
         require_length(length, lm, Arrangement.parse("e m*"))
+    lengths = _LENGTHS if length is None else (length,)
     if texts is None:
         texts = own_texts(lm, 32, lengths[0])
     targets = targets_of(lm, texts, lengths[0])

@@ -156,15 +156,19 @@ class FitFolder:
 
     @property
     def _unfinished(self) -> Unfinished:
-        return Unfinished(self.path / "unfinished", self.path, _FORM, _remove)
+        return _unfinished_of(self.path)
 
     def _joined(self, texts: Sequence[int]) -> FitResult:
         return join([FitResult.load(self._unfinished.part(text)) for text in texts])
 
 
+def _unfinished_of(path: Path) -> Unfinished:
+    return Unfinished(path / "unfinished", path, _FORM, _remove)
+
+
 def missing_of(path: Path, fit: FitResult) -> int:
     """Return how many texts the fit that `path` holds still lacks, since it was interrupted."""
-    unfinished = Unfinished(path / "unfinished", path, _FORM, _remove)
+    unfinished = _unfinished_of(path)
     planned = unfinished.plan().get("texts") if unfinished.is_there() else None
     return max(0, planned - fit.tokens.texts) if isinstance(planned, int) else 0
 
