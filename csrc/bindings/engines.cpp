@@ -231,21 +231,29 @@ void blocks_backward(DecoderBlocks& self, const View& x, const View& qkv, const 
   self.backward(input, of_out, grads, kept, threads);
 }
 
-void blocks_one_forward(const DecoderBlocks& self, PackedHead& head, const View& vectors,
-                        const View& layout, const View& cos, const View& sin, const View& prefix,
-                        const View& ids, int64_t tile, Threads threads) {
-  const DecoderModel& m = self.model();
-  const auto [texts, slots, hidden] = vectors.sizes<3>();
+std::unique_ptr<OneForward> one_forward(const DecoderBlocks& blocks, const PackedHead& head,
+                                        const View& layout, const View& cos, const View& sin,
+                                        const View& prefix) {
   const int64_t length = layout.sizes<1>()[0];
-  require(head.hidden() == m.hidden, "head: must be of the blocks' hidden size");
   const int64_t* at = layout.data<const int64_t>({length});
-  require(std::all_of(at, at + length, [&](int64_t i) { return i >= 0 && i < slots; }),
-          "layout: must be of vectors that there are");
-  const OneForward input{blocks_constants(m, texts, length, cos, sin, prefix, 0, tile), slots,
-                         vectors.data<const bf16>({texts, slots, m.hidden}), at};
-  int64_t* to = ids.data<int64_t>({texts, length});
+  return std::make_unique<OneForward>(
+      blocks, head, blocks_constants(blocks.model(), 1, length, cos, sin, prefix, 0, 1),
+      std::vector<int64_t>(at, at + length));
+}
+
+void one_forward_ids(const OneForward& self, const View& vectors, const View& ids, int64_t tile,
+                     Threads threads) {
+  const auto [texts, slots, hidden] = vectors.sizes<3>();
+  require(texts >= 1 && tile >= 1, "tile: must be at least 1 text");
+  require(slots >= self.fewest_slots(), "layout: must be of vectors that there are");
+  const Element element = vectors.element();
+  const void* from = vectors.data(element, {texts, slots, self.hidden()});
+  int64_t* to = ids.data<int64_t>({texts, self.length()});
   const py::gil_scoped_release others_may_run;
-  one_forward(self, head, input, to, threads);
+  if (element == Element::f32)
+    self(static_cast<const float*>(from), texts, slots, to, tile, threads);
+  else
+    self(static_cast<const bf16*>(from), texts, slots, to, tile, threads);
 }
 
 // ---- the collapsed first layer ----
@@ -377,9 +385,12 @@ void bind_engines(py::module_& m) {
            "sin"_a, "prefix"_a, "first"_a, "tile"_a, "threads"_a)
       .def("backward", &blocks_backward, named, "x"_a, "qkv"_a, "z"_a, "grad"_a, "grad_x"_a,
            "grad_qkv"_a, "grad_z"_a, "saved"_a, "cos"_a, "sin"_a, "prefix"_a,
-           "first"_a, "tile"_a, "threads"_a)
-      .def("one_forward", &blocks_one_forward, "head"_a, named, "vectors"_a, "layout"_a, "cos"_a,
-           "sin"_a, "prefix"_a, "ids"_a, "tile"_a, "threads"_a);
+           "first"_a, "tile"_a, "threads"_a);
+  py::class_<OneForward>(m, "OneForward")
+      .def(py::init(&one_forward), "blocks"_a, "head"_a, named, "layout"_a, "cos"_a, "sin"_a,
+           "prefix"_a, py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 5>(),
+           py::keep_alive<1, 6>(), py::keep_alive<1, 7>())
+      .def("ids", &one_forward_ids, named, "vectors"_a, "ids"_a, "tile"_a, "threads"_a);
   py::class_<FirstLayer>(m, "FirstLayer")
       .def(py::init(&first_layer), named, "weights"_a, "heads"_a, "kv_heads"_a, "head_size"_a,
            "activation"_a, "gated"_a, "eps"_a, "scaling"_a, py::keep_alive<1, 2>())

@@ -6,48 +6,62 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 namespace prototok {
 namespace {
 
 // Of M positions of all texts. Not a thread's scratch memory, which stays: there may be many.
 struct Between {
-  bf16 *stream, *hidden;   // (M, d)
-  std::int64_t* targets;   // (M,), which the head asks for
-  float *loss, *margin;    // (M,), which it gives with them
+  bf16 *stream, *hidden;  // (M, d)
   Between(Arena& arena, std::int64_t M, std::int64_t d)
-      : stream(arena.take<bf16>(M * d)), hidden(arena.take<bf16>(M * d)),
-        targets(arena.take<std::int64_t>(M)), loss(arena.take<float>(M)),
-        margin(arena.take<float>(M)) {}
+      : stream(arena.take<bf16>(M * d)), hidden(arena.take<bf16>(M * d)) {}
 };
+
+void copy_vector(const bf16* from, std::int64_t d, bf16* to) { std::copy_n(from, d, to); }
+void copy_vector(const float* from, std::int64_t d, bf16* to) {
+  std::transform(from, from + d, to, rounded);
+}
 
 }  // namespace
 
-void one_forward(const DecoderBlocks& blocks, PackedHead& head, OneForward input, std::int64_t* ids,
-                 int threads) {
-  const std::int64_t R = input.blocks.texts, N = input.blocks.length, d = blocks.model().hidden;
-  const std::size_t bytes = bytes_of<Between>(R * N, d);
+OneForward::OneForward(const DecoderBlocks& blocks, const PackedHead& head,
+                       const BlocksInput& constants, std::vector<std::int64_t> layout)
+    : blocks_(blocks), head_(head), constants_(constants), layout_(std::move(layout)) {
+  if (head.hidden() != hidden())
+    throw std::invalid_argument("head: must be of the blocks' hidden size");
+  for (const std::int64_t slot : layout_) {
+    if (slot < 0) throw std::invalid_argument("layout: must be of vectors that there are");
+    fewest_slots_ = std::max(fewest_slots_, slot + 1);
+  }
+}
+
+template <class T>
+void OneForward::operator()(const T* vectors, std::int64_t texts, std::int64_t slots,
+                            std::int64_t* ids, std::int64_t tile, int threads) const {
+  const std::int64_t N = length(), d = hidden();
+  const std::size_t bytes = bytes_of<Between>(texts * N, d);
   const std::unique_ptr<unsigned char[], Free> memory(
       static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
   if (!memory && bytes > 0) throw std::bad_alloc();
   Arena arena(memory.get(), bytes);
-  const Between between(arena, R * N, d);
-  for (std::int64_t r = 0; r < R; ++r)
+  const Between between(arena, texts * N, d);
+  for (std::int64_t r = 0; r < texts; ++r)
     for (std::int64_t n = 0; n < N; ++n)
-      std::copy_n(input.vectors + (r * input.slots + input.layout[n]) * d, d,
+      copy_vector(vectors + (r * slots + layout_[std::size_t(n)]) * d, d,
                   between.stream + (r * N + n) * d);
-  input.blocks.of = {between.stream, nullptr, nullptr};
-  blocks.forward(input.blocks, between.hidden, nullptr, threads);
-  std::fill_n(between.targets, R * N, std::int64_t{0});
-  Head asked{};
-  asked.element = Element::bf16;
-  asked.rows = R * N;
-  asked.temperature = 1.0f;
-  asked.targets = between.targets;
-  asked.loss = between.loss;
-  asked.predicted = ids;
-  asked.margin = between.margin;
-  head.run(between.hidden, nullptr, asked, kHeadTile, threads);
+  BlocksInput input = constants_;
+  input.texts = texts;
+  input.tile = std::min(tile, texts);
+  input.of = {between.stream, nullptr, nullptr};
+  blocks_.forward(input, between.hidden, nullptr, threads);
+  head_.argmax(between.hidden, texts * N, ids, threads);
 }
+
+template void OneForward::operator()(const float*, std::int64_t, std::int64_t, std::int64_t*,
+                                     std::int64_t, int) const;
+template void OneForward::operator()(const bf16*, std::int64_t, std::int64_t, std::int64_t*,
+                                     std::int64_t, int) const;
 
 }  // namespace prototok

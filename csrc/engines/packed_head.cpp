@@ -20,6 +20,21 @@ struct TileScratch {
         rescale(arena.take<float>(tile)) {}
 };
 
+struct ArgmaxScratch {
+  bf16* logits;      // (tile, kArgmaxChunk)
+  float* best;       // (tile,)
+  ArgmaxScratch(Arena& arena, std::int64_t tile)
+      : logits(arena.take<bf16>(tile * kArgmaxChunk)), best(arena.take<float>(tile)) {}
+};
+
+// What threads that share outputs found, a row of it each.
+struct Found {
+  float* best;       // (threads, tile)
+  std::int64_t* id;  // (threads, tile)
+  Found(Arena& arena, std::int64_t threads, std::int64_t tile)
+      : best(arena.take<float>(threads * tile)), id(arena.take<std::int64_t>(threads * tile)) {}
+};
+
 }  // namespace
 
 PackedHead::PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden)
@@ -68,6 +83,37 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
   parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
     const Scratch<TileScratch> scratch(tile, d);
     tile_of(begin, end, *scratch, Member());
+  });
+}
+
+void PackedHead::argmax(const bf16* hidden, std::int64_t rows, std::int64_t* ids,
+                        int threads) const {
+  const std::int64_t V = to_logits_.outputs(), d = to_logits_.inputs();
+  if (!kernels_.pairs->by_outputs || rows > kHeadTile) {
+    const std::int64_t share = (rows + threads - 1) / threads;
+    parallel_rows(rows, std::min(share, kHeadTile), threads,
+                  [&](std::int64_t begin, std::int64_t end) {
+                    const Scratch<ArgmaxScratch> scratch(end - begin);
+                    kernels_.pairs->argmax_tile({end - begin, d, hidden + begin * d,
+                                                 to_logits_.data(), 0, V, scratch->logits,
+                                                 scratch->best, ids + begin});
+                  });
+    return;
+  }
+  const Scratch<Found> found(threads, rows);
+  parallel_team(threads, [&](const Member& member) {
+    const Scratch<ArgmaxScratch> scratch(rows);
+    const std::int64_t at = member.index() * rows;
+    kernels_.pairs->argmax_tile({rows, d, hidden, to_logits_.data(), first_output(member, V),
+                                 last_output(member, V), scratch->logits, found->best + at,
+                                 found->id + at});
+    member.meet();
+    for (std::int64_t r = member.first(rows); r < member.last(rows); ++r) {
+      std::int64_t of = r;  // the first of equals, which has the lowest id
+      for (std::int64_t i = r + rows; i < member.count() * rows; i += rows)
+        if (found->best[i] > found->best[of]) of = i;
+      ids[r] = found->id[of];
+    }
   });
 }
 

@@ -19,6 +19,7 @@ struct Kernels;
 
 constexpr std::int64_t kHeadTile = 256;   // rows that a thread takes at most at a time
 constexpr std::int64_t kHeadChunk = 1024;  // logits of a row alive at a time; whole panels
+constexpr std::int64_t kArgmaxChunk = 512;  // of those that only the largest is wanted of
 
 class PackedHead {
  public:
@@ -35,11 +36,26 @@ class PackedHead {
   // vocabulary; throws as `head` does. `tile`: rows that a tile may have; it has at most kHeadTile.
   void run(const bf16* hidden, bf16* grad, Head head, std::int64_t tile, int threads);
 
+  // ids (R,): of the largest logit of each row, the lowest id among equals; 0 where no logit is larger
+  // than -inf. As `run` predicts where the target is 0.
+  void argmax(const bf16* hidden, std::int64_t rows, std::int64_t* ids, int threads) const;
+
  private:
   const Kernels& kernels_;
   const bf16* weight_;
   PackedMatrix to_logits_, to_hidden_;
   std::once_flag packed_to_hidden_;
+};
+
+// Of rows, among the outputs [begin, end).
+struct ArgmaxTile {
+  std::int64_t rows, hidden_size;
+  const bf16* hidden;      // (rows, d)
+  const bf16* to_logits;   // PackedMatrix::data()
+  std::int64_t begin, end;  // whole panels, but for the last of all
+  bf16* logits;            // (rows, kArgmaxChunk), overwritten
+  float* best;             // (rows,)
+  std::int64_t* id;        // (rows,)
 };
 
 // Of `head` the rows of one tile, and who of those that share it this is.

@@ -36,6 +36,8 @@ class Member {
   Member(Place& place, int index, int count) : place_(&place), index_(index), count_(count) {}
 
   bool alone() const { return count_ == 1; }
+  int index() const { return index_; }
+  int count() const { return count_; }
 
   // Returns when all have called it: what they wrote before can be read behind it. Throws where one
   // has thrown.

@@ -12,6 +12,7 @@
 #include "targets/dispatch.h"
 
 #ifdef PROTOTOK_PAIRS
+#include "engines/argmax_tile.h"
 #include "engines/first_layer_text.h"
 #include "engines/packed_head_tile.h"
 #include "ops/attention_pairs.h"
@@ -28,9 +29,9 @@ constexpr bool kByOutputs = true;
 constexpr std::int64_t kTogether = TileShape<Pair>::kRows;
 constexpr bool kByOutputs = false;
 #endif
-constexpr PairKernels kPairKernels{packed_product,       packed_sum, packed_head_tile,
-                                   first_layer_forward,  first_layer_backward,
-                                   kTogether, kByOutputs};
+constexpr PairKernels kPairKernels{packed_product,      packed_sum,           packed_head_tile,
+                                   argmax_tile,         first_layer_forward,  first_layer_backward,
+                                   kTogether,           kByOutputs};
 #endif
 
 constexpr Kernels kKernels{

@@ -91,14 +91,12 @@ _MISSING = () if _cpu is None else tuple(map(tuple, _cpu.missing_instruction_set
 
 def this_machine() -> Machine:
     """Return what this process can run, with as many threads as torch uses now."""
-    return Machine(
-        cpp=_cpu is not None,
-        instruction_sets=_found,
-        triton=triton is not None,
-        interpreted=TRITON_INTERPRETED,
-        threads=torch.get_num_threads(),
-        missing=_MISSING,
-    )
+    return _machine(_cpu is not None, _found, triton is not None, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)  # what plans are kept by is then the same object, which compares at once
+def _machine(cpp: bool, instruction_sets: tuple[str, ...], triton: bool, threads: int) -> Machine:
+    return Machine(cpp, instruction_sets, triton, TRITON_INTERPRETED, threads, _MISSING)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class DecoderBlocks:
         return torch.stack(fronts) if fronts else None
 
     @cached_property
-    def _weights(self) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
         weights = [weight for layer in self.layers for weight in layer.tensors]
         return weights + [self.norm] + ([] if self.norm_bias is None else [self.norm_bias])
 
@@ -106,7 +106,7 @@ class DecoderBlocks:
             norm = self.norm, self.norm_bias
             return _cpu.DecoderBlocks(model=decoder_model(self.layers, norm, rotated, None))
 
-        return packed(self, self._weights, make)
+        return packed(self, self.weights, make)
 
 
 def _check(projected: tuple[Tensor, Tensor], x: Tensor, layer: DecoderLayer) -> None:

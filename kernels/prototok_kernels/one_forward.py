@@ -8,53 +8,68 @@ Letters: B rows, S vectors of a row, N positions, d hidden size, V vocabulary, r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, blocks_tile, decoder_blocks_ref
 from prototok_kernels.linear_cross_entropy import packed_head
+from prototok_kernels.packed import packed
 from prototok_kernels.plan import Plan
 from prototok_kernels.views import views
 
 
 def why_not_one_call(plan: Plan) -> str | None:
-    """Return why `one_forward` cannot do what this plan says, or None when it can."""
+    """Return why `OneForward` cannot do what this plan says, or None when it can."""
     if plan.blocks.taken != "cpu":
         return "the blocks do not run as one C++ call"
     return None if plan.head.taken == "packed" else "the head is not packed"
 
 
-@torch.no_grad()
-def one_forward(
-    blocks: DecoderBlocks,
-    head: Tensor,  # (V, d)
-    vectors: Tensor,  # (B, S, d)
-    layout: Tensor,  # (N,) int64 in [0, S), the vector at each position
-    cos: Tensor,  # (≥ N, r), the halves of a row alike
-    sin: Tensor,  # (≥ N, r)
-    plan: Plan,
-) -> Tensor:  # (B, N) int64
-    """Return the argmax of the logits behind every position, the lowest id among equals.
+class OneForward:
+    """The forward of texts of one layout: what is the same for all of them is made once."""
 
-    They are the ids that `blocks` and `linear_cross_entropy` give by the same plan.
+    def __init__(
+        self,
+        blocks: DecoderBlocks,
+        head: Tensor,  # (V, d)
+        layout: Tensor,  # (N,) int64, the vector at each position
+        cos: Tensor,  # (≥ N, r), the halves of a row alike
+        sin: Tensor,  # (≥ N, r)
+    ) -> None:
+        self.length = len(layout)
+        self._blocks, self._head, self._layout = blocks, head, layout
+        self._tables = cos.float().contiguous(), sin.float().contiguous()
+        self._weights = [*blocks.weights, head]
+        self._made()
 
-    Raises ValueError for a plan that it cannot follow (`why_not_one_call`), and for a layout of
-    vectors that are not there.
-    """
-    why = why_not_one_call(plan)
-    if why is not None:
-        raise ValueError(f"plan: {why}")
-    ids = torch.empty(len(vectors), len(layout), dtype=torch.int64, device="cpu")
-    cpp, threads = blocks.packed(cos.shape[1]), torch.get_num_threads()
-    cpp.one_forward(
-        packed_head(head),
-        **views(
-            vectors=vectors.contiguous(), layout=layout, ids=ids,
-            cos=cos.float().contiguous(), sin=sin.float().contiguous(), prefix=blocks.prefix,
-        ),
-        tile=blocks_tile(*ids.shape), threads=threads,
-    )  # fmt: skip
-    return ids
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Map vectors (B, S, d), of float32 or bfloat16, to the ids (B, N) of their positions.
+
+        An id is the argmax of the logits, the lowest among equals: that which `blocks` and
+        `linear_cross_entropy` give by a plan that `why_not_one_call` says nothing against.
+
+        Raises ValueError for a layout of vectors that are not there.
+        """
+        rows = vectors.shape[0]
+        ids = torch.empty((rows, self.length), dtype=torch.int64, device="cpu")
+        self._made().ids(
+            **views(vectors=vectors.contiguous(), ids=ids),
+            tile=blocks_tile(rows, self.length),
+            threads=torch.get_num_threads(),
+        )
+        return ids
+
+    def _made(self) -> Any:
+        return packed(self, self._weights, self._make)
+
+    def _make(self) -> Any:
+        cos, sin = self._tables
+        constants = views(layout=self._layout, cos=cos, sin=sin, prefix=self._blocks.prefix)
+        blocks = self._blocks.packed(cos.shape[1])
+        return _cpu.OneForward(blocks, packed_head(self._head), **constants)
 
 
 def one_forward_ref(

@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 
 # By owner: what was seen of its weights, and what was made of them.
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_making = threading.Lock()
+_making = threading.RLock()  # what is made may be made of what is made here, too
 
 _address, _version = Tensor.data_ptr, attrgetter("_version")
 

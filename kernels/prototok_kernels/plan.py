@@ -215,7 +215,7 @@ def plan_of(
     Raises:
         ValueError: a backend that is unknown, or that cannot be had for this device and dtype.
     """
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     return _plan_of(
         shape, rows, length, dtype, kind, backend, pair, machine or this_machine()
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,15 +27,16 @@ from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
-from prototok_kernels.one_forward import why_not_one_call
+from prototok_kernels.one_forward import OneForward, why_not_one_call
 from prototok_kernels.plan import Plan
 
 # Rows that are decoded together where none of them notices: positions, and logits that are kept.
 _POSITIONS, _LOGITS = 256, 4 << 20
 
-# Layouts that C++ read, by arrangement and length: most decodes are of a few.
-_layouts: dict[tuple[Arrangement, int], Tensor] = {}
-_LAYOUTS_KEPT = 1024
+# Forwards in one call, by model, then by arrangement and length: most decodes are of a few.
+_forwards: WeakKeyDictionary[FrozenLM, dict[tuple[Arrangement, int], OneForward]]
+_forwards = WeakKeyDictionary()
+_FORWARDS_KEPT = 1024
 
 Scores = list[Tensor]  # (R, N) each
 
@@ -97,7 +99,6 @@ def decode_vectors(
             return Decoded(*on_the_host(lm, key, compute, [*inputs, *given]))
 
 
-@torch.no_grad()
 def decode_ids(
     lm: FrozenLM,
     vectors: Tensor,  # (R, slots, d)
@@ -107,27 +108,34 @@ def decode_ids(
     plan: Plan | None = None,
 ) -> Tensor:
     """Run the same forward for its ids (R, N) alone, on the CPU."""
-    plan = plan or lm.plan(len(vectors), arrangement.input_length(length), backend)
+    plan = plan or lm.plan(vectors.shape[0], arrangement.input_length(length), backend)
+    with named_range("decode", lm.device):
+        if plan.decoder.taken != "cpu" and why_not_one_call(plan) is None:
+            # Whatever stands in front of the C++ here is time of a small model's forward.
+            lm.require_unchanged()
+            if vectors.dtype != torch.float32 or not vectors.is_cpu:
+                vectors = vectors.to(lm.device, lm.dtype)
+            ids = _in_one_call(lm, arrangement, length)(vectors)
+            return _of_targets(ids, arrangement, length)
+        return _ids_in_parts(lm, vectors, arrangement, length, backend, plan)
 
+
+@torch.no_grad()
+def _ids_in_parts(
+    lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int, backend: str, plan: Plan
+) -> Tensor:
     def compute(vectors: Tensor, layout: Tensor) -> Scores:
         states = _of_targets(lm.hidden(vectors[:, layout], backend), arrangement, length)
         head = _head(states, lm.body.head, None, plan.head.taken)
         return [head.predicted.view(states.shape[:2])]
 
-    with named_range("decode", lm.device):
-        if plan.decoder.taken == "cpu":
-            ids = _passed(lm, vectors, arrangement, length).ids()
-            return _of_targets(ids, arrangement, length)
-        if why_not_one_call(plan) is None:
-            lm.require_unchanged()
-            assert isinstance(lm.body, DecoderBody)
-            layout = _kept_layout(arrangement, length)
-            ids = lm.body.ids(vectors.to(lm.device, lm.dtype), layout, plan)
-            return _of_targets(ids, arrangement, length)
-        key = ("ids", len(vectors), arrangement, length, backend)
-        with urgent(lm.device):
-            inputs = _inputs(lm, vectors, arrangement, length)
-            return on_the_host(lm, key, compute, inputs)[0]
+    if plan.decoder.taken == "cpu":
+        ids = _passed(lm, vectors, arrangement, length).ids()
+        return _of_targets(ids, arrangement, length)
+    key = ("ids", len(vectors), arrangement, length, backend)
+    with urgent(lm.device):
+        inputs = _inputs(lm, vectors, arrangement, length)
+        return on_the_host(lm, key, compute, inputs)[0]
 
 
 def alone(
@@ -170,15 +178,18 @@ def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
 
 
-def _kept_layout(arrangement: Arrangement, length: int) -> Tensor:
-    """Return the layout for one who only reads it."""
-    layout = _layouts.get((arrangement, length))
-    if layout is None:
-        layout = arrangement.layout(length)
-        # What one of torch's modes makes in its place is of no use outside of it.
-        if type(layout) is Tensor and len(_layouts) < _LAYOUTS_KEPT:
-            _layouts[arrangement, length] = layout
-    return layout
+def _in_one_call(lm: FrozenLM, arrangement: Arrangement, length: int) -> OneForward:
+    """Return the forward of a length, prepared by the first call."""
+    kept = _forwards.get(lm)
+    if kept is None:
+        kept = _forwards.setdefault(lm, {})
+    forward = kept.get((arrangement, length))
+    if forward is None:
+        assert isinstance(lm.body, DecoderBody)
+        forward = lm.body.one_forward(arrangement.layout(length))
+        if len(kept) < _FORWARDS_KEPT:
+            kept[arrangement, length] = forward
+    return forward
 
 
 def _of_targets(positions: Tensor, arrangement: Arrangement, length: int) -> Tensor:

@@ -22,8 +22,7 @@ from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import backend
 from prototok_kernels.backend import EMULATED, _cpu, this_machine
-from prototok_kernels.linear_cross_entropy import packed_head
-from prototok_kernels.one_forward import one_forward, one_forward_ref, why_not_one_call
+from prototok_kernels.one_forward import OneForward, one_forward_ref, why_not_one_call
 from prototok_kernels.views import views
 from zoo import OWN, made
 
@@ -73,7 +72,7 @@ def test_it_gives_the_ids_of_its_parts(name: str, arrangement: str) -> None:
             assert why_not_one_call(plan) is None
             layout = of.layout(length)
             parts = lm.logits(vectors.bfloat16()[:, layout]).argmax(-1)
-            assert torch.equal(lm.body.ids(vectors.bfloat16(), layout, plan), parts)
+            assert torch.equal(lm.body.one_forward(layout)(vectors.bfloat16()), parts)
             found = decode_ids(lm, vectors, of, length, "auto")
             assert torch.equal(found, parts[:, of.offset :])
             scored = decode_vectors(lm, vectors, of, length, None, "auto", as_fitted=True)
@@ -88,7 +87,7 @@ def test_it_gives_the_ids_of_the_reference() -> None:
     ids = torch.tensor(lm.encode("Once upon a time there was a little girl who liked to play."))
     vectors, layout = lm.embed(ids)[None], torch.arange(len(ids))
     tables = lm.body.tables(len(ids))
-    found = lm.body.ids(vectors, layout, lm.plan(1, len(ids)))
+    found = lm.body.one_forward(layout)(vectors)
     blocks, head = lm.body._blocks, lm.body.head
     assert head is not None
     assert torch.equal(found, one_forward_ref(blocks, head, vectors, layout, *tables))
@@ -116,13 +115,15 @@ def test_a_weight_that_changes_is_seen() -> None:
     lm = loaded(NAMES[0])
     body, of = lm.body, Arrangement.parse("e m*")
     assert isinstance(body, DecoderBody) and body.head is not None
-    given = (vectors_of(lm, 1, 2).bfloat16(), of.layout(20), lm.plan(1, 20))
-    before = body.ids(*given)
+    vectors, layout = vectors_of(lm, 1, 2), of.layout(20)
+    forward = body.one_forward(layout)
+    before = forward(vectors)
     flipped = replace(body, head=body.head.flip(0).contiguous())
     with torch.no_grad():
         body.head.copy_(flipped.head)
-    after = body.ids(*given)
-    assert torch.equal(after, flipped.ids(*given)) and not torch.equal(after, before)
+    after = forward(vectors)
+    assert torch.equal(after, flipped.one_forward(layout)(vectors))
+    assert not torch.equal(after, before)
     with torch.no_grad():
         next(lm.source.parameters()).mul_(2)
     with pytest.raises(ValueError, match="were changed since it was loaded"):
@@ -161,24 +162,55 @@ def test_what_it_cannot_take_is_named() -> None:
     lm = loaded(NAMES[0])
     body, layout = lm.body, torch.tensor([0, 1, 1])
     assert isinstance(body, DecoderBody) and body.head is not None
-    vectors, plan, tables = vectors_of(lm, 2, 2).bfloat16(), lm.plan(2, 3), body.tables(3)
-    cpp, head, blocks = body._blocks.packed(tables[0].shape[1]), body.head, body._blocks
-    with pytest.raises(ValueError, match="plan: the blocks do not run as one C"):
-        one_forward(blocks, head, vectors, layout, *tables, lm.plan(2, 3, "torch"))
+    vectors, tables = vectors_of(lm, 2, 2), body.tables(3)
+    ids = torch.empty(2, 3, dtype=torch.int64)
+    head, blocks = body.head, body._blocks
     for wrong in ([0, 2, 1], [0, -1, 1]):
         with pytest.raises(ValueError, match="layout: must be of vectors that there are"):
-            one_forward(blocks, head, vectors, torch.tensor(wrong), *tables, plan)
-    with pytest.raises(ValueError, match="vectors: must be .* of bfloat16"):
-        one_forward(blocks, head, vectors.float(), layout, *tables, plan)
+            OneForward(blocks, head, torch.tensor(wrong), *tables)(vectors)
+    with pytest.raises(ValueError, match="vectors: must be of float32 or bfloat16, saw float64"):
+        OneForward(blocks, head, layout, *tables)(vectors.double())
+    with pytest.raises(ValueError, match="vectors: must be .* of float32"):
+        OneForward(blocks, head, layout, *tables)(vectors[..., 1:])
     with pytest.raises(ValueError, match="cos: must be at least"):
-        one_forward(blocks, head, vectors, layout, *(t[:2] for t in tables), plan)
-    other = packed_head(torch.zeros(8, lm.hidden_size + 2, dtype=torch.bfloat16))
-    ids = torch.empty(2, 3, dtype=torch.int64)
-    named = views(
-        vectors=vectors, layout=layout, cos=tables[0], sin=tables[1], prefix=None, ids=ids
-    )
+        OneForward(blocks, head, layout, *(t[:2] for t in tables))
+    other = torch.zeros(8, lm.hidden_size + 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="head: must be of the blocks' hidden size"):
-        cpp.one_forward(other, **named, tile=1, threads=1)
-    short = views(ids=ids[:, :2].contiguous())
+        OneForward(blocks, other, layout, *tables)
+    cpp, short = OneForward(blocks, head, layout, *tables)._made(), ids[:, :2].contiguous()
     with pytest.raises(ValueError, match="ids: must be"):
-        cpp.one_forward(packed_head(head), **{**named, **short}, tile=1, threads=1)
+        cpp.ids(**views(vectors=vectors, ids=short), tile=1, threads=1)
+    with pytest.raises(ValueError, match="tile: must be at least 1 text"):
+        cpp.ids(**views(vectors=vectors, ids=ids), tile=0, threads=1)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_largest_logit_is_the_first_of_equals(threads: int) -> None:
+    """Equal rows of the head in every thread's share, and logits that are no numbers."""
+    lm = loaded(NAMES[0])
+    body, of = lm.body, Arrangement.parse("e m*")
+    assert isinstance(body, DecoderBody) and body.head is not None
+    layout, few = of.layout(40), body.head[:4].clone()
+    torch.set_num_threads(threads)
+    for size in (66, 512, 1028):  # outputs of the head: more panels than threads, and fewer
+        head = few.repeat(size // 4 + 1, 1)[:size].contiguous()
+        found = replace(body, head=head).one_forward(layout)(vectors_of(lm, 9, 2))
+        assert found.max() < 4
+        assert torch.equal(found, replace(body, head=few).one_forward(layout)(vectors_of(lm, 9, 2)))
+        for nothing in (float("nan"), -float("inf")):
+            none = torch.full_like(head, nothing)
+            assert not replace(body, head=none).one_forward(layout)(vectors_of(lm, 1, 2)).any()
+
+
+@pytest.mark.usefixtures("instructions")
+def test_vectors_are_rounded_as_torch_rounds_them() -> None:
+    lm, of = loaded(NAMES[0]), Arrangement.parse("e m*")
+    assert isinstance(lm.body, DecoderBody)
+    vectors = vectors_of(lm, 4, 2)
+    vectors[0, 0, :3] = torch.tensor([1.00390625, 1.01171875, 1e-39])  # halves, and a denormal
+    forward = lm.body.one_forward(of.layout(24))
+    assert torch.equal(forward(vectors), forward(vectors.bfloat16()))
+    for dtype in (torch.float64, torch.float16):
+        found = decode_ids(lm, vectors.to(dtype), of, 24, "auto")
+        assert torch.equal(found, forward(vectors.to(dtype).bfloat16()))

@@ -18,7 +18,7 @@ from prototok.model.families.rotary import RotaryTables
 from prototok.model.families.upcast import Upcast
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
-from prototok_kernels.one_forward import one_forward
+from prototok_kernels.one_forward import OneForward
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
@@ -106,14 +106,13 @@ class DecoderBody:
         """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
         return self._blocks(inputs_embeds, *self._tables(inputs_embeds.shape[1]), plan)
 
-    def ids(self, vectors: Tensor, layout: Tensor, plan: Plan) -> Tensor:
-        """Return the ids (B, N) of vectors (B, S, d) laid out over N positions, by one C++ call.
+    def one_forward(self, layout: Tensor) -> OneForward:
+        """Prepare the forward from vectors, laid out over N positions, to their ids.
 
-        Raises ValueError for a plan that says otherwise (`why_not_one_call`).
+        Only for plans that `why_not_one_call` says nothing against.
         """
         assert self.head is not None
-        tables = self._tables(len(layout))
-        return one_forward(self._blocks, self.head, vectors, layout, *tables, plan)
+        return OneForward(self._blocks, self.head, layout, *self._tables(len(layout)))
 
     def hidden_of_pair(
         self,
