@@ -8,5 +8,6 @@ PYBIND11_MODULE(_cpu, m) {
         pybind11::arg("name"));
   prototok::bind_ops(m);
   prototok::bind_engines(m);
+  prototok::bind_first_layer(m);
   prototok::bind_products(m);
 }

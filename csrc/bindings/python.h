@@ -76,6 +76,7 @@ using std::int64_t;
 // Each binds its part of the module.
 void bind_ops(py::module_& m);
 void bind_engines(py::module_& m);
+void bind_first_layer(py::module_& m);
 void bind_products(py::module_& m);
 
 inline void require(bool met, const char* sentence) {
