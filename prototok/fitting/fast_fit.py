@@ -5,6 +5,7 @@ Letters: T texts, S seeds, N targets of a text, K leading vectors, d hidden size
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from prototok.common.arguments import batch_size_of, is_count, seed_list
+from prototok.common.shown import count
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
 from prototok.fitting.advice import advice
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import OneForward
-from prototok.fitting.engine.rows import make_groups
+from prototok.fitting.engine.rows import Group, make_groups
 from prototok.fitting.engine.run import FitEvent
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.front import front_of
@@ -71,7 +73,8 @@ def fast_fit(
         texts: strings, ragged lists of token ids, or a LongTensor (T, N). A BOS that the tokenizer
             would put in front is dropped.
         length: cut every text to this many tokens.
-        share: "m" or "e" to have one vector for all texts of a group and all of their seeds.
+        share: "m" or "e" to have one vector for all texts of a group and all of their seeds. Texts
+            that share e must begin with the same token, which is read where there is e alone.
         group_size: texts a group, in the order given; None is one group of all.
         seeds: how many initialisations to fit for each text (0 … seeds − 1), or which ones.
         arrangement: where e and m stand, see `prototok.results.arrangement.Arrangement`.
@@ -137,6 +140,8 @@ def fast_fit(
 
     setup = one_forward(lm, layout, settings, common, backend, rows_at_once)
     groups = make_groups(targets, chosen, share, group_size)
+    if share == "e":
+        _warn_of_unlike(groups, layout)
     if encoder is not None:
         groups = encoder.started(lm, groups, shorter=brought)
     what = "fit" if lm.prefix is None else f"fit behind {in_front}"
@@ -159,6 +164,23 @@ def require_share(share: str | None, arrangement: Arrangement) -> None:
         raise ValueError(f"share: {share!r} is not None, 'm' or 'e'")
     if share == "m" and not arrangement.has_m:
         raise ValueError(f"share: 'm' cannot be shared, arrangement {arrangement.name!r} has none")
+
+
+def _warn_of_unlike(groups: list[Group], arrangement: Arrangement) -> None:
+    """Warn of groups in which e alone would have to give different tokens."""
+
+    def begins(group: Group) -> set[tuple[int, ...]]:
+        alone = min(arrangement.read_before_m(len(row.targets)) for row in group.rows)
+        return {tuple(row.targets[:alone].tolist()) for row in group.rows}
+
+    unlike = sum(len(begins(group)) > 1 for group in groups)
+    if unlike:
+        warnings.warn(
+            f"share: with e shared, the texts of a group must begin alike where e alone is read; "
+            f"in {unlike} of {count(len(groups), 'group')} they do not, so that some cannot come "
+            "back whole",
+            stacklevel=4,
+        )
 
 
 def start_of(init: Init | None) -> Prior | None:

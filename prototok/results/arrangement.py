@@ -71,6 +71,11 @@ class Arrangement:
         """Return L for N targets."""
         return length + self.offset
 
+    def read_before_m(self, length: int) -> int:
+        """Return how many of N targets are read where no m has been: e alone decides them."""
+        before = int((self.layout(length) < self.leading).long().cumprod(0).sum())
+        return max(0, before - self.offset)
+
     def begins_alike(self, length: int, other: int) -> bool:
         """Say whether inputs of these two lengths are the same as far as both go."""
         shorter = min(length, other)

@@ -6,6 +6,7 @@ import pickle
 import pydoc
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,28 @@ def test_shared_vectors_are_stored_once(small_lm: FrozenLM, tmp_path: Path) -> N
     assert torch.equal(
         prototok.decode(small_lm, again.select([2])), prototok.decode(small_lm, again)[4:]
     )
+
+
+@pytest.mark.parametrize(
+    ("texts", "arrangement", "unlike"),
+    [
+        ([[5, 6], [5, 7], [6, 7], [6, 8]], "e m*", None),
+        ([[5, 6], [6, 7], [6, 8], [6, 7]], "e m*", "in 1 of 2 groups"),
+        ([[5, 6], [6, 7], [7, 8], [8, 7]], "e m*+1", None),
+        ([[5, 6, 7], [5, 6, 8], [5, 6, 7], [5, 7, 7]], "e2 m*", "in 1 of 2 groups"),
+        ([[5, 6], [5, 7], [6, 7], [6, 8]], "e*", "in 2 of 2 groups"),
+    ],
+)
+def test_texts_that_share_e_begin_alike(
+    texts: list[list[int]], arrangement: str, unlike: str | None, small_lm: FrozenLM
+) -> None:
+    options = {"share": "e", "group_size": 2, "arrangement": arrangement, "recipe": QUICK}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fast_fit(small_lm, texts, **options)  # type: ignore[arg-type]
+    said = [w for w in seen if str(w.message).startswith("share: with e shared")]
+    assert [w.filename for w in said] == [__file__] * (unlike is not None)
+    assert all(str(unlike) in str(w.message) for w in said)
 
 
 def test_leading_vectors_and_the_one_vector_arrangement(small_lm: FrozenLM, tmp_path: Path) -> None:

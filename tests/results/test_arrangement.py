@@ -35,6 +35,24 @@ def test_layout(name: str, length: int, layout: str) -> None:
     assert len(found) == arrangement.input_length(length)
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "count"),
+    [
+        ("e m*", 4, 1),
+        ("e m*+1", 4, 0),
+        ("e*", 3, 3),
+        ("e* m*", 5, 3),
+        ("(e m)*", 5, 1),
+        ("e3 m*", 5, 3),
+        ("e3 m*", 2, 2),
+        ("e3 m*+2", 4, 1),
+        ("e3 m*+3", 4, 0),
+    ],
+)
+def test_targets_that_e_alone_decides(name: str, length: int, count: int) -> None:
+    assert Arrangement.parse(name).read_before_m(length) == count
+
+
 @pytest.mark.parametrize("name", ["", "m e*", "e m", "e m*+2", "e3 m*+4", "e0 m*", "e100 m*", 3])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^arrangement: .*is not known"):
