@@ -35,6 +35,14 @@ struct Found {
       : best(arena.take<float>(threads * tile)), id(arena.take<std::int64_t>(threads * tile)) {}
 };
 
+// The rows of a tile, `most` at the most, of which a thread has some: alike, so that none waits for
+// another.
+std::int64_t alike(std::int64_t rows, std::int64_t most, int threads) {
+  const std::int64_t share = (rows + threads - 1) / threads;
+  const std::int64_t tiles = (share + most - 1) / most;
+  return (share + tiles - 1) / tiles;
+}
+
 }  // namespace
 
 PackedHead::PackedHead(const bf16* weight, std::int64_t vocabulary, std::int64_t hidden)
@@ -76,10 +84,7 @@ void PackedHead::run(const bf16* hidden, bf16* grad, Head head, std::int64_t til
     parallel_team(threads, [&](const Member& member) { tile_of(0, head.rows, *scratch, member); });
     return;
   }
-  // Tiles of a thread, alike so that none waits for another.
-  const std::int64_t share = (head.rows + threads - 1) / threads;
-  const std::int64_t tiles = (share + tile - 1) / tile;
-  tile = (share + tiles - 1) / tiles;
+  tile = alike(head.rows, tile, threads);
   parallel_rows(head.rows, tile, threads, [&](std::int64_t begin, std::int64_t end) {
     const Scratch<TileScratch> scratch(tile, d);
     tile_of(begin, end, *scratch, Member());
@@ -90,8 +95,7 @@ void PackedHead::argmax(const bf16* hidden, std::int64_t rows, std::int64_t* ids
                         int threads) const {
   const std::int64_t V = to_logits_.outputs(), d = to_logits_.inputs();
   if (!kernels_.pairs->by_outputs || rows > kHeadTile) {
-    const std::int64_t share = (rows + threads - 1) / threads;
-    parallel_rows(rows, std::min(share, kHeadTile), threads,
+    parallel_rows(rows, alike(rows, kHeadTile, threads), threads,
                   [&](std::int64_t begin, std::int64_t end) {
                     const Scratch<ArgmaxScratch> scratch(end - begin);
                     kernels_.pairs->argmax_tile({end - begin, d, hidden + begin * d,
