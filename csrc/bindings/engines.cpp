@@ -230,18 +230,18 @@ void blocks_backward(DecoderBlocks& self, const View& x, const View& qkv, const 
   self.backward(input, of_out, grads, kept, threads);
 }
 
-std::unique_ptr<OneForward> one_forward(const DecoderBlocks& blocks, const PackedHead& head,
-                                        const View& layout, const View& cos, const View& sin,
-                                        const View& prefix) {
+std::unique_ptr<PreparedForward> one_forward(const DecoderBlocks& blocks, const PackedHead& head,
+                                             const View& layout, const View& cos, const View& sin,
+                                             const View& prefix) {
   const int64_t length = layout.sizes<1>()[0];
   const int64_t* at = layout.data<const int64_t>({length});
-  return std::make_unique<OneForward>(
+  return std::make_unique<PreparedForward>(
       blocks, head, blocks_constants(blocks.model(), 1, length, cos, sin, prefix, 0, 1),
       std::vector<int64_t>(at, at + length));
 }
 
-void one_forward_ids(const OneForward& self, const View& vectors, const View& ids, int64_t tile,
-                     Threads threads) {
+void one_forward_ids(const PreparedForward& self, const View& vectors, const View& ids,
+                     int64_t tile, Threads threads) {
   const auto [texts, slots, hidden] = vectors.sizes<3>();
   require(texts >= 1 && tile >= 1, "tile: must be at least 1 text");
   require(slots >= self.fewest_slots(), "layout: must be of vectors that there are");
@@ -295,7 +295,7 @@ void bind_engines(py::module_& m) {
       .def("backward", &blocks_backward, named, "x"_a, "qkv"_a, "z"_a, "grad"_a, "grad_x"_a,
            "grad_qkv"_a, "grad_z"_a, "saved"_a, "cos"_a, "sin"_a, "prefix"_a,
            "first"_a, "tile"_a, "threads"_a);
-  py::class_<OneForward>(m, "OneForward")
+  py::class_<PreparedForward>(m, "PreparedForward")
       .def(py::init(&one_forward), "blocks"_a, "head"_a, named, "layout"_a, "cos"_a, "sin"_a,
            "prefix"_a, py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 5>(),
            py::keep_alive<1, 6>(), py::keep_alive<1, 7>())

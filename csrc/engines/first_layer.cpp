@@ -4,9 +4,7 @@
 #include "targets/dispatch.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 namespace prototok {
@@ -91,8 +89,7 @@ FirstLayer::FirstLayer(const FirstLayer& bare, const FirstLayerPrefix& prefix)
   model_.front.length = prefix.length;
   const FirstLayerSizes size(model_, 1);
   const std::size_t bytes = bytes_of<FirstLayerFront>(size);
-  front_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
-  if (!front_) throw std::bad_alloc();
+  front_ = aligned_bytes(bytes);
   std::memset(front_.get(), 0, bytes);
   Arena arena(front_.get(), bytes);
   const FirstLayerFront& front = model_.front = {arena, size};

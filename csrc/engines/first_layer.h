@@ -139,7 +139,7 @@ class FirstLayer {
   const Kernels& kernels_;
   FirstLayerModel model_;
   std::shared_ptr<FirstLayerPacked> packed_;
-  std::unique_ptr<unsigned char, Free> front_;  // where model_.front lies
+  AlignedBytes front_;  // where model_.front lies
 };
 
 // One text.

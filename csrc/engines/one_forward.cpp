@@ -3,9 +3,6 @@
 #include "simd/arena.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -26,8 +23,8 @@ void copy_vector(const float* from, std::int64_t d, bf16* to) {
 
 }  // namespace
 
-OneForward::OneForward(const DecoderBlocks& blocks, const PackedHead& head,
-                       const BlocksInput& constants, std::vector<std::int64_t> layout)
+PreparedForward::PreparedForward(const DecoderBlocks& blocks, const PackedHead& head,
+                                 const BlocksInput& constants, std::vector<std::int64_t> layout)
     : blocks_(blocks), head_(head), constants_(constants), layout_(std::move(layout)) {
   if (head.hidden() != hidden())
     throw std::invalid_argument("head: must be of the blocks' hidden size");
@@ -38,13 +35,11 @@ OneForward::OneForward(const DecoderBlocks& blocks, const PackedHead& head,
 }
 
 template <class T>
-void OneForward::operator()(const T* vectors, std::int64_t texts, std::int64_t slots,
-                            std::int64_t* ids, std::int64_t tile, int threads) const {
+void PreparedForward::operator()(const T* vectors, std::int64_t texts, std::int64_t slots,
+                                 std::int64_t* ids, std::int64_t tile, int threads) const {
   const std::int64_t N = length(), d = hidden();
   const std::size_t bytes = bytes_of<Between>(texts * N, d);
-  const std::unique_ptr<unsigned char[], Free> memory(
-      static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
-  if (!memory && bytes > 0) throw std::bad_alloc();
+  const AlignedBytes memory = aligned_bytes(bytes);
   Arena arena(memory.get(), bytes);
   const Between between(arena, texts * N, d);
   for (std::int64_t r = 0; r < texts; ++r)
@@ -59,9 +54,9 @@ void OneForward::operator()(const T* vectors, std::int64_t texts, std::int64_t s
   head_.argmax(between.hidden, texts * N, ids, threads);
 }
 
-template void OneForward::operator()(const float*, std::int64_t, std::int64_t, std::int64_t*,
-                                     std::int64_t, int) const;
-template void OneForward::operator()(const bf16*, std::int64_t, std::int64_t, std::int64_t*,
-                                     std::int64_t, int) const;
+template void PreparedForward::operator()(const float*, std::int64_t, std::int64_t, std::int64_t*,
+                                          std::int64_t, int) const;
+template void PreparedForward::operator()(const bf16*, std::int64_t, std::int64_t, std::int64_t*,
+                                          std::int64_t, int) const;
 
 }  // namespace prototok

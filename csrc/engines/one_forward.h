@@ -12,12 +12,12 @@
 
 namespace prototok {
 
-class OneForward {
+class PreparedForward {
  public:
   // `constants`: of any number of texts; what enters is made here. layout (N,): the vector at each
   // position. Blocks, head, and what `constants` points to must live as long.
-  OneForward(const DecoderBlocks& blocks, const PackedHead& head, const BlocksInput& constants,
-             std::vector<std::int64_t> layout);
+  PreparedForward(const DecoderBlocks& blocks, const PackedHead& head,
+                  const BlocksInput& constants, std::vector<std::int64_t> layout);
 
   std::int64_t hidden() const { return blocks_.model().hidden; }
   std::int64_t length() const { return constants_.length; }

@@ -1,8 +1,5 @@
 #include "products/packed_matrix.h"
 
-#include <cstdlib>
-#include <new>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,8 +15,7 @@ PackedMatrix::PackedMatrix(const bf16* weight, std::int64_t outputs, std::int64_
   const std::size_t bytes = std::size_t(panels_padded(outputs) * inputs) * sizeof(bf16);
   const std::size_t page = bytes >= kHugePage / 2 ? kHugePage : 64;
   const std::size_t whole = (bytes + page - 1) / page * page;
-  data_.reset(static_cast<bf16*>(std::aligned_alloc(page, whole)));
-  if (!data_ && bytes > 0) throw std::bad_alloc();
+  data_.reset(reinterpret_cast<bf16*>(aligned_bytes(whole, page).release()));
 #if defined(__linux__)
   // Pages that were in use before are let go first: only memory without any gets large ones. Where
   // either call fails, small pages serve as well.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -13,14 +12,12 @@ namespace {
 constexpr std::size_t kSmallestBlock = std::size_t(1) << 20;
 
 struct Block {
-  std::unique_ptr<unsigned char[], Free> memory;
+  AlignedBytes memory;
   std::size_t bytes = 0, used = 0;
 
   explicit Block(std::size_t wanted)
-      : bytes(std::max(kSmallestBlock, (wanted + 63) / 64 * 64)) {
-    memory.reset(static_cast<unsigned char*>(std::aligned_alloc(64, bytes)));
-    if (!memory) throw std::bad_alloc();
-  }
+      : memory(aligned_bytes(std::max(kSmallestBlock, wanted))),
+        bytes(std::max(kSmallestBlock, wanted)) {}
 };
 
 // A frame must not move while it lasts. So where a block is full another one is added, and when the
@@ -36,6 +33,14 @@ ThreadMemory& thread_memory() {
 }
 
 }  // namespace
+
+AlignedBytes aligned_bytes(std::size_t bytes, std::size_t alignment) {
+  const std::size_t units = std::max<std::size_t>(1, (bytes + alignment - 1) / alignment);
+  const std::size_t whole = units * alignment;
+  AlignedBytes memory(static_cast<unsigned char*>(std::aligned_alloc(alignment, whole)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
 
 ScratchFrame::ScratchFrame(std::size_t bytes) : bytes_(std::max<std::size_t>(64, bytes)) {
   bytes_ = (bytes_ + 63) / 64 * 64;

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 
 namespace prototok {
 
@@ -14,6 +15,10 @@ namespace prototok {
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
+using AlignedBytes = std::unique_ptr<unsigned char[], Free>;
+
+// At least so many bytes, from a multiple of the alignment on; bad_alloc where there are none left.
+AlignedBytes aligned_bytes(std::size_t bytes, std::size_t alignment = 64);
 
 // Hands out pieces of one memory, each on cache lines of its own: a vector across two of them is
 // read at half the speed. Without memory it only counts, and every piece is null.

@@ -22,13 +22,13 @@ from prototok_kernels.views import views
 
 
 def why_not_one_call(plan: Plan) -> str | None:
-    """Return why `OneForward` cannot do what this plan says, or None when it can."""
+    """Return why `PreparedForward` cannot do what this plan says, or None when it can."""
     if plan.blocks.taken != "cpu":
         return "the blocks do not run as one C++ call"
     return None if plan.head.taken == "packed" else "the head is not packed"
 
 
-class OneForward:
+class PreparedForward:
     """The forward of texts of one layout: what is the same for all of them is made once."""
 
     def __init__(
@@ -69,7 +69,7 @@ class OneForward:
         cos, sin = self._tables
         constants = views(layout=self._layout, cos=cos, sin=sin, prefix=self._blocks.prefix)
         blocks = self._blocks.packed(cos.shape[1])
-        return _cpu.OneForward(blocks, packed_head(self._head), **constants)
+        return _cpu.PreparedForward(blocks, packed_head(self._head), **constants)
 
 
 def one_forward_ref(

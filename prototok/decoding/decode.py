@@ -27,14 +27,14 @@ from prototok.results.fit_result import FitResult
 from prototok.results.proto_tokens import ProtoTokens
 from prototok_kernels.decoder import Decoder
 from prototok_kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
-from prototok_kernels.one_forward import OneForward, why_not_one_call
+from prototok_kernels.one_forward import PreparedForward, why_not_one_call
 from prototok_kernels.plan import Plan
 
 # Rows that are decoded together where none of them notices: positions, and logits that are kept.
 _POSITIONS, _LOGITS = 256, 4 << 20
 
 # Forwards in one call, by model, then by arrangement and length: most decodes are of a few.
-_forwards: WeakKeyDictionary[FrozenLM, dict[tuple[Arrangement, int], OneForward]]
+_forwards: WeakKeyDictionary[FrozenLM, dict[tuple[Arrangement, int], PreparedForward]]
 _forwards = WeakKeyDictionary()
 _FORWARDS_KEPT = 1024
 
@@ -178,7 +178,7 @@ def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
 
 
-def _in_one_call(lm: FrozenLM, arrangement: Arrangement, length: int) -> OneForward:
+def _in_one_call(lm: FrozenLM, arrangement: Arrangement, length: int) -> PreparedForward:
     """Return the forward of a length, prepared by the first call."""
     kept = _forwards.get(lm)
     if kept is None:

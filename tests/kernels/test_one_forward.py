@@ -22,7 +22,7 @@ from prototok.model.prefix import Prefix
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import backend
 from prototok_kernels.backend import EMULATED, _cpu, this_machine
-from prototok_kernels.one_forward import OneForward, one_forward_ref, why_not_one_call
+from prototok_kernels.one_forward import PreparedForward, one_forward_ref, why_not_one_call
 from prototok_kernels.views import views
 from zoo import OWN, made
 
@@ -167,17 +167,17 @@ def test_what_it_cannot_take_is_named() -> None:
     head, blocks = body.head, body._blocks
     for wrong in ([0, 2, 1], [0, -1, 1]):
         with pytest.raises(ValueError, match="layout: must be of vectors that there are"):
-            OneForward(blocks, head, torch.tensor(wrong), *tables)(vectors)
+            PreparedForward(blocks, head, torch.tensor(wrong), *tables)(vectors)
     with pytest.raises(ValueError, match="vectors: must be of float32 or bfloat16, saw float64"):
-        OneForward(blocks, head, layout, *tables)(vectors.double())
+        PreparedForward(blocks, head, layout, *tables)(vectors.double())
     with pytest.raises(ValueError, match="vectors: must be .* of float32"):
-        OneForward(blocks, head, layout, *tables)(vectors[..., 1:])
+        PreparedForward(blocks, head, layout, *tables)(vectors[..., 1:])
     with pytest.raises(ValueError, match="cos: must be at least"):
-        OneForward(blocks, head, layout, *(t[:2] for t in tables))
+        PreparedForward(blocks, head, layout, *(t[:2] for t in tables))
     other = torch.zeros(8, lm.hidden_size + 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="head: must be of the blocks' hidden size"):
-        OneForward(blocks, other, layout, *tables)
-    cpp, short = OneForward(blocks, head, layout, *tables)._made(), ids[:, :2].contiguous()
+        PreparedForward(blocks, other, layout, *tables)
+    cpp, short = PreparedForward(blocks, head, layout, *tables)._made(), ids[:, :2].contiguous()
     with pytest.raises(ValueError, match="ids: must be"):
         cpp.ids(**views(vectors=vectors, ids=short), tile=1, threads=1)
     with pytest.raises(ValueError, match="tile: must be at least 1 text"):

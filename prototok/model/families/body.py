@@ -18,7 +18,7 @@ from prototok.model.families.rotary import RotaryTables
 from prototok.model.families.upcast import Upcast
 from prototok_kernels.decoder_blocks import DecoderBlocks
 from prototok_kernels.layers import DecoderLayer
-from prototok_kernels.one_forward import OneForward
+from prototok_kernels.one_forward import PreparedForward
 from prototok_kernels.pair.first_layer import first_layer, first_layer_spanned
 from prototok_kernels.pair.second_layer import second_layer_projections
 from prototok_kernels.plan import Plan, Shape
@@ -106,13 +106,13 @@ class DecoderBody:
         """Map (B, N, d) embeddings to (B, N, d) hidden states behind the last norm."""
         return self._blocks(inputs_embeds, *self._tables(inputs_embeds.shape[1]), plan)
 
-    def one_forward(self, layout: Tensor) -> OneForward:
+    def one_forward(self, layout: Tensor) -> PreparedForward:
         """Prepare the forward from vectors, laid out over N positions, to their ids.
 
         Only for plans that `why_not_one_call` says nothing against.
         """
         assert self.head is not None
-        return OneForward(self._blocks, self.head, layout, *self._tables(len(layout)))
+        return PreparedForward(self._blocks, self.head, layout, *self._tables(len(layout)))
 
     def hidden_of_pair(
         self,
