@@ -113,6 +113,9 @@ class CapacityInterrupted(KeyboardInterrupt):
         super().__init__(f"interrupted with {len(texts)} texts measured")
         self.result, self.texts, self.grown = result, texts, grown
 
+    def __reduce__(self) -> tuple:  # an exception by itself is made again of its message
+        return CapacityInterrupted, (self.result, self.texts, self.grown)
+
 
 @own_world
 def capacity(

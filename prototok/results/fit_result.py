@@ -363,3 +363,6 @@ class FitInterrupted(KeyboardInterrupt):
     def __init__(self, result: FitResult | MemFit | None, texts: list[int]) -> None:
         super().__init__(f"interrupted with {len(texts)} texts fitted")
         self.result, self.texts = result, texts
+
+    def __reduce__(self) -> tuple:  # an exception by itself is made again of its message
+        return FitInterrupted, (self.result, self.texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -168,6 +169,8 @@ def test_in_python_an_interrupt_carries_how_far_it_came(small_lm: prototok.Froze
     with pytest.raises(CapacityInterrupted) as stopped:
         prototok.capacity(small_lm, ids, **given, on_fit=stop)
     assert stopped.value.texts == [seen[2].text] and stopped.value.result.exact.tolist() == [2]
+    other = pickle.loads(pickle.dumps(stopped.value))  # as from another process
+    assert other.texts == stopped.value.texts and len(other.grown) == len(stopped.value.grown)
     seen.clear()
     found = prototok.capacity(small_lm, ids, **given, grown=stopped.value.grown, on_fit=seen.append)
     assert len(seen) == 1

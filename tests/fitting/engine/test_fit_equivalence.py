@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections import defaultdict
 
 import pytest
@@ -231,3 +232,7 @@ def test_interruption_returns_what_had_ended(small_lm: FrozenLM) -> None:
     assert result is not None and 1 <= len(kept) < 6
     assert result.tokens.texts == len(kept)
     assert [ids.tolist() for ids in result.targets] == [texts[t].tolist() for t in kept]
+    other = pickle.loads(pickle.dumps(caught.value))  # as from another process
+    assert other.texts == kept and torch.equal(
+        other.result.tokens.vectors(0), result.tokens.vectors(0)
+    )
