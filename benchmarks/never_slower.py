@@ -32,7 +32,7 @@ from fit_step import (
     model_of,
     quartiles,
 )  # fmt: skip
-from record import RESULTS, provenance, write
+from record import RESULTS, keep, provenance, write
 
 import prototok
 from prototok.common.allocator import keep_freed_memory
@@ -103,8 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             preset, getattr(torch, dtype), rows, length, arguments.rounds, arguments.seconds
         )
         record["cells"].append(found)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        keep(record, out)
         low, middle, high = found["ratio"]
         theirs = found["step_ms"][found["best_loop"]]
         print(

@@ -34,7 +34,7 @@ from fit_step import (
     quartiles,
 )
 from never_slower import PRESETS
-from record import RESULTS, provenance, write
+from record import RESULTS, keep, provenance, write
 
 import prototok
 from prototok.bench.machine import copy_rate
@@ -127,8 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         found = cell(preset, length, arguments.rounds, arguments.seconds, copied)
         record["cells"].append(found)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        keep(record, out)
         low, middle, high = found["share"]
         print(
             f"{preset:12} {length:4} {found['ms']['ours']:9.2f} {found['roofline_ms']:13.2f} "

@@ -42,8 +42,13 @@ def command_line() -> str:
     return shlex.join(["python", str(script), *words])
 
 
-def write(record: dict, path: Path) -> None:
-    """The record as JSON; its path and a last line of JSON are printed."""
+def keep(record: dict, path: Path) -> None:
+    """Write the record as JSON, as after each cell of a long run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def write(record: dict, path: Path) -> None:
+    """Write the record as JSON, and say where."""
+    keep(record, path)
     print(f"\nwritten to {path}")
