@@ -89,7 +89,7 @@ def by_processor(pattern: str) -> dict[str, list[dict]]:
     for path in sorted(RESULTS.glob(pattern)):
         record = json.loads(path.read_text())
         m = record["machine"]
-        instructions = m.get("C++ kernels", "not recorded").split(",")[0]
+        instructions = m.get("C++ kernels", "instructions not recorded").split(",")[0]
         found.setdefault(f"{m['processor']}, {instructions}", []).append(record)
     return found
 
@@ -117,6 +117,21 @@ def fit_step() -> str:
         lines.append(f"| {name} | " + " | ".join(cells.get(p, "–") for p in found) + " |")
     sources = [f"`{r['command']}`: {source(r)}" for records in found.values() for r in records]
     return "\n".join([*lines, "", *sources])
+
+
+def fit_step_short() -> str:
+    """The ratio to the best batched loop alone: models down, processors across."""
+    found = by_processor("fit-step-*.json")
+    rows: dict[str, dict[str, str]] = {}
+    for processor, records in found.items():
+        for r in records:
+            name = f"{r['model'].removesuffix(' (random weights)')}, {r['rows']} × {r['length']}"
+            rows.setdefault(name, {})[processor] = f"{r['ratio']['batched'][1]:.2f}×"
+    short = [p.removeprefix("Intel(R) ").replace("(R) Processor", "") for p in found]
+    lines = ["|model, B × N|" + "|".join(short) + "|", "|---" * (1 + len(found)) + "|"]
+    for name, cells in rows.items():
+        lines.append(f"|{name}|" + "|".join(cells.get(p, "–") for p in found) + "|")
+    return "\n".join(lines)
 
 
 def never_slower() -> str:
@@ -864,7 +879,7 @@ DOCUMENTS = {
     ),
     "docs/reliability.md": (kills, soak),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
-    "README.md": (bench_short,),
+    "README.md": (bench_short, fit_step_short),
     "docs/quickstart.md": (expected,),
     "docs/results.md": (bench, one_forward, reconstruction, table1, fit_step, never_slower, models),
     "docs/claim.md": (ceilings, figure2),
