@@ -262,7 +262,7 @@ def decode(
     Raises:
         ValueError: vectors of another model or tokenizer, or a length that cannot be.
     """
-    require_frozen(lm)
+    require_frozen(lm, sampled=False)  # which would cost a small model some forwards
     tokens = tokens.tokens if isinstance(tokens, FitResult) else tokens
     if not isinstance(tokens, ProtoTokens):
         raise ValueError(f"tokens: {type(tokens).__name__} is not ProtoTokens or a FitResult")

@@ -20,7 +20,7 @@ from prototok.model.families.stock import first_line
 from prototok_kernels.layers import decoder_layer
 from prototok_kernels.residual_norm import residual_norm
 
-_POSITIONS = 16
+_POSITIONS, _MOST = 16, 64
 # Of the largest logit: far above rounding, far below what a missing bias or norm makes.
 _SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
@@ -32,6 +32,11 @@ def require_plain_weights(model: PreTrainedModel, name: str) -> None:
     for key, module in model.named_modules():
         if ".quantized." in type(module).__module__:
             raise ValueError(f"model: {name} is quantised, in {key}; load the unquantised weights")
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"model: {name} has max_norm = {module.max_norm} in {key}, which changes weights "
+                "as they are read; set it to None"
+            )
     for key, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model: {name} has no weights yet, {key} is on the meta device")
@@ -57,7 +62,9 @@ def require_forward(
     Raises:
         ValueError: it takes no vectors, is not causal, or its own forward gives something else.
     """
-    length = min(_POSITIONS, context or _POSITIONS)
+    # Some positions past a sliding window, or nothing would tell whether it is there.
+    length = min(max(_POSITIONS, min(_window(source) + 4, _MOST)), context or _MOST)
+    before = _switches(body)
     with torch.autocast(body_device(body).type, enabled=False):
         if isinstance(body, GeneralBody):
             inputs, logits = _run(body.model, length, name)
@@ -67,7 +74,31 @@ def require_forward(
         _require_causal(logits, name)
         if family is not None:
             _require_same(_own_logits(family, source, inputs[:1]), logits[:1], name)
+    for (key, switch), value in _switches(body).items():
+        if before.get((key, switch)) != value:
+            raise ValueError(
+                f"model: {name} sets {switch} of {key or 'itself'} to {value!r} as it runs, so "
+                "what it computes depends on what it computed before"
+            )
     return inputs.shape[-1], min(logits.shape[-1], len(_table(source)))
+
+
+def _window(model: PreTrainedModel) -> int:
+    """Return the sliding window that a config names, whether or not the model has it; 0: none."""
+    found = getattr(model.config.get_text_config(), "sliding_window", None)
+    return found if isinstance(found, int) else 0
+
+
+def _switches(body: Body) -> dict[tuple[str, str], object]:
+    """Return the attributes of a general body's modules that choose between ways to compute."""
+    if not isinstance(body, GeneralBody):
+        return {}
+    return {
+        (name, key): value
+        for name, module in body.model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, str | bool)
+    }
 
 
 def body_device(body: Body) -> torch.device:

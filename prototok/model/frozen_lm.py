@@ -211,7 +211,8 @@ class FrozenLM:
     def require_unchanged(self, sampled: bool = False) -> None:
         """ValueError if the stored weights were changed in place since they were loaded.
 
-        It counts the changes that torch counts, in microseconds. Those made through `.data` are not
+        It counts the changes that torch counts, in microseconds, and those by torch's optimisers
+        (`in_memory.count_steps`). Those made through `.data`, or by kernels of others, are not
         among them; `sampled` also compares 64 elements of every weight.
         """
         if self._version == version_of(self._weights) and (
@@ -222,6 +223,11 @@ class FrozenLM:
             f"lm: the weights of {self.identity.name} were changed since it was loaded; "
             "load it again"
         )
+
+    def __setstate__(self, state: dict) -> None:
+        """Take over what a copy of another has: its weights are new, and unchanged so far."""
+        self.__dict__.update(state)
+        object.__setattr__(self, "_version", version_of(list(self.source.parameters())))
 
     def has_fingerprint(self, stored: str) -> bool:
         """Return True if `stored`, of whatever version, is the fingerprint of this model."""
@@ -261,11 +267,11 @@ class FrozenLM:
         return found if found is not None else getattr(self.config, "bos_token_id", None)
 
 
-def require_frozen(lm: object) -> None:
+def require_frozen(lm: object, sampled: bool = True) -> None:
     """Raise ValueError unless `lm` is a FrozenLM whose weights are those that were loaded."""
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
-    lm.require_unchanged()
+    lm.require_unchanged(sampled=sampled)
 
 
 def freeze(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +47,20 @@ class ModelIdentity:
 def fingerprint_of(source: PreTrainedModel, changed: str = "") -> str:
     """Hash every weight, rounded to bfloat16, and the settings that change a forward.
 
-    The rounding makes it the same for a checkpoint and for its bfloat16 or float32 copies.
-    `changed` says what else the model does that neither weights nor config show.
+    The rounding makes it the same for a checkpoint and for its bfloat16 or float32 copies. Buffers
+    that a checkpoint holds count as weights do, and rotary frequencies where they are not those of
+    the config. `changed` says what else the model does that neither weights nor config show.
     """
-    parameters = sorted(source.named_parameters())
+    stored = source.state_dict().keys()
+    tensors: list[tuple[str, Tensor]] = sorted(source.named_parameters())
+    tensors += sorted((key, b) for key, b in source.named_buffers() if key in stored)
     with ThreadPoolExecutor() as pool:  # hashing and rounding both let other threads run
-        digests = list(pool.map(_digest, (parameter for _, parameter in parameters)))
+        digests = list(pool.map(_digest, (tensor for _, tensor in tensors)))
     total = hashlib.sha256()
-    for (key, parameter), digest in zip(parameters, digests, strict=True):
-        total.update(f"{key} {tuple(parameter.shape)}".encode() + digest)
+    for (key, tensor), digest in zip(tensors, digests, strict=True):
+        total.update(f"{key} {tuple(tensor.shape)}".encode() + digest)
+    for key, frequencies in _own_frequencies(source):
+        total.update(key.encode() + frequencies.detach().double().cpu().numpy().tobytes())
     total.update(json.dumps(_settings(source.config), sort_keys=True, default=str).encode())
     total.update(changed.encode())
     return _VERSION + total.hexdigest()[:32]
@@ -90,8 +96,28 @@ def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
 def _digest(parameter: Tensor) -> bytes:
     digest = hashlib.sha256()
     for part in parameter.detach().flatten().split(_CHUNK):
-        digest.update(part.bfloat16().cpu().view(torch.int16).numpy())
+        if not part.is_floating_point():
+            digest.update(part.cpu().contiguous().numpy())
+            continue
+        digest.update(part.bfloat16().cpu().contiguous().view(torch.int16).numpy())
     return digest.digest()
+
+
+def _own_frequencies(source: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield rotary frequencies that are not what the config makes, as in a model cast whole."""
+    for name, module in source.named_modules():
+        held = getattr(module, "inv_freq", None)
+        config = getattr(module, "config", None)
+        if not isinstance(held, Tensor) or not isinstance(config, PreTrainedConfig):
+            continue
+        kind: Any = type(module)
+        try:
+            with torch.device("cpu"):
+                made = kind(config=config).inv_freq
+        except (TypeError, ValueError, AttributeError, KeyError):
+            continue  # it is not made of its config alone
+        if made.shape != held.shape or not torch.equal(made.double(), held.detach().cpu().double()):
+            yield f"{name}.inv_freq", held
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:

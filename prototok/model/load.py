@@ -29,10 +29,9 @@ from prototok.common.world import own_world
 from prototok.model import gguf
 from prototok.model.examine import require_forward, require_plain_weights
 from prototok.model.families import DecoderBody, body_of, choose
-from prototok.model.families.general import twin_of_model
-from prototok.model.families.stock import first_line
 from prototok.model.frozen_lm import FrozenLM, context_of, freeze
 from prototok.model.identity import ModelIdentity, fingerprint_of, hash_of_tokenizer
+from prototok.model.in_memory import frozen_twin, unwrapped
 from prototok.model.names import require_known
 
 BUILT_IN = ("tiny-llama", "tiny-neox")
@@ -79,11 +78,11 @@ def load(
     if isinstance(model, torch.nn.Module):
         if revision is not None:
             raise ValueError(f"revision: {revision!r} means nothing for a model already in memory")
-        given = _unwrapped(model)
+        given = unwrapped(model)
         name, resolved = given.config.name_or_path or type(given).__name__, None
         _require_causal_class(given.config, name, *(c.__name__ for c in type(given).__mro__))
         require_plain_weights(given, name)
-        source = _twin(given, name)
+        source = frozen_twin(given, name)
         tokenizer = _tokenizer_of(name, resolved) if Path(name).is_dir() else None
     else:
         name = str(model)
@@ -114,38 +113,6 @@ def load(
     if not isinstance(lm.body, DecoderBody):
         raise ValueError(f"attention: 'flash' is not for {name}, which transformers runs")
     return replace(lm, body=lm.body.flash(), attention="flash")
-
-
-def _unwrapped(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside what `torch.compile`, `DataParallel` or peft made of it."""
-    found: Any = model
-    while not isinstance(found, PreTrainedModel):
-        adapters = getattr(found, "peft_config", None)
-        if isinstance(adapters, dict):
-            if any(getattr(a, "is_prompt_learning", False) for a in adapters.values()):
-                raise ValueError(
-                    f"model: the adapter of this {type(model).__name__} is a learned prompt, which "
-                    "stands outside the model; load the model without it"
-                )
-            found = found.get_base_model()
-            continue
-        inner = getattr(found, "_orig_mod", None) or getattr(found, "module", None)
-        if inner is None:
-            raise ValueError(
-                f"model: {type(model).__name__} is not a transformers model; pass a "
-                "PreTrainedModel, a folder or a hub id"
-            )
-        found = inner
-    return found
-
-
-def _twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    try:
-        return twin_of_model(model)
-    except Exception as error:  # whatever a user's own attributes and hooks raise when copied
-        raise ValueError(
-            f"model: {name} holds something that cannot be copied ({first_line(error)})"
-        ) from error
 
 
 def _require_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:

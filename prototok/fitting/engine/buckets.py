@@ -1,7 +1,7 @@
 """Which groups run together, and how many rows of them at once.
 
 All rows of a forward run at the length of its longest, so groups are put into buckets of similar
-length. Letters: N targets, L input positions.
+length; of one length where a model's rope depends on it. Letters: N targets, L input positions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import forward_backward
+from prototok.model.families.general import GeneralBody
+from prototok.model.frozen_lm import FrozenLM
 
 # Positions a forward from which on more rows make it longer in proportion, by device: what
 # `batch_size="auto"` aims at on the CPU, where more rows also leave the caches, and the most it
@@ -37,7 +39,12 @@ class Bucket:
 def make_buckets(setup: Setup, groups: list[Group]) -> Iterator[Bucket]:
     """Put groups into buckets of similar length, the longest first; sharing groups stay whole."""
     few = _FEW.get(setup.lm.device.type, 0)
-    inputs = setup.inputs
+    inputs, apart = setup.inputs, by_length(setup.lm)
+    if apart and any(len(row.targets) != group.length for group in groups for row in group.rows):
+        raise ValueError(
+            "texts: those that share a vector must be as long as each other on this model, for its "
+            "rope follows the length"
+        )
     queue = sorted(groups, key=lambda group: -group.length)
     while queue:
         length = queue[0].length
@@ -46,12 +53,19 @@ def make_buckets(setup: Setup, groups: list[Group]) -> Iterator[Bucket]:
         enough = min(most, -(-few // positions))
         taken = rows = 0
         while taken < len(queue) and (
-            rows < enough or inputs.input_length(queue[taken].length) >= _SIMILAR * positions
-        ):
+            queue[taken].length == length if apart
+            else rows < enough
+            or inputs.input_length(queue[taken].length) >= _SIMILAR * positions
+        ):  # fmt: skip
             rows += len(queue[taken].rows)
             taken += 1
         yield Bucket(tuple(queue[:taken]), length, min(most, rows))
         queue = queue[taken:]
+
+
+def by_length(lm: FrozenLM) -> bool:
+    """Return True if a row's positions are computed otherwise beside a longer row."""
+    return isinstance(lm.body, GeneralBody) and lm.body.by_length
 
 
 def rows_that_fit(setup: Setup, length: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prototok.common.urgent import on_cuda
+from prototok.model.families.stock import rope_changes
 from prototok_kernels.attention import cudnn_may_fail, without_cudnn
 from prototok_kernels.plan import Plan, Shape
+
+_turning = threading.Lock()
 
 
 class GeneralBody:
@@ -60,7 +65,18 @@ class GeneralBody:
         whole = torch.cat([front, inputs_embeds], dim=1)
         return self._logits(whole)[:, len(self.prefix) :]
 
+    @cached_property
+    def by_length(self) -> bool:
+        """True where a row beside a longer one is computed otherwise, by a rope of that length."""
+        return rope_changes(self.model)
+
     def _logits(self, inputs_embeds: Tensor) -> Tensor:
+        if not self.by_length:
+            return self._computed(inputs_embeds)
+        with _turning:  # a forward writes its angles into the model
+            return self._computed(inputs_embeds)
+
+    def _computed(self, inputs_embeds: Tensor) -> Tensor:
         if cudnn_may_fail(inputs_embeds.shape[1], inputs_embeds.device):
             with without_cudnn():
                 return self._attended(inputs_embeds)
@@ -77,7 +93,8 @@ class GeneralBody:
 
     def hidden_of_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) to logits (B, N, V), by the model's own embedding."""
-        return self.model(input_ids=ids, use_cache=False).logits
+        with _turning if self.by_length else nullcontext():
+            return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -193,6 +210,8 @@ def outside_scale(body: GeneralBody) -> float:
 
     Raises ValueError for a model whose vectors cannot follow its ids.
     """
+    # Of its own modules: what hooks note must not be of another thread's forward.
+    body = GeneralBody(twin_of_model(body.model))
     model, module = body.model, body._module
     device = next(model.parameters()).device
     few = torch.arange(1, min(9, module.weight.shape[0]), device=device)[None]

@@ -85,12 +85,12 @@ def _layer(module: Any, window: int | None, device: torch.device, dtype: torch.d
 def _window(inner: Any, layer: int) -> int | None:
     """Return the sliding window that the model masks a layer with.
 
-    Llama never has one, whatever its config says; Mistral has it in all layers; Qwen names the
-    layers that have it.
+    Llama never has one, whatever its config says; Mistral has it in all layers, whatever types its
+    config gives them; Qwen names the layers that have it.
     """
-    if type(inner).__name__ == "LlamaModel" or inner.config.sliding_window is None:
+    kind, config = type(inner).__name__, inner.config
+    if kind == "LlamaModel" or config.sliding_window is None:
         return None
-    types = getattr(inner.config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
+    if kind != "MistralModel" and config.layer_types[layer] != "sliding_attention":
         return None
-    return int(inner.config.sliding_window)
+    return int(config.sliding_window)

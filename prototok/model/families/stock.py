@@ -54,10 +54,8 @@ def _why_module(module: nn.Module, stock: nn.Module) -> str | None:
         return f"is {_name(module)} where the stock model has {_name(stock)}"
     if "forward" in vars(module):
         return "has a forward of its own"
-    for kind in _HOOKS:
-        for hook in getattr(module, kind).values():
-            if getattr(hook, "__module__", None) not in _HARMLESS:
-                return "has a hook"
+    if has_hooks(module):
+        return "has a hook"
     for kind in ("_parameters", "_buffers"):
         found, expected = (
             {key: tuple(t.shape) for key, t in getattr(m, kind).items() if t is not None}
@@ -74,11 +72,18 @@ def _why_module(module: nn.Module, stock: nn.Module) -> str | None:
         return None
     attributes: dict[str, Any] = vars(module)
     for key, value in vars(stock).items():
-        if key.startswith("_") or key in _SILENT or not isinstance(value, bool | int | float | str):
+        plain = value is None or isinstance(value, bool | int | float | str)
+        if key.startswith("_") or key in _SILENT or not plain:
             continue
         if attributes.get(key) != value:
             return f"has {key} = {attributes.get(key)!r} where the stock model has {value!r}"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if something else than transformers runs before or behind the module."""
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    return any(getattr(hook, "__module__", None) not in _HARMLESS for hook in hooks)
 
 
 def _name(module: nn.Module) -> str:
@@ -100,3 +105,10 @@ def why_not_static(rotary: Any) -> str | None:
     """Return None if one table of angles serves inputs of every length, else why not."""
     kind = rotary.rope_type
     return None if kind in _STATIC_ROPE else f"its rope is {kind!r}, which depends on the length"
+
+
+def rope_changes(model: PreTrainedModel) -> bool:
+    """Return True if a part of the model makes its angles anew by the length of each input."""
+    kinds = (getattr(module, "rope_type", "default") for module in model.modules())
+    found = (k for kind in kinds for k in (kind.values() if isinstance(kind, dict) else (kind,)))
+    return any(kind not in _STATIC_ROPE for kind in found)
