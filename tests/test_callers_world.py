@@ -34,11 +34,23 @@ def gradients_off() -> Iterator[None]:
         torch.set_grad_enabled(before)
 
 
+@contextlib.contextmanager
+def rounded_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 WORLDS: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "set_grad_enabled(False)": gradients_off,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float32 products of bfloat16": rounded_products,
 }
 TEXTS = [[3, 7, 1], [9, 2, 4]]
 RECIPE = Recipe(lr=0.1, max_steps=40, margin=0.2)

@@ -90,14 +90,14 @@ def _window(model: PreTrainedModel) -> int:
 
 
 def _switches(body: Body) -> dict[tuple[str, str], object]:
-    """Return the attributes of a general body's modules that choose between ways to compute."""
+    """Return the attributes of a general body's modules that name a way to compute."""
     if not isinstance(body, GeneralBody):
         return {}
     return {
         (name, key): value
         for name, module in body.model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, str | bool)
+        if isinstance(value, str)
     }
 
 

@@ -104,7 +104,7 @@ def _digest(parameter: Tensor) -> bytes:
 
 
 def _own_frequencies(source: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield rotary frequencies that are not what the config makes, as in a model cast whole."""
+    """Yield rotary frequencies that are not what the config makes, but for their rounding."""
     for name, module in source.named_modules():
         held = getattr(module, "inv_freq", None)
         config = getattr(module, "config", None)
@@ -116,7 +116,7 @@ def _own_frequencies(source: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 made = kind(config=config).inv_freq
         except (TypeError, ValueError, AttributeError, KeyError):
             continue  # it is not made of its config alone
-        if made.shape != held.shape or not torch.equal(made.double(), held.detach().cpu().double()):
+        if not torch.equal(made.to(held.dtype), held.detach().cpu()):
             yield f"{name}.inv_freq", held
 
 

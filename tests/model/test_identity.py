@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 import prototok
 from prototok import FrozenLM, ProtoTokens, Recipe
@@ -100,6 +107,36 @@ def test_what_was_done_to_the_modules_counts() -> None:
     assert fingerprint(model) != fingerprint(small_llama())
 
 
+def test_rotary_frequencies_of_ones_own_count() -> None:
+    model = small_llama()
+    found = fingerprint(model)
+    model.model.rotary_emb.inv_freq *= 1.01
+    assert fingerprint(model) != found
+
+
+def test_buffers_that_a_checkpoint_holds_count() -> None:
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, n_routed_experts=4, num_experts_per_tok=1, n_group=1,
+        topk_group=1, n_shared_experts=1, first_k_dense_replace=1, pad_token_id=0,
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(config).eval()
+    found = fingerprint(model)
+    bias = next(b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    bias += 3.0
+    assert fingerprint(model) != found
+
+
+def test_a_weight_may_lie_apart() -> None:
+    model = small_llama()
+    found = fingerprint(model)
+    apart = torch.stack([model.model.norm.weight.detach()] * 2, dim=1)[:, 0]
+    model.model.norm.weight = nn.Parameter(apart)
+    assert fingerprint(model) == found and fingerprint(model.bfloat16()) == found
+
+
 def fitted(lm: FrozenLM) -> ProtoTokens:
     return prototok.fast_fit(lm, [[3, 4]], recipe=Recipe(max_steps=2), progress=False).tokens
 
@@ -129,14 +166,15 @@ ENTRIES: dict[str, Callable[[FrozenLM, ProtoTokens], object]] = {
 }
 
 
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_model_trained_since_it_was_loaded_is_refused(entry: str) -> None:
+def test_a_model_trained_since_it_was_loaded_is_refused(entry: str, settings: dict) -> None:
     model = small_llama()
     lm = prototok.load(model, device="cpu", dtype="float32")
     tokens = fitted(lm)
     ENTRIES[entry](lm, tokens)
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    torch.optim.AdamW(model.parameters(), lr=0.1, **settings).step()
     with pytest.raises(ValueError, match="^lm: the weights of LlamaForCausalLM were changed since"):
         ENTRIES[entry](lm, tokens)
 
@@ -175,3 +213,27 @@ def test_modules_changed_since_change_nothing() -> None:
         lm.cast(torch.float64).logits(x.double()), exact, rtol=1e-4, atol=1e-4
     )
     assert lm.cast(torch.float64).body.family == "llama"
+
+
+def test_a_change_that_torch_does_not_count_is_noticed_where_a_fit_begins() -> None:
+    model = small_llama()
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    model.model.norm.weight.data.mul_(2.0)
+    with pytest.raises(ValueError, match="^lm: the weights of LlamaForCausalLM were changed since"):
+        fitted(lm)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_is_a_model_of_its_own(how: Callable[[FrozenLM], FrozenLM]) -> None:
+    model = small_llama()
+    model.model.norm.weight.data.mul_(1.0)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.0)  # a count that no copy begins with
+    lm = prototok.load(model, device="cpu", dtype="float32")
+    other, x = how(lm), torch.randn(1, 3, 32)
+    assert torch.equal(other.logits(x), lm.logits(x))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2.0)
+    other.logits(x)
+    with pytest.raises(ValueError, match="were changed since"):
+        lm.logits(x)

@@ -16,6 +16,8 @@ from transformers import (
     AttentionInterface,
     BertConfig,
     BertLMHeadModel,
+    BigBirdConfig,
+    BigBirdForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
     XLNetConfig,
@@ -189,6 +191,87 @@ def test_wrapped_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) ->
     model = small_llama()
     error, family = relative_error(wrap(model), model)
     assert error < 1e-5 and family == "llama"
+
+
+class Negated(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **given: object) -> object:
+        out = self.module(**given)
+        out.logits = -out.logits
+        return out
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    wrapper = nn.DataParallel(model)
+    wrapper.register_forward_hook(lambda module, args, out: None)
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (Negated, "Negated is not a transformers model, nor what torch, peft or deepspeed make"),
+        (hooked, "this DataParallel has a hook, and what is inside it is frozen alone"),
+    ],
+)
+def test_a_wrapper_that_may_compute_something_is_refused(
+    wrap: Callable[[nn.Module], nn.Module], says: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^model: {says}"):
+        prototok.load(wrap(small_llama()))
+
+
+def by_closure(module: nn.Module) -> Callable[..., object]:
+    old = module.forward
+    return lambda *args: old(*args)
+
+
+def by_default(module: nn.Module) -> Callable[..., object]:
+    return lambda x, of=module: type(of).forward(of, x)
+
+
+@pytest.mark.parametrize("patch", [by_closure, by_default])
+def test_a_forward_that_keeps_hold_of_the_users_module_is_refused(
+    patch: Callable[[nn.Module], Callable[..., object]],
+) -> None:
+    model = small_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.forward = patch(mlp)
+    with pytest.raises(ValueError, match="^model: .* forward of model.layers.0.mlp that keeps"):
+        prototok.load(model)
+
+
+def test_a_weight_that_changes_as_it_is_read_is_refused() -> None:
+    model = small_llama()
+    model.model.embed_tokens.max_norm = 0.5
+    before = model.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(ValueError, match="^model: .* has max_norm = 0.5 in model.embed_tokens"):
+        prototok.load(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_a_mixed_peft_model_is_unwrapped() -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.PeftMixedModel(small_llama(), settings).eval()
+    error, family = relative_error(model, model)
+    assert error < 1e-5 and family == "general"
+
+
+def test_a_model_that_chooses_its_attention_by_the_first_text_is_refused() -> None:
+    torch.manual_seed(0)
+    config = BigBirdConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=128, is_decoder=True, block_size=4,
+        num_random_blocks=1,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="^model: .* sets attention_type of bert to 'original_full"
+    ):
+        prototok.load(BigBirdForCausalLM(config).eval(), device="cpu", dtype="float32")
 
 
 def test_a_peft_model_keeps_its_adapter() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import prototok
 from prototok import FrozenLM, Recipe
@@ -110,3 +112,39 @@ def test_results_do_not_depend_on_the_buckets(
     if share is None:
         solved = apart.exact
         assert float((together.steps - apart.steps)[solved].abs().float().mean()) < 3
+
+
+def longrope() -> FrozenLM:
+    """A model whose angles are others for an input of more than 16 positions."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    config = Phi3Config(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        original_max_position_embeddings=16, initializer_range=0.3, pad_token_id=0,
+        rope_parameters=rope,
+    )  # fmt: skip
+    return prototok.load(Phi3ForCausalLM(config).eval(), device="cpu", dtype="float32")
+
+
+def test_texts_of_other_lengths_run_apart_where_the_rope_follows_the_length() -> None:
+    lm, recipe = longrope(), Recipe(lr=0.1, max_steps=30)
+    texts = [list(range(10)), list(range(30, 60))]
+    alone = [prototok.fast_fit(lm, [text], recipe=recipe, progress=False) for text in texts]
+    both = prototok.fast_fit(lm, texts, recipe=recipe, progress=False)
+    for i, fit in enumerate(alone):
+        torch.testing.assert_close(both.tokens.e[i], fit.tokens.e[0])
+    with pytest.raises(ValueError, match="^texts: those that share a vector must be as long"):
+        prototok.fast_fit(lm, texts, share="m", recipe=recipe, progress=False)
+
+
+def test_threads_of_other_lengths_do_not_turn_each_others_rope() -> None:
+    lm, short, long = longrope(), torch.randn(1, 8, 32), torch.randn(1, 40, 32)
+    expected = [lm.logits(x) for x in (short, long)]
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(lm.logits, x) for _ in range(100) for x in (short, long)]
+        wrong = [i for i, f in enumerate(found) if not torch.equal(f.result(), expected[i % 2])]
+    assert not wrong
