@@ -269,7 +269,7 @@ def test_a_model_that_chooses_its_attention_by_the_first_text_is_refused() -> No
         num_random_blocks=1,
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match="^model: .* sets attention_type of bert to 'original_full"
+        ValueError, match="^model: .* sets attention_type of bert to 'orig"
     ):
         prototok.load(BigBirdForCausalLM(config).eval(), device="cpu", dtype="float32")
 
