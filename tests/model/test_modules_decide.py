@@ -268,9 +268,7 @@ def test_a_model_that_chooses_its_attention_by_the_first_text_is_refused() -> No
         intermediate_size=48, max_position_embeddings=128, is_decoder=True, block_size=4,
         num_random_blocks=1,
     )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="^model: .* sets attention_type of bert to 'orig"
-    ):
+    with pytest.raises(ValueError, match="^model: .* sets attention_type of bert to 'orig"):
         prototok.load(BigBirdForCausalLM(config).eval(), device="cpu", dtype="float32")
 
 
