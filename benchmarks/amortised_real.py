@@ -13,6 +13,7 @@ is that of `fast`, and count as solved where they come back whole from a decodin
 model's dtype and in float32. `fast` fits them twice: as it is, without a prior, and from the prior
 that the network starts from. *right* is the share of right tokens after so many updates, of `fast`
 on its way, of the network without AdamW to take over.
+On another processor than that of the record, name another --out.
 The prior is learned from 32 pieces of the training text. It and networks are kept in FOLDER, and
 made only where they are not there; a stage that was interrupted goes on.
 """
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "amortised_real.json")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     lm = prototok.load(asked.model)
@@ -184,7 +186,7 @@ def main() -> None:
     prior = prior_of(lm, pieces, asked.folder)
     optimizer, stages = optimizer_of(lm, pieces, prior, asked)
     model = Path(asked.model).name
-    path = RESULTS / "amortised_real.json"
+    path = asked.out
     record = record_at(path)
     runs: dict[str, dict] = {
         "learned": {"recipe": "learned", "init": optimizer},

@@ -538,6 +538,7 @@ def capacity() -> str:
 # Result files, and what a model's name gets behind it: `fast` of the same prior and processor
 # stands beside each network.
 AMORTISED = {"amortised.json": "", "amortised-amx.json": ", on AMX"}
+AMORTISED_REAL = {"amortised_real.json": "", "amortised_real-amx.json": ", on AMX"}
 PARTS = {"amortised_parts.json": ""}
 
 
@@ -729,17 +730,19 @@ def amortised_texts() -> str:
 
 def amortised_real() -> str:
     """A learned optimiser on a real model, beside `fast` from noise and from the same prior."""
-    cells = sorted(
-        result("amortised_real.json")["cells"].values(),
-        key=lambda c: (c["model"], c["length"], "stages" in c),
+    cells = [
+        (c, where) for name, where in AMORTISED_REAL.items() for c in result(name)["cells"].values()
+    ]
+    cells.sort(
+        key=lambda of: (of[0]["model"], of[0]["length"], of[1], len(of[0].get("stages", ())))
     )
     lines = [
         "| N | recipe | solved | 95 % | steps | 95 % of the median | first right "
         "| tokens right after 4 / 8 / 16 / 32 / 64 |",
         "|---" * 8 + "|",
     ]
-    for c in cells:
-        name, (low, high) = c["recipe"], c["solved_interval"]
+    for c, where in cells:
+        name, (low, high) = c["recipe"] + where, c["solved_interval"]
         if "stages" in c:
             stages = (f"{s['steps']} steps at {s['length']}" for s in c["stages"])
             name += f", {', '.join(stages)}"
@@ -750,7 +753,7 @@ def amortised_real() -> str:
             f"| {c['length']} | {name} | {c['solved']}/{c['texts']} | {low:.2f}–{high:.2f} "
             f"| {steps_of(c['steps_quartiles'])} | {middle} | {first} | {right} |"
         )
-    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
+    sources = {f"`{c['command']}`: {source(c)}": None for c, _ in cells}
     return "\n".join([*lines, "", "\n\n".join(sources)])
 
 
