@@ -68,7 +68,7 @@ def prior(
 ) -> None:
     """Learn where e and m start: for `prototok fit --init`."""
     require_positive(length=length)
-    text = _text_of(book, out)
+    text = _text_of(book, out, "prior")
     from prototok.fitting.learn_shared import learn_shared
     from prototok.model.load import load
 
@@ -99,7 +99,7 @@ def optimizer(
     """Train a network that fits in few updates: for `prototok fit --recipe learned --init`."""
     require_positive(steps=steps)
     grid = _grid_of(lengths)
-    text = _text_of(book, out)
+    text = _text_of(book, out, "optimizer")
     from prototok.fitting.learn_optimizer import learn_optimizer
     from prototok.model.load import load
 
@@ -132,7 +132,7 @@ def encoder(
     """Train a network that says e and m in one pass: for `prototok encode` and `fit --init`."""
     require_positive(steps=steps)
     grid = _grid_of(lengths)
-    text = _text_of(book, out)
+    text = _text_of(book, out, "encoder")
     from prototok.fitting.learn_encoder import learn_encoder
     from prototok.fitting.prior import Prior
     from prototok.model.load import load
@@ -219,10 +219,13 @@ def _grid_of(lengths: str) -> tuple[int, ...]:
     return grid
 
 
-def _text_of(book: Path | None, out: Path) -> str | None:
-    """Return the text of the book; a file that will not do is refused before a model loads."""
-    from prototok.results.tensor_file import is_tensor_file
+def _text_of(book: Path | None, out: Path, what: str) -> str | None:
+    """Return the text of the book; a file that will not do is refused before a model loads.
+
+    `out` may be there where it is `what` is learned: "prior", "optimizer" or "encoder".
+    """
+    from prototok.results.tensor_file import form_of
     from prototok.texts.files import read_text
 
-    try_file(out, "out", lambda head: is_tensor_file(out))
+    try_file(out, "out", lambda head: form_of(out) == f"prototok.{what}")
     return None if book is None else read_text(book)

@@ -53,6 +53,7 @@ def whole(target: Path) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """Write UTF-8 without translating line ends; the file is there whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with whole(target) as temporary:
         temporary.write_bytes(text.encode("utf-8", errors="surrogatepass"))
 
@@ -179,6 +180,14 @@ def try_file(path: Path, name: str, ours: Callable[[bytes], bool]) -> None:
             )
     with contextlib.suppress(_Enough), try_folder(path.parent, name):
         raise _Enough
+
+
+def for_arrow(path: Path) -> str:
+    """Return a path as pyarrow takes it for a file whatever its name.
+
+    It reads a `~` at the beginning as a home, and what stands in front of a `:` as a protocol.
+    """
+    return str(path.absolute())
 
 
 @functools.cache

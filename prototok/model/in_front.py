@@ -52,7 +52,10 @@ def _made(lm: FrozenLM, given: str | Sequence[int] | Tensor) -> Prefix:
                 f"{tuple(given.shape)}"
             )
         return Prefix(given.detach().to("cpu", torch.float32).clone())
-    ids = lm.encode(given) if isinstance(given, str) else _listed(given)
+    try:
+        ids = lm.encode(given) if isinstance(given, str) else _listed(given)
+    except TypeError:  # tokenizers take no half of a surrogate pair
+        raise ValueError(f"prefix: {given!r} is not valid Unicode") from None
     if not ids:
         raise ValueError(f"prefix: {given!r} has no tokens")
     for token in ids:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from prototok.model.families.general import twin_of_model
@@ -85,7 +86,7 @@ def frozen_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
         raise ValueError(
             f"model: {name} holds something that cannot be copied ({first_line(error)})"
         ) from error
-    count_steps()
+    count_steps(model)
     return twin
 
 
@@ -115,12 +116,22 @@ def _within(held: object) -> Iterator[object]:
         yield from (*held.args, *_within(held.func))
 
 
-@functools.cache
-def count_steps() -> None:
-    """Let torch count a step of any of its optimisers as a change of the weights, as it is.
+def count_steps(model: nn.Module) -> None:
+    """Let torch count the steps of its optimisers as changes of these weights, as they are.
 
-    Fused ones change weights and count nothing, so that nobody who shares them could tell.
+    Fused ones change weights and count nothing, so that who shares them could not tell. Weights of
+    others are left alone: fused steps may stand between their forward and its backward.
     """
+    for weight in model.parameters():
+        _counted[weight] = None
+    _begin_to_count()
+
+
+_counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@functools.cache
+def _begin_to_count() -> None:
     register_optimizer_step_post_hook(_count_step)
 
 
@@ -128,5 +139,5 @@ def _count_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     groups: Iterable[dict[str, Any]] = optimizer.param_groups
     for group in groups:
         for weight in group["params"]:
-            if not weight.is_inference():
+            if weight in _counted and not weight.is_inference():
                 increment_version(weight)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from prototok.common.files import flush, is_temporary, remove_orphans, whole
+from prototok.common.files import flush, for_arrow, is_temporary, remove_orphans, whole
 from prototok.common.json import parse_json
 from prototok.common.shown import html_table
 from prototok.common.world import own_world
@@ -171,7 +171,7 @@ class FitResult:
             with whole(folder / _FITS) as fits, whole(folder / _TOKENS) as tokens:
                 self.tokens.save(tokens)
                 table = self._table(_sha256_of(tokens), columns)
-                pq.write_table(table, fits, write_page_checksum=True)
+                pq.write_table(table, for_arrow(fits), write_page_checksum=True)
                 flush(fits)
             remove_orphans(folder)
         except BaseException:
@@ -300,7 +300,7 @@ def require_writable(folder: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return b"prototok" in (pq.read_schema(path).metadata or {})
+        return b"prototok" in (pq.read_schema(for_arrow(path)).metadata or {})
     except (pa.ArrowException, OSError):
         return False
 
@@ -308,7 +308,7 @@ def _is_ours(path: Path) -> bool:
 def _read_table(path: Path, tokens: ProtoTokens) -> pa.Table:
     """Read the rows of the fits, their number and sizes checked against the vectors."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(for_arrow(path), page_checksum_verification=True) as file:
             rows = file.metadata.num_rows
             if rows != len(tokens):
                 raise ValueError(f"folder: {path.parent} has {rows} fits, {len(tokens)} vectors")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prototok.common.arguments import is_integer
-from prototok.common.files import flush, remove_orphans, write_text
+from prototok.common.files import flush, for_arrow, remove_orphans, write_text
 from prototok.common.json import parse_json
 from prototok.results.fit_result import FitResult
 from prototok.results.unfinished import (
@@ -119,7 +119,7 @@ class Shard:
             return pa.table({})
         path = self.folder / _FITS
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(for_arrow(path), page_checksum_verification=True) as file:
                 return file.read()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"shards: {path} could not be read ({error})") from None

@@ -67,8 +67,11 @@ def write_tensors(
         OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
-    if (path.exists() or path.is_symlink()) and not is_tensor_file(path):
-        raise ValueError(f"path: {path} was not written by prototok and is left as it is")
+    if path.exists() or path.is_symlink():
+        if not is_tensor_file(path):
+            raise ValueError(f"path: {path} was not written by prototok and is left as it is")
+        if (there := form_of(path)) != form[0]:
+            raise ValueError(f"path: {path} holds a {there}, no {form[0]}, and is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "format": form[0],

@@ -149,7 +149,7 @@ def settings_of(
     found = dict(getattr(experiment, preset))
     if config is not None:
         found |= read_config(config, experiment.keys)
-    found |= {key: value for key, value in given.items() if value}
+    found |= {key: value for key, value in given.items() if value or value == ""}
     if found.get("prefix") == "none":
         found["prefix"] = None
     return Settings(**found)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prototok.common.files import is_temporary
+from prototok.common.files import for_arrow, is_temporary
 from prototok.common.json import parse_json
 
 
@@ -50,7 +50,7 @@ def read_table(
         ValueError: it is no Parquet file, is damaged, or has other columns.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(for_arrow(path), page_checksum_verification=True) as file:
             if schema is not None and not file.schema_arrow.equals(schema):
                 raise ValueError(f"run: {path} has not the columns that it should have")
             return file.read(columns=columns)
@@ -62,7 +62,9 @@ def read_table(
 
 def table_writer(table: pa.Table) -> Callable[[Path], None]:
     """Return what writes the table to a path, with a checksum a page."""
-    return lambda path: pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+    return lambda path: pq.write_table(
+        table, for_arrow(path), compression="zstd", write_page_checksum=True
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

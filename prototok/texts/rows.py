@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prototok.common.files import for_arrow
 from prototok.common.json import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -69,7 +70,7 @@ def read_rows(path: Path, column: str) -> Iterator[Any]:
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(for_arrow(path)) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"source: {path} has no column {column!r} (it has {names})")

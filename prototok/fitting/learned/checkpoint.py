@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prototok.common.files import try_file
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.identity import ModelIdentity
 from prototok.results.tensor_file import (
     Origin,
     Shapes,
+    is_tensor_file,
     read_tensors,
     require_model,
     write_tensors,
@@ -32,6 +34,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, lm: FrozenLM, provenance: dict[str, str]) -> None:
         self.path, self.lm = Path(path), lm
+        try_file(self.path, "checkpoint", lambda head: is_tensor_file(self.path))
         self.origin = Origin(lm.identity, provenance, lm.prefix)
 
     def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
