@@ -446,3 +446,42 @@ def test_the_page_has_the_figures() -> None:
     assert f"**{sum(counts.values())}**" in page and sum(counts.values()) >= 300
     ids = [param.id for param in CLI_CASES]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", ["a:b", "~", "file:x"])
+def test_a_folder_may_have_any_name(
+    name: str, small_lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = prototok.fast_fit(small_lm, [[3, 4]], recipe=Recipe(max_steps=2), progress=False)
+    fit.save(name)
+    assert (tmp_path / name / "fits.parquet").exists()
+    assert torch.equal(prototok.FitResult.load(name).tokens.e, fit.tokens.e)
+
+
+def test_vectors_are_not_replaced_by_something_else(small_lm: FrozenLM, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    fit = prototok.fast_fit(small_lm, [[3, 4]], recipe=Recipe(max_steps=2), progress=False)
+    fit.tokens.save(path)
+    fit.tokens.save(path)
+    prior = prototok.Prior(torch.zeros(2, 32), torch.ones(2, 32), None, small_lm.identity)
+    with pytest.raises(ValueError, match="holds a prototok.proto_tokens, no prototok.prior"):
+        prior.save(path)
+    assert torch.equal(prototok.ProtoTokens.load(path).e, fit.tokens.e)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(
+    small_lm: FrozenLM, tmp_path: Path
+) -> None:
+    (tmp_path / "book.txt").write_text("no folder")
+    start = prototok.Prior(torch.zeros(2, 32), torch.ones(2, 32), None, small_lm.identity)
+    with pytest.raises(ValueError, match="^checkpoint: "):
+        prototok.learn_optimizer(
+            small_lm, [[5, 6, 7, 8]], lengths=(2,), steps=10**6, prior=start,
+            checkpoint=tmp_path / "book.txt" / "x", progress=False,
+        )  # fmt: skip
+
+
+def test_a_prefix_that_is_no_unicode_is_one_sentence(tiny_lm: FrozenLM) -> None:
+    with pytest.raises(ValueError, match="^prefix: .* is not valid Unicode"):
+        prototok.fast_fit(tiny_lm, ["a b"], prefix="\ud800", progress=False)
