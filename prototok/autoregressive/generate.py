@@ -53,7 +53,7 @@ def generate(
     Raises:
         ValueError: an argument that cannot be met; "engine" for a model of the general family.
     """
-    require_frozen(lm)
+    require_frozen(lm, sampled=False)  # which would cost a small model some tokens
     if cache not in CACHES:
         raise ValueError(
             f"cache: {cache!r} is not one of {', '.join(map(repr, CACHES))}" + hint(cache, CACHES)

@@ -268,7 +268,10 @@ class FrozenLM:
 
 
 def require_frozen(lm: object, sampled: bool = True) -> None:
-    """Raise ValueError unless `lm` is a FrozenLM whose weights are those that were loaded."""
+    """Raise ValueError unless `lm` is a FrozenLM whose weights are those that were loaded.
+
+    `sampled` as in `FrozenLM.require_unchanged`, which reads weights back to the host.
+    """
     if not isinstance(lm, FrozenLM):
         raise ValueError(f"lm: {type(lm).__name__} is not a FrozenLM; see prototok.load")
     lm.require_unchanged(sampled=sampled)
