@@ -114,7 +114,7 @@ def _own_frequencies(source: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         try:
             with torch.device("cpu"):
                 made = kind(config=config).inv_freq
-        except (TypeError, ValueError, AttributeError, KeyError):
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError):
             continue  # it is not made of its config alone
         if not torch.equal(made.to(held.dtype), held.detach().cpu()):
             yield f"{name}.inv_freq", held

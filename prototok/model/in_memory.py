@@ -90,21 +90,27 @@ def frozen_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return twin
 
 
-def _held_by(function: object) -> Iterator[object]:
+def _held_by(function: object, seen: tuple[object, ...] = ()) -> Iterator[object]:
     """Yield what a function still refers to when it is copied, which a plain function never is.
 
     That is its closure, its defaults and the globals that it names. A bound method and a partial
     are copied with what they are of, so these are not among it.
     """
+    if any(function is one for one in seen):  # one that calls itself
+        return
+    seen = (*seen, function)
     if isinstance(function, functools.partial):
-        yield from _held_by(function.func)
+        yield from _held_by(function.func, seen)
     elif isinstance(function, types.MethodType):
-        yield from _held_by(function.__func__)
+        yield from _held_by(function.__func__, seen)
     elif isinstance(function, types.FunctionType):
-        of = inspect.getclosurevars(function)
+        try:
+            of = inspect.getclosurevars(function)
+        except ValueError:  # a name of its closure has no value yet
+            return
         for held in (*of.nonlocals.values(), *(function.__defaults__ or ())):
             yield from (held, *_within(held))
-            yield from _held_by(held)
+            yield from _held_by(held, seen)
         for held in of.globals.values():
             yield from (held, *_within(held))
 

@@ -233,7 +233,14 @@ def by_default(module: nn.Module) -> Callable[..., object]:
     return lambda x, of=module: type(of).forward(of, x)
 
 
-@pytest.mark.parametrize("patch", [by_closure, by_default])
+def by_itself(module: nn.Module) -> Callable[..., object]:
+    def forward(x: Tensor, again: bool = True) -> object:
+        return forward(x, False) if again else module.down_proj(x)
+
+    return forward
+
+
+@pytest.mark.parametrize("patch", [by_closure, by_default, by_itself])
 def test_a_forward_that_keeps_hold_of_the_users_module_is_refused(
     patch: Callable[[nn.Module], Callable[..., object]],
 ) -> None:
