@@ -55,11 +55,6 @@ OWN = {
     "mistral, window shorter than the text": lambda: MistralForCausalLM(
         MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5)
     ),
-    "mistral, types that it does not read": lambda: MistralForCausalLM(
-        MistralConfig(
-            **SIZES, num_key_value_heads=2, sliding_window=20, layer_types=["full_attention"] * 3
-        )
-    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
     "qwen2, window in the upper layers": lambda: Qwen2ForCausalLM(
         Qwen2Config(

@@ -19,6 +19,8 @@ from transformers import (
     BigBirdConfig,
     BigBirdForCausalLM,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     XLNetConfig,
     XLNetLMHeadModel,
@@ -26,7 +28,7 @@ from transformers import (
 
 import prototok
 from support import small_llama
-from zoo import OWN, made, neox
+from zoo import OWN, SIZES, made, neox
 
 
 def relative_error(model: nn.Module, source: PreTrainedModel) -> tuple[float, str]:
@@ -182,6 +184,17 @@ def test_the_comparison_leaves_the_weights_as_they_are() -> None:
     assert all(p.dtype == torch.bfloat16 for p in lm.source.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.source.modules())
     assert lm.embedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_mistral_slides_in_layers_that_its_config_calls_full() -> None:
+    """Not one of the zoo: transformers generates from no such model."""
+    torch.manual_seed(0)
+    types = ["full_attention"] * SIZES["num_hidden_layers"]
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20, layer_types=types)
+    model = MistralForCausalLM(config).eval()
+    lm, x = prototok.load(model, device="cpu", dtype="float32"), torch.randn(2, 48, 48)
+    assert lm.body.family == "llama"
+    torch.testing.assert_close(lm.logits(x), model(inputs_embeds=x, use_cache=False).logits)
 
 
 @pytest.mark.parametrize(
