@@ -16,8 +16,6 @@ from prototok.fitting.engine.rows import Group, Row
 from prototok.fitting.engine.setup import Setup
 from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.engine.step import forward_backward
-from prototok.model.families.general import GeneralBody
-from prototok.model.frozen_lm import FrozenLM
 
 # Positions a forward from which on more rows make it longer in proportion, by device: what
 # `batch_size="auto"` aims at on the CPU, where more rows also leave the caches, and the most it
@@ -39,7 +37,7 @@ class Bucket:
 def make_buckets(setup: Setup, groups: list[Group]) -> Iterator[Bucket]:
     """Put groups into buckets of similar length, the longest first; sharing groups stay whole."""
     few = _FEW.get(setup.lm.device.type, 0)
-    inputs, apart = setup.inputs, by_length(setup.lm)
+    inputs, apart = setup.inputs, setup.lm.body.by_length
     if apart and any(len(row.targets) != group.length for group in groups for row in group.rows):
         raise ValueError(
             "texts: those that share a vector must be as long as each other on this model, for its "
@@ -61,11 +59,6 @@ def make_buckets(setup: Setup, groups: list[Group]) -> Iterator[Bucket]:
             taken += 1
         yield Bucket(tuple(queue[:taken]), length, min(most, rows))
         queue = queue[taken:]
-
-
-def by_length(lm: FrozenLM) -> bool:
-    """Return True if a row's positions are computed otherwise beside a longer row."""
-    return isinstance(lm.body, GeneralBody) and lm.body.by_length
 
 
 def rows_that_fit(setup: Setup, length: int) -> int:

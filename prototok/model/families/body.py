@@ -49,6 +49,7 @@ class DecoderBody:
     bare: DecoderBody | None = None  # the same without a prefix
 
     reason = "its own forward"
+    by_length = False  # its rope follows no length
 
     def __repr__(self) -> str:
         return f"DecoderBody({self.family}, {len(self.layers)} blocks)"

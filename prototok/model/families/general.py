@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -70,17 +70,14 @@ class GeneralBody:
         """True where a row beside a longer one is computed otherwise, by a rope of that length."""
         return rope_changes(self.model)
 
-    def _logits(self, inputs_embeds: Tensor) -> Tensor:
-        if not self.by_length:
-            return self._computed(inputs_embeds)
-        with _turning:  # a forward writes its angles into the model
-            return self._computed(inputs_embeds)
+    def _turn(self) -> AbstractContextManager[object]:
+        """One thread at a time where a forward writes its angles into the model."""
+        return _turning if self.by_length else nullcontext()
 
-    def _computed(self, inputs_embeds: Tensor) -> Tensor:
-        if cudnn_may_fail(inputs_embeds.shape[1], inputs_embeds.device):
-            with without_cudnn():
-                return self._attended(inputs_embeds)
-        return self._attended(inputs_embeds)
+    def _logits(self, inputs_embeds: Tensor) -> Tensor:
+        may_fail = cudnn_may_fail(inputs_embeds.shape[1], inputs_embeds.device)
+        with self._turn(), without_cudnn() if may_fail else nullcontext():
+            return self._attended(inputs_embeds)
 
     def _attended(self, inputs_embeds: Tensor) -> Tensor:
         if not on_cuda(inputs_embeds.device) or not self._takes_mask:
@@ -93,7 +90,7 @@ class GeneralBody:
 
     def hidden_of_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) to logits (B, N, V), by the model's own embedding."""
-        with _turning if self.by_length else nullcontext():
+        with self._turn():
             return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
