@@ -68,9 +68,9 @@ def write_tensors(
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        if not is_tensor_file(path):
+        if (there := form_of(path)) is None:
             raise ValueError(f"path: {path} was not written by prototok and is left as it is")
-        if (there := form_of(path)) != form[0]:
+        if there != form[0]:
             raise ValueError(f"path: {path} holds a {there}, no {form[0]}, and is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
