@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -100,21 +101,21 @@ def ratio_of(quartiles: list[float]) -> str:
 
 
 def fit_step() -> str:
-    skipped = " (work that is skipped counts)"
     found = by_processor("fit-step-*.json")
-    rows: dict[str, dict[str, str]] = {}
-    for processor, records in found.items():
-        for r in records:
-            name = f"{r['model']}, {r['rows']} × {r['length']}, {r['dtype']}"
-            rows.setdefault(name, {})[processor] = (
-                f"{ratio_of(r['ratio']['batched'])}; batch 1 {r['ratio']['paper'][1]:.2f}×; "
-                f"{r['step_ms']['ours']:.0f} ms for {r['step_ms']['batched']:.0f}; "
-                f"MFU {100 * r['mfu']['ours']:.0f} %{skipped if r['mfu']['ours'] > 1 else ''}"
-                + ("" if "attention" in r else "; the loop with fused attention alone")
-            )
-    lines = ["| model, B × N | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
-    for name, cells in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cells.get(p, "–") for p in found) + " |")
+
+    def name(r: dict) -> str:
+        return f"{r['model']}, {r['rows']} × {r['length']}, {r['dtype']}"
+
+    def cell(r: dict) -> str:
+        skipped = " (work that is skipped counts)" if r["mfu"]["ours"] > 1 else ""
+        return (
+            f"{ratio_of(r['ratio']['batched'])}; batch 1 {r['ratio']['paper'][1]:.2f}×; "
+            f"{r['step_ms']['ours']:.0f} ms for {r['step_ms']['batched']:.0f}; "
+            f"MFU {100 * r['mfu']['ours']:.0f} %{skipped}"
+            + ("" if "attention" in r else "; the loop with fused attention alone")
+        )
+
+    lines = steps_table(found, list(found), name, cell)
     sources = [f"`{r['command']}`: {source(r)}" for records in found.values() for r in records]
     return "\n".join([*lines, "", *sources])
 
@@ -122,16 +123,28 @@ def fit_step() -> str:
 def fit_step_short() -> str:
     """The ratio to the best batched loop alone: models down, processors across."""
     found = by_processor("fit-step-*.json")
+
+    def name(r: dict) -> str:
+        return f"{r['model'].removesuffix(' (random weights)')}, {r['rows']} × {r['length']}"
+
+    short = [p.removeprefix("Intel(R) ").replace("(R) Processor", "") for p in found]
+    lines = steps_table(found, short, name, lambda r: f"{r['ratio']['batched'][1]:.2f}×")
+    return "\n".join(lines)
+
+
+def steps_table(
+    found: dict[str, list[dict]], titles: list[str], name: Callable[[dict], str],
+    cell: Callable[[dict], str],
+) -> list[str]:  # fmt: skip
+    """The lines of a table, models down, processors across."""
     rows: dict[str, dict[str, str]] = {}
     for processor, records in found.items():
         for r in records:
-            name = f"{r['model'].removesuffix(' (random weights)')}, {r['rows']} × {r['length']}"
-            rows.setdefault(name, {})[processor] = f"{r['ratio']['batched'][1]:.2f}×"
-    short = [p.removeprefix("Intel(R) ").replace("(R) Processor", "") for p in found]
-    lines = ["|model, B × N|" + "|".join(short) + "|", "|---" * (1 + len(found)) + "|"]
-    for name, cells in rows.items():
-        lines.append(f"|{name}|" + "|".join(cells.get(p, "–") for p in found) + "|")
-    return "\n".join(lines)
+            rows.setdefault(name(r), {})[processor] = cell(r)
+    lines = ["|model, B × N|" + "|".join(titles) + "|", "|---" * (1 + len(found)) + "|"]
+    return lines + [
+        f"|{of}|" + "|".join(cells.get(p, "–") for p in found) + "|" for of, cells in rows.items()
+    ]
 
 
 def never_slower() -> str:
