@@ -273,14 +273,6 @@ def test_a_weight_that_changes_as_it_is_read_is_refused() -> None:
     assert torch.equal(model.model.embed_tokens.weight, before)
 
 
-def test_a_mixed_peft_model_is_unwrapped() -> None:
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peft.PeftMixedModel(small_llama(), settings).eval()
-    error, family = relative_error(model, model)
-    assert error < 1e-5 and family == "general"
-
-
 def test_a_model_that_chooses_its_attention_by_the_first_text_is_refused() -> None:
     torch.manual_seed(0)
     config = BigBirdConfig(
@@ -292,12 +284,17 @@ def test_a_model_that_chooses_its_attention_by_the_first_text_is_refused() -> No
         prototok.load(BigBirdForCausalLM(config).eval(), device="cpu", dtype="float32")
 
 
-def test_a_peft_model_keeps_its_adapter() -> None:
+@pytest.mark.parametrize("kind", ["get_peft_model", "PeftMixedModel"])
+def test_a_peft_model_keeps_its_adapter(kind: str) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(small_llama(), settings).eval()
+    model = getattr(peft, kind)(small_llama(), settings).eval()
     error, family = relative_error(model, model)
     assert error < 1e-5 and family == "general"
+
+
+def test_a_learned_prompt_is_refused() -> None:
+    peft = pytest.importorskip("peft")
     prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="^model: the adapter of this PeftModelForCausalLM is a"):
         prototok.load(peft.get_peft_model(small_llama(), prompt))
