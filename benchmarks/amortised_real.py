@@ -13,7 +13,8 @@ is that of `fast`, and count as solved where they come back whole from a decodin
 model's dtype and in float32. `fast` fits them twice: as it is, without a prior, and from the prior
 that the network starts from. *right* is the share of right tokens after so many updates, of `fast`
 on its way, of the network without AdamW to take over.
-On another processor than that of the record, name another --out.
+On another processor than that of the record, name another --out. Whoever has looked at results
+before deciding on a stage judges it on other windows of the same texts: --between.
 The prior is learned from 32 pieces of the training text. It and networks are kept in FOLDER, and
 made only where they are not there; a stage that was interrupted goes on.
 """
@@ -95,11 +96,11 @@ def optimizer_of(
 
 
 def held_out(
-    lm: FrozenLM, files: list[Path], pieces: Tensor, length: int, count: int
+    lm: FrozenLM, pieces: Tensor, length: int, asked: argparse.Namespace
 ) -> list[list[int]]:
-    """Return `count` windows of each file that occur in none of the pieces, spread over it."""
-    found = [unseen(lm, read_text(file), pieces, length, count) for file in files]
-    return [window for windows in found for window in windows.tolist()]
+    """Return windows of each text that occur in none of the pieces, spread over it."""
+    found = [unseen(lm, read_text(file), pieces, length, 2 * asked.count) for file in asked.text]
+    return [window for windows in found for window in windows[int(asked.between) :: 2].tolist()]
 
 
 class Watch:
@@ -175,8 +176,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="of training, one a stage")
     parser.add_argument("--nears", type=float, nargs="+", help="0 = not held; one a stage")
     parser.add_argument("--reach", type=int, default=0)
-    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="to judge at")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[], help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")
+    parser.add_argument("--between", action="store_true", help="judge on as many other windows")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=RESULTS / "amortised_real.json")
     asked = parser.parse_args()
@@ -195,9 +197,9 @@ def main() -> None:
     }
     trained = "; ".join(f"{s['length']} for {s['steps']} steps" for s in stages)
     for length in asked.lengths:
-        texts = held_out(lm, asked.text, pieces, length, asked.count)
+        texts = held_out(lm, pieces, length, asked)
         for name, options in runs.items():
-            key = f"{model} {length} {name}"
+            key = f"{model} {length} {name}" + (", other windows" if asked.between else "")
             if name == "learned":
                 key += f", trained at {trained}"
             elif key in record["cells"]:
@@ -206,7 +208,7 @@ def main() -> None:
             if name == "learned":
                 cell |= {"stages": stages, "reach": asked.reach, "training_pieces": len(pieces)}
                 cell["right"] = alone(lm, texts, optimizer)
-            cell |= {"model": model, "length": length, "recipe": name}
+            cell |= {"model": model, "length": length, "recipe": name, "other": asked.between}
             record["cells"][key] = cell | provenance()
             save(record, path)
             print(f"{key}: {cell['solved']}/{cell['texts']} solved, steps "

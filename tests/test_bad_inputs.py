@@ -5,8 +5,11 @@ docs/reliability.md shows how many there are of each class; a test here keeps it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +24,18 @@ import prototok
 from prototok import FrozenLM, Recipe, autoregressive
 from prototok.cli import main
 from prototok.geometry.paths import BezierSettings
+from prototok.geometry.robustness import noisy
 from prototok.geometry.vectors import nearest_tokens, pca
 from prototok.sweep.run_folder import RunFolder
+from prototok.texts.files import read_text
 from prototok.texts.sources import Source
 from support import small_llama
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 NAN, INF = float("nan"), float("inf")
-NO_COUNTS: tuple[Any, ...] = (0, -1, 1.5, "3", True, NAN, [1], {})
+HUGE = 1 << 70  # neither a tensor nor a column of a table takes it
+NO_COUNTS: tuple[Any, ...] = (0, -1, 1.5, "3", True, NAN, HUGE, [1], {})
+NO_SEEDS: tuple[Any, ...] = (1.5, "3", True, None, HUGE, -HUGE)
 NO_TEXTS: tuple[Any, ...] = (
     [], "one string", b"bytes", 7, None, [""], [None], [[]], [[1.5]], [[True]], [[-1]], [[97]],
     [[1 << 40]], [{"a": 1}], np.zeros((1, 1, 1), int), torch.tensor(3), [object()], {"a": 1},
@@ -100,6 +107,10 @@ def nearest(**options: Any) -> object:
     return nearest_tokens(**({"lm": lm(), "vectors": torch.zeros(1, 32)} | options))
 
 
+def shaken(**options: Any) -> object:
+    return noisy(**({"tokens": fitted().tokens, "level": 0.1} | options))
+
+
 def components(**options: Any) -> object:
     return pca(**({"vectors": torch.randn(4, 3)} | options))
 
@@ -130,7 +141,8 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "fast_fit": fit, "fit_stream": fit_stream, "decode": decode, "information": information,
     "capacity": capacity,
     "learn_shared": learn_shared, "autoregressive.fit": mem, "autoregressive.generate": generate,
-    "interpolate": interpolate, "connect": connect, "nearest_tokens": nearest, "pca": components,
+    "interpolate": interpolate, "connect": connect, "nearest_tokens": nearest, "noisy": shaken,
+    "pca": components,
     "learn_optimizer": learn_optimizer, "learn_encoder": learn_encoder, "export": export,
     "load": load, "Recipe": Recipe, "BezierSettings": BezierSettings, "Source": Source,
 }  # fmt: skip
@@ -140,24 +152,24 @@ Table = dict[str, dict[str, dict[str, tuple[Any, ...]]]]
 API: Table = {
     "numbers that count nothing": {
         "fast_fit": {
-            "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6],
+            "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:7],
             "max_steps": NO_COUNTS,
         },
         "learn_optimizer": {"steps": NO_COUNTS, "positions": NO_COUNTS, "horizon": NO_COUNTS},
         "learn_encoder": {"steps": NO_COUNTS},
         "fit_stream": {
             "length": NO_COUNTS, "shard": (*NO_COUNTS, None), "batch_size": NO_COUNTS,
-            "seeds": NO_COUNTS[:6],
+            "seeds": NO_COUNTS[:7],
         },
         "decode": {"length": NO_COUNTS, "batch_size": NO_COUNTS},
         "information": {"length": NO_COUNTS},
-        "capacity": {"batch_size": NO_COUNTS, "restarts": (-1, 1.5, "3", True, NAN)},
+        "capacity": {"batch_size": NO_COUNTS, "restarts": (-1, 1.5, "3", True, NAN, HUGE)},
         "learn_shared": {
             "length": NO_COUNTS, "steps": NO_COUNTS, "batch_size": NO_COUNTS,
-            "prefix": (0, -1, True),
+            "prefix": (0, -1, True, HUGE),
         },
         "autoregressive.fit": {
-            "k": NO_COUNTS, "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:6],
+            "k": NO_COUNTS, "length": NO_COUNTS, "batch_size": NO_COUNTS, "seeds": NO_COUNTS[:7],
         },
         "autoregressive.generate": {"length": NO_COUNTS},
         "interpolate": {"points": NO_COUNTS, "batch_size": NO_COUNTS},
@@ -188,7 +200,7 @@ API: Table = {
     "models that are none": {
         name: {"lm": NO_MODELS}
         for name in FUNCTIONS
-        if name not in ("load", "pca", "export", "Recipe", "BezierSettings", "Source")
+        if name not in ("load", "pca", "noisy", "export", "Recipe", "BezierSettings", "Source")
     },
     "backends that are none": {
         name: {"backend": NO_BACKENDS}
@@ -202,9 +214,11 @@ API: Table = {
         "fast_fit": {"recipe": NO_RECIPES}, "capacity": {"recipe": NO_RECIPES},
         "autoregressive.fit": {"recipe": NO_RECIPES},
         "Recipe": {
-            "lr": (0, -1, NAN, INF, "1", None), "betas": ((0.9,), (0.9, 1.0), 3, "ab", (NAN, 0.9)),
+            "lr": (0, -1, NAN, INF, "1", None, 10**400),
+            "betas": ((0.9,), (0.9, 1.0), 3, "ab", (NAN, 0.9)),
             "eps": (0, NAN, "1"), "weight_decay": (-1, NAN, "1"), "schedule": ("linear", None, 3),
-            "cycle": (0, 1.5, "3"), "warmup": (-1, 1.5, "3"), "init_std": (0, NAN, None),
+            "cycle": (0, 1.5, "3", HUGE), "warmup": (-1, 1.5, "3", HUGE),
+            "init_std": (0, NAN, None),
             "prior_rate": (0, NAN, "1"), "m_rate": (-1, NAN), "temperature": (0, INF, "1"),
             "max_steps": NO_COUNTS, "patience": NO_COUNTS, "accuracy": (0, 1.1, NAN, "1", None),
             "lr_width": NO_COUNTS, "cycle_tokens": NO_COUNTS,
@@ -217,7 +231,7 @@ API: Table = {
         "fast_fit": {
             "share": ("both", "", 3, True), "arrangement": ("m e*", "", None, 3, "e0 m*", "e m*+9"),
             "group_size": (1, 0), "init": ("prior", 3),
-            "seeds": ([], [1, 1], [1.5], ["a"], None, {}),
+            "seeds": ([], [1, 1], [1.5], ["a"], None, {}, [HUGE]),
         },
         "fit_stream": {
             "arrangement": ("m e*", "", None, 3), "init": ("prior", 3), "share": ("m",),
@@ -235,12 +249,17 @@ API: Table = {
             "pairs": ([(0, 9)], [(0, 0)], [(0,)], "ab", 3, []), "fit": (None, 3),
             "settings": ("fast", 3),
         },
-        "BezierSettings": {"lr": (0, -1, NAN, "1"), "betas": (3, (2, 3), (0.9,), "ab")},
+        "BezierSettings": {
+            "lr": (0, -1, NAN, "1"), "betas": (3, (2, 3), (0.9,), "ab"), "seed": NO_SEEDS,
+        },
         "capacity": {"init": ("prior", 3)},
         "learn_optimizer": {
-            "prior": ("x", 3), "rate": (0, "1"), "near": (-1, "1"), "lengths": (3, ()),
+            "prior": ("x", 3), "rate": (0, "1"), "near": (-1, "1"), "lengths": (3, (), (HUGE,)),
+            "reach": (-1, 1.5, HUGE), "seed": NO_SEEDS,
         },
-        "learn_encoder": {"prior": ("x", 3), "lengths": (3, ())},
+        "learn_encoder": {"prior": ("x", 3), "lengths": (3, ()), "seed": NO_SEEDS},
+        "nearest_tokens": {"seed": NO_SEEDS},
+        "noisy": {"seed": NO_SEEDS, "level": (-1, "1", NAN, None), "vectors": ("x", None)},
         "export": {"format": ("x", None, 3, ["npz"])},
         "Source": {
             "kind": ("web", "folder", "dataset", "generated", ""), "words": ((1, 2), (3, 2)),
@@ -302,7 +321,8 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         (*FIT, "--model", "tiny-lama"), (*FIT, "--model", "no/where"), (*FIT, "--model", "full"),
         (*FIT, "--model", ""), (*FIT, "--device", "tpu"), (*FIT, "--device", "cuda:99"),
         (*FIT, "--dtype", "float7"), (*FIT, "--dtype", "int8"), (*FIT, "--revision", "main"),
-        (*FIT, "--resume", "--overwrite"),
+        (*FIT, "--resume", "--overwrite"), (*FIT, "--max-steps", str(HUGE)),
+        (*FIT, "--seeds", str(HUGE)), (*FIT, "--prefix", "\udcff"), ("fit", "/dev/null", "-o", "F"),
     ],
     "prototok dataset": [
         ("dataset",), ("dataset", "book.txt"), ("dataset", "none.txt", "-o", "F"),
@@ -315,6 +335,7 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         (*DATASET, "--arrangement", "m e*"), (*DATASET, "--batch-size", "0"),
         (*DATASET, "--model", "tiny-lama"), (*DATASET, "--device", "tpu"),
         (*DATASET, "--init", "none"), (*DATASET, "--resume", "--overwrite"),
+        (*DATASET, "--shard", str(HUGE)), (*DATASET, "--limit", str(HUGE)),
     ],
     "prototok decode": [
         ("decode",), ("decode", "none"), ("decode", "full"), ("decode", "book.txt"),
@@ -361,7 +382,7 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         (*SWEEP, "--source", "dataset:none.parquet"), (*SWEEP, "--source", "dataset:bad.parquet"),
         (*SWEEP, "--source", "dataset:bad.jsonl"), (*SWEEP, "--source", "generated"),
         (*SWEEP, "--source", "generated:generated:held-out"), (*SWEEP, "--source", "random:none"),
-        (*SWEEP, "--source", "random", "--source", "random"),
+        (*SWEEP, "--source", "random", "--source", "random"), (*SWEEP, "--prefix", "\udcff"),
         ("sweep", "run", "none"), ("sweep", "run", "full"),
         ("sweep", "run", "run", "--shard", "2/2"), ("sweep", "run", "run", "--shard", "x"),
         ("sweep", "run", "run", "--shard", "-1/2"),
@@ -485,3 +506,28 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(
 def test_a_prefix_that_is_no_unicode_is_one_sentence(tiny_lm: FrozenLM) -> None:
     with pytest.raises(ValueError, match="^prefix: .* is not valid Unicode"):
         prototok.fast_fit(tiny_lm, ["a b"], prefix="\ud800", progress=False)
+
+
+def test_vectors_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    broken = dataclasses.replace(fitted().tokens, m=fitted().tokens.m * NAN)
+    with pytest.raises(ValueError, match=r"^m: .* not finite; .*x\.safetensors is not written"):
+        broken.save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_book_may_come_through_a_pipe() -> None:
+    read, write = os.pipe()
+    os.write(write, b"A book.")
+    os.close(write)
+    assert read_text(f"/dev/fd/{read}") == "A book."
+    os.close(read)
+
+
+def test_text_goes_nowhere_where_stdout_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_lm: FrozenLM
+) -> None:
+    prototok.fast_fit(tiny_lm, ["a b"], recipe=Recipe(max_steps=1)).save(tmp_path / "F")
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["decode", str(tmp_path / "F"), "--device", "cpu"])
+    assert ended.value.code in (None, 0, 3)

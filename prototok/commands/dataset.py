@@ -59,7 +59,7 @@ def dataset(
         length=length, limit=limit, shard=shard, seeds=seeds, max_steps=max_steps,
         batch_size=batch_size,
     )  # fmt: skip
-    files = files_of(sources)
+    files = files_of(sources, out)
     _keep_caches_small()
     from prototok.fitting.recipe import recipe_of
     from prototok.results.arrangement import Arrangement

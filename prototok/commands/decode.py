@@ -60,7 +60,7 @@ def decode(
 
 def _print_text(text: str) -> None:
     """Print a text, and say on stderr what the terminal cannot show of it."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: stdout is closed
     shown = text.encode(encoding, errors="replace").decode(encoding)
     print(shown)
     if shown != text:

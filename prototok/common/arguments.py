@@ -10,13 +10,20 @@ from typing import Any, TypeGuard
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return True for an int or what stands for one, such as np.int64; False for a truth value."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """Return True for an int or what stands for one, such as np.int64; False for a truth value.
+
+    Also False for one that 64 bits do not hold: neither tensors nor columns could take it.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return False
+    return -(1 << 63) <= int(value) < 1 << 63
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return True for a finite real number; False for a truth value."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return True for a finite real number; False for a truth value, or a huge integer."""
+    if isinstance(value, numbers.Integral):
+        return is_integer(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def is_betas(value: object) -> TypeGuard[tuple[float, float]]:
@@ -34,6 +41,21 @@ def plain_number(value: float) -> float:
 def is_count(value: object) -> TypeGuard[int]:
     """Return True if `value` is a positive integer."""
     return is_integer(value) and value >= 1
+
+
+def is_unicode(text: str) -> bool:
+    """Return False for text with half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_seed(seed: object) -> None:
+    """Raise ValueError unless `seed` is one that a generator takes."""
+    if not is_integer(seed):
+        raise ValueError(f"seed: {seed!r} is not a 64-bit integer")
 
 
 def nearest(value: object, known: Iterable[str]) -> str | None:

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from prototok.common.arguments import is_count
+
 Model = Annotated[str, typer.Option(help="Hub id, folder, tiny-llama or tiny-neox.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32, …")]
@@ -45,9 +47,9 @@ def cannot_go_on(out: Path, error: OSError, kept: str) -> typer.Exit:
 
 
 def require_positive(**values: int | None) -> None:
-    """Raise ValueError where an option that was given is less than 1."""
+    """Raise ValueError where an option that was given is less than 1, or huge."""
     for name, value in values.items():
-        if value is not None and value < 1:
+        if value is not None and not is_count(value):
             raise ValueError(f"{name}: {value} is not a positive integer")
 
 

@@ -119,7 +119,7 @@ class Recipe:
             if value is None and name in ("patience", "cycle", "cycle_tokens", "lr_width"):
                 continue
             if not is_integer(value) or value < least:
-                raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
+                raise ValueError(f"{name}: {value!r} is not a 64-bit integer of at least {least}")
         # Results store them as JSON, which numpy's numbers are not.
         for name in vars(self):
             if is_number(value := getattr(self, name)):

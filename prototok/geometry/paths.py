@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_betas, is_count, is_integer, is_number
+from prototok.common.arguments import is_betas, is_count, is_integer, is_number, require_seed
 from prototok.common.shown import shapes
 from prototok.common.world import own_world
 from prototok.fitting.engine.inputs import OneForward
@@ -78,6 +78,7 @@ class BezierSettings:
         for name in ("max_steps", "samples", "check_every"):
             if not is_count(getattr(self, name)):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive integer")
+        require_seed(self.seed)
         if not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"lr: {self.lr!r} is not a positive number")
         if not is_betas(self.betas):

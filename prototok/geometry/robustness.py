@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import hint
+from prototok.common.arguments import hint, is_number, require_seed
 from prototok.common.shown import shapes
 from prototok.decoding.decode import decode
 from prototok.model.families.general import GeneralBody
@@ -65,8 +65,9 @@ def noisy(tokens: ProtoTokens, level: float, seed: int = 0, vectors: str = "e") 
 
     `vectors` is "e", "m" or "both", here and in `rounded`.
     """
-    if not level >= 0:
+    if not (is_number(level) and level >= 0):
         raise ValueError(f"level: {level!r} is negative or not a number")
+    require_seed(seed)
     generator = torch.Generator().manual_seed(seed)
 
     def shaken(x: Tensor) -> Tensor:

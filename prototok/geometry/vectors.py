@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count
+from prototok.common.arguments import is_count, require_seed
 from prototok.common.shown import shapes
 from prototok.geometry.distances import cosine_distances
 from prototok.model.frozen_lm import FrozenLM, require_frozen
@@ -59,6 +59,7 @@ def nearest_tokens(lm: FrozenLM, vectors: Tensor, k: int = 5, seed: int = 0) -> 
     _require_width(lm, vectors)
     if not is_count(k) or k > lm.vocab_size:
         raise ValueError(f"k: {k!r} is not an integer in 1 … {lm.vocab_size}")
+    require_seed(seed)
     table = lm.embedding.float()
     found = cosine_distances(vectors.to(table.device), table).topk(k, largest=False)
     generator = torch.Generator().manual_seed(seed)

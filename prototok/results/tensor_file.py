@@ -63,10 +63,14 @@ def write_tensors(
         fields: what else the header has.
 
     Raises:
-        ValueError: something else than a file of ours is in the way.
+        ValueError: something else than a file of ours is in the way, or a vector is not finite.
         OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
+    given = {**tensors, **prefix_tensors(origin.prefix)}
+    stored = {name: t.contiguous() for name, t in given.items() if t is not None}
+    if broken := _not_finite(stored):
+        raise ValueError(f"{broken}: it has values that are not finite; {path} is not written")
     if path.exists() or path.is_symlink():
         if (there := form_of(path)) is None:
             raise ValueError(f"path: {path} was not written by prototok and is left as it is")
@@ -81,8 +85,6 @@ def write_tensors(
         "provenance": origin.provenance,
         **prefix_header(origin.prefix),
     }
-    given = {**tensors, **prefix_tensors(origin.prefix)}
-    stored = {name: t.contiguous() for name, t in given.items() if t is not None}
     with whole(path) as temporary:
         try:
             save_file(stored, temporary, metadata={KEY: json.dumps(header)})
@@ -127,10 +129,15 @@ def read_tensors(
             tensors = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from error
-    for name, stored in tensors.items():
-        if name in _VECTORS and not bool(torch.isfinite(stored).all()):
-            raise ValueError(f"path: {path} holds values in {name} that are not finite")
+    if broken := _not_finite(tensors):
+        raise ValueError(f"path: {path} holds values in {broken} that are not finite")
     return header, tensors, Origin(model, provenance, prefix_in(header, tensors))
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return which of the vectors is not finite; None where all are."""
+    vectors = (name for name in _VECTORS if name in tensors)
+    return next((name for name in vectors if not bool(torch.isfinite(tensors[name]).all())), None)
 
 
 def _identity_of(header: dict) -> ModelIdentity:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from prototok.common.arguments import hint, is_count, is_integer, nearest
+from prototok.common.arguments import hint, is_count, is_integer, is_unicode, nearest
 from prototok.fitting.recipe import Recipe, recipe_of
 from prototok.model.load import dtype_of
 from prototok.results.arrangement import Arrangement
@@ -89,6 +89,12 @@ class Settings:
         for share in self.share:
             if share not in (None, "m", "e"):
                 raise ValueError(f"share: {shown(share)} is not none, m or e")
+        of_sources = [text for source in self.sources for text in (source.name, source.path)]
+        texts = {"prefix": [self.prefix], "model": self.models, "source": of_sources}
+        for name, values in texts.items():
+            for value in values:
+                if isinstance(value, str) and not is_unicode(value):
+                    raise ValueError(f"{name}: {value!r} is not valid Unicode")
         if isinstance(self.prefix, tuple) and not all(type(token) is int for token in self.prefix):
             raise ValueError(f"prefix: {shown(self.prefix)} is not text, token ids, none or auto")
         if self.recipe not in ("fast", "paper"):
@@ -98,7 +104,7 @@ class Settings:
             )
         dtype_of(self.dtype, torch.device("cpu"))
         if not is_integer(self.text_seed):
-            raise ValueError(f"text_seed: {shown(self.text_seed)} is not an integer")
+            raise ValueError(f"text_seed: {shown(self.text_seed)} is not a 64-bit integer")
         fields = [f.name for f in dataclasses.fields(Recipe)]
         require_known(self.changes, fields, "recipe")
         if recipe_of_unit(self.recipe, self.changes).learned:

@@ -21,7 +21,7 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"text: {path} is a folder, not a file")
-    if not path.is_file():
+    if not path.exists():
         around = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, around)
         meant = f"; did you mean {str(path.with_name(near))!r}?" if near else ""

@@ -28,13 +28,16 @@ class Unreadable:
     why: str
 
 
-def files_of(patterns: Sequence[str]) -> list[Path]:
+def files_of(patterns: Sequence[str], out: Path) -> list[Path]:
     """Return the files that paths and globs name, those of a glob or a folder in order of name.
+
+    Those in the folder `out` are left out: they are what is written of the others.
 
     Raises:
         ValueError: one of them names no file, or one that ends in none of `SUFFIXES`.
     """
     found: list[Path] = []
+    written = out.resolve()
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
@@ -42,6 +45,7 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
         else:
             names = [pattern] if path.is_file() else sorted(glob.glob(pattern, recursive=True))
             files = [Path(name) for name in names if Path(name).is_file()]
+        files = [file for file in files if written not in file.resolve().parents]
         if not files:
             raise ValueError(f"source: {pattern} names no file (of {', '.join(SUFFIXES)})")
         found += files

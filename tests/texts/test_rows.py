@@ -19,14 +19,17 @@ def test_files_are_named_by_path_folder_and_glob(
     Path("d/inner").mkdir(parents=True)
     for name in ("d/b.txt", "d/a.jsonl", "d/inner/c.parquet", "d/readme.md", "[x].txt"):
         Path(name).write_text("")
-    assert [str(p) for p in files_of(["d"])] == ["d/a.jsonl", "d/b.txt", "d/inner/c.parquet"]
-    assert [str(p) for p in files_of(["d/*.txt", "d/a.jsonl"])] == ["d/b.txt", "d/a.jsonl"]
-    assert [str(p) for p in files_of(["[x].txt"])] == ["[x].txt"]  # a file, before a pattern
+    out = Path("out")
+    assert [str(p) for p in files_of(["d"], out)] == ["d/a.jsonl", "d/b.txt", "d/inner/c.parquet"]
+    assert [str(p) for p in files_of(["d/*.txt", "d/a.jsonl"], out)] == ["d/b.txt", "d/a.jsonl"]
+    assert [str(p) for p in files_of(["[x].txt"], out)] == ["[x].txt"]  # a file, before a pattern
+    # What is written of a folder is not read as a part of it when the command goes on.
+    assert [str(p) for p in files_of(["d"], Path("d/inner"))] == ["d/a.jsonl", "d/b.txt"]
     for pattern, says in (
         ("none.txt", "names no file"), ("d/*.csv", "names no file"), ("d/readme.md", "ends in"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^source: .*{says}"):
-            files_of([pattern])
+            files_of([pattern], out)
 
 
 def test_rows_keep_their_places(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from prototok.common.arguments import is_count, is_integer, listed_items
+from prototok.common.arguments import is_count, listed_items, require_seed
 from prototok.common.memory import held
 from prototok.common.progress import Progress
 from prototok.common.version import VERSION
@@ -116,8 +116,7 @@ def require_training(lengths: Sequence[int], steps: int, seed: int) -> list[int]
     """Return the lengths that are trained at; ValueError where one of these cannot be."""
     if not is_count(steps):
         raise ValueError(f"steps: {steps!r} is not a positive integer")
-    if not is_integer(seed):
-        raise ValueError(f"seed: {seed!r} is not an integer")
+    require_seed(seed)
     grid = listed_items(lengths)
     if not grid or not all(map(is_count, grid)) or grid != sorted(set(grid)):
         raise ValueError(f"lengths: {lengths!r} is not a rising list of positive integers")
