@@ -56,7 +56,7 @@ def prior_of(lm: FrozenLM, folder: Path) -> Prior:
     """Return the prior in the package or in the folder; learned where there is none."""
     path = folder / "prior.safetensors"
     if not path.exists():
-        (shipped(Prior, lm) or prototok.learn_shared(lm, progress=True)).save(path)
+        (shipped(Prior, lm) or prototok.learn_shared(lm, seeds=8, progress=True)).save(path)
     return Prior.load(path)
 
 

@@ -188,7 +188,7 @@ def prior_of(lm: FrozenLM, path: Path, cell: Cell) -> Prior | None:
     if not cell.prior:
         return None
     if not path.exists():
-        prototok.learn_shared(lm, progress=True).save(path)
+        prototok.learn_shared(lm, seeds=1, progress=True).save(path)
     return Prior.load(path)
 
 

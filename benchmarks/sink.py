@@ -117,7 +117,7 @@ def main() -> None:
         if not path.exists():
             own = own_texts(lm, a.learn_texts, a.length)
             prior = prototok.learn_shared(
-                lm, own, length=a.length, prefix=count, steps=a.learn_steps, progress=True
+                lm, own, length=a.length, prefix=count, steps=a.learn_steps, seeds=1, progress=True
             )
             prior.save(path)
         prior = prototok.Prior.load(path)

@@ -60,7 +60,7 @@ def starts(lm: FrozenLM, model: str, own: Path, shared: Path | None) -> Iterator
     for length in LENGTHS:
         yield Start(None, None, "no prior", length)
     for learned_on, texts in sources(lm, model, own, shared):
-        prior = prototok.learn_shared(lm, texts, length=LEARNED_AT, progress=False)
+        prior = prototok.learn_shared(lm, texts, length=LEARNED_AT, seeds=1, progress=False)
         for length in LENGTHS if texts is None else (MODELS[model][1],):
             for m in ARMS:
                 yield Start(learned_on, prior, m, length)

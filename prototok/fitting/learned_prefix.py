@@ -48,11 +48,12 @@ def learn_prefix(
     backend: str,
     batch_size: int | None = None,
     progress: bool | None = None,
+    seed: int = 0,
 ) -> Joint:
     """Fit [p_1 … p_P, e, m, …, m] to all texts at once: one p and one m, an e for each text.
 
     p starts as the first `count` tokens of the texts, one after the other; e and m start as
-    `recipe` says.
+    `recipe` says, from the noise of `seed`.
 
     Raises ValueError where the model's context has no room for P + N positions, and where a number
     did not stay finite.
@@ -65,7 +66,7 @@ def learn_prefix(
             f"prefix: {count} vectors and {ids.shape[1]} tokens need {count + ids.shape[1]} "
             f"positions, {lm.identity.name} has {lm.context}"
         )
-    (group,) = make_groups(targets, [0], "m", None)
+    (group,) = make_groups(targets, [seed], "m", None)
     e, m = initial_vectors(group, 1, lm.hidden_size, recipe.init_std)
     first = torch.cat(targets)[torch.arange(count, device="cpu") % sum(map(len, targets))]
     prefix = lm.cast(torch.float32).embed(first)[None]  # (1, P, d)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import prototok
@@ -102,6 +103,27 @@ def test_shorter_texts_where_one_m_cannot_carry_them(small_lm: FrozenLM) -> None
     assert length_of(steps=1, length=5) == "5"
 
 
+def test_kept_is_the_seed_that_texts_are_fitted_soonest_from(small_lm: FrozenLM) -> None:
+    texts = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 3, 1, 2]]
+
+    def learned(seeds: int | list[int]) -> Prior:
+        return prototok.learn_shared(
+            small_lm, texts, length=4, steps=30, seeds=seeds, progress=False
+        )
+
+    best = learned([2, 0, 1])
+    updates = [float(u) for u in best.provenance["updates from each"].split(", ")]
+    assert len(set(updates)) == 3
+    for seed, of in zip((2, 0, 1), updates, strict=True):
+        alone = learned([seed])
+        assert "seed" not in alone.provenance
+        fit = prototok.fast_fit(small_lm, texts, init=alone, max_steps=300, prefix=alone.prefix)
+        taken = torch.where(fit.exact, fit.steps, 300).double().clamp_min(1)
+        assert float(taken.log().mean().exp()) == pytest.approx(of, abs=0.1)
+        kept = best.provenance["seed"] == str(seed)
+        assert kept == (of == min(updates)) == torch.equal(best.mean, alone.mean)
+
+
 def test_file_round_trip(prior: Prior, tmp_path: Path) -> None:
     path = tmp_path / "prior.safetensors"
     prior.save(path)
@@ -124,8 +146,13 @@ def test_other_files_are_refused(prior: Prior, tmp_path: Path) -> None:
     dataclasses.replace(prior, std=prior.std[:, :-1]).save(path)
     with pytest.raises(ValueError, match="std is F32"):
         Prior.load(path)
-    dataclasses.replace(prior, mean=prior.mean / 0).save(path)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="^mean: it has values that are not finite"):
+        dataclasses.replace(prior, mean=prior.mean / 0).save(path)
+    prior.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"mean": tensors["mean"] / 0}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="holds values in mean that are not finite"):
         Prior.load(path)
 
 
