@@ -62,12 +62,13 @@ def prior(
     model: Model = "tiny-llama",
     book: Book = None,
     length: Annotated[int | None, typer.Option(help="Tokens a text; default: what fits.")] = None,
+    seeds: Annotated[int, typer.Option(help="Of the noise; kept is what fits best.")] = 4,
     prefix: Annotated[str, typer.Option(help=PREFIX)] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Learn where e and m start: for `prototok fit --init`."""
-    require_positive(length=length)
+    require_positive(length=length, seeds=seeds)
     text = _text_of(book, out, "prior")
     from prototok.fitting.learn_shared import learn_shared
     from prototok.model.load import load
@@ -77,7 +78,9 @@ def prior(
     whole = _pieces(lm, text, cut, cut, 32)
     if whole == []:
         raise ValueError(f"book: {book} has fewer than {cut} tokens")
-    found = learn_shared(lm, whole, length=length, prefix=front_asked(prefix), progress=True)
+    found = learn_shared(
+        lm, whole, length=length, seeds=seeds, prefix=front_asked(prefix), progress=True
+    )
     found.save(out)
     say(f"a prior of {lm.identity.name} at {found.provenance['length']} tokens; written to {out}")
 
