@@ -61,7 +61,7 @@ def prior_of(lm: FrozenLM, pieces: Tensor, folder: Path) -> Prior:
     path = folder / "prior.safetensors"
     if not path.exists():
         few = pieces[:: len(pieces) // 32][:32]
-        prototok.learn_shared(lm, few, length=8, steps=150, progress=True).save(path)
+        prototok.learn_shared(lm, few, length=8, steps=150, seeds=6, progress=True).save(path)
     return Prior.load(path)
 
 
@@ -70,6 +70,8 @@ def optimizer_of(
 ) -> tuple[LearnedOptimizer, list[dict]]:
     """Return what all stages end with, and what each was."""
     name, trained, stages = f"optimizer-{asked.reach}", None, []
+    if asked.begin is not None:
+        name, trained = f"{name}-begun", LearnedOptimizer.load(asked.begin)
     none = [None] * len(asked.stage)
     for (length, steps, positions, horizon), rate, near in zip(
         asked.stage, asked.rates or none, asked.nears or none, strict=True
@@ -81,7 +83,7 @@ def optimizer_of(
             start = time.process_time()
             prototok.learn_optimizer(
                 lm, pieces, lengths=(length,), reach=asked.reach, steps=steps, positions=positions,
-                horizon=horizon, rate=rate, near=near, prior=prior if trained is None else None,
+                horizon=horizon, rate=rate, near=near, prior=None if stages else prior,
                 init=trained, checkpoint=asked.folder / f"{name}.training.safetensors",
                 progress=True,
             ).save(path)  # fmt: skip
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", help="of training, one a stage")
     parser.add_argument("--nears", type=float, nargs="+", help="0 = not held; one a stage")
     parser.add_argument("--reach", type=int, default=0)
+    parser.add_argument("--begin", type=Path, help="a network to go on from, at the prior's start")
     parser.add_argument("--lengths", type=int, nargs="*", default=[], help="to judge at")
     parser.add_argument("--count", type=int, default=16, help="windows of each text")
     parser.add_argument("--between", action="store_true", help="judge on as many other windows")
@@ -196,6 +199,9 @@ def main() -> None:
         "fast from the prior": {"init": prior},
     }
     trained = "; ".join(f"{s['length']} for {s['steps']} steps" for s in stages)
+    begun = None if asked.begin is None else asked.begin.stem
+    if begun is not None:
+        trained += f", begun with {begun}"
     for length in asked.lengths:
         texts = held_out(lm, pieces, length, asked)
         for name, options in runs.items():
@@ -206,7 +212,10 @@ def main() -> None:
                 continue  # the same for every network
             cell = fitted(lm, texts, asked.text, **options)
             if name == "learned":
-                cell |= {"stages": stages, "reach": asked.reach, "training_pieces": len(pieces)}
+                cell |= {
+                    "stages": stages, "begun": begun, "reach": asked.reach,
+                    "training_pieces": len(pieces),
+                }  # fmt: skip
                 cell["right"] = alone(lm, texts, optimizer)
             cell |= {"model": model, "length": length, "recipe": name, "other": asked.between}
             record["cells"][key] = cell | provenance()

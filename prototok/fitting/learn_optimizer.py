@@ -76,12 +76,13 @@ def learn_optimizer(
             further out it leads, but from there AdamW finds it hard to go on. So it helps where the
             network by itself solves next to none and a good fit ends near by, as 2 does at 16
             tokens on a model of a few million weights; elsewhere it costs updates.
-        prior: where fits start, from `learn_shared`; None: what comes with a built-in model, or
-            `learn_shared(lm)`.
+        prior: where fits start, from `learn_shared`; None: where those of an optimiser in init do,
+            or what comes with a built-in model, or `learn_shared(lm)`.
         init: what training begins with, in the form in which `fast_fit` takes it. An optimiser: it
-            goes on from its weights, with its start and at least its reach, so several calls make a
-            curriculum. An encoder: every other text starts at its guess, where it takes texts of
-            that length, so that the optimiser is good from there and from the prior.
+            goes on from its weights, with its start, where there is no prior, and at least its
+            reach, so several calls make a curriculum. An encoder: every other text starts at its
+            guess, where it takes texts of that length, so that the optimiser is good from there and
+            from the prior.
         prefix: what stands in front of e, as in `fast_fit`, and of the fits with this optimiser.
         seed: of the network's weights and of what it is trained on; the same gives the same.
         checkpoint: a file that training is kept in every minute; where it is there, training goes
@@ -119,13 +120,13 @@ def learn_optimizer(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = UpdateNetwork(lm.hidden_size, _WIDTH, _DEPTH, reach)
-    network.mean.copy_(given.start.mean)
     network.scale.fill_(given.spread)
     network.rate.fill_(recipe.lr)
     if lm.body.head is not None:
         network.token_scale.fill_(float(lm.body.head.float().std()))
     if trained is not None:
         trained.begin(network)
+    network.mean.copy_(given.start.mean)
     network.to(lm.device)
     inputs = OneForward(given.layout, prior=given.start)
     setup = Setup(lm, inputs, recipe, backend, None, network)

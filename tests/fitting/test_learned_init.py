@@ -110,6 +110,22 @@ def test_a_curriculum_over_calls_pays(
     assert steps[0] < 0.7 * steps[1]
 
 
+def test_it_goes_on_from_another_start(
+    small_lm: FrozenLM, prior: Prior, optimizer: LearnedOptimizer
+) -> None:
+    other = replace(prior, mean=prior.mean + 0.1)
+    made = learn(small_lm, prior=other, init=optimizer, steps=1, seed=5)
+    assert torch.equal(made.start.mean, other.mean)
+    assert torch.equal(optimizer.start.mean, prior.mean)
+    assert torch.equal(made.network(small_lm).mean.cpu(), other.mean)
+    # What the weights count in stays, and they go on.
+    assert torch.equal(made.weights["scale"], optimizer.weights["scale"])
+    fresh = learn(small_lm, prior=other, steps=1, seed=5).weights["first.weight"].float()
+    of = optimizer.weights["first.weight"].float()
+    assert float((made.weights["first.weight"].float() - of).norm()) < 0.1 * float(of.norm())
+    assert float((fresh - of).norm()) > 0.1 * float(of.norm())
+
+
 def test_every_other_text_starts_at_the_guess(
     small_lm: FrozenLM, optimizer: LearnedOptimizer, encoder: Encoder
 ) -> None:
@@ -199,7 +215,6 @@ def test_what_does_not_go_together_is_refused(
         ({"prior": prior, "rate": 0}, "rate: 0 is not a positive number"),
         ({"prior": prior, "rate": float("nan")}, "rate: nan is not a positive number"),
         ({"prior": prior, "near": -1}, "near: -1 is negative or not a number"),
-        ({"init": optimizer, "prior": prior}, "prior: a network that was trained"),
         ({"init": optimizer, "reach": LENGTH - 1}, "reach: 2 is less than the 3 of"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

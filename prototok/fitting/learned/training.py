@@ -84,7 +84,7 @@ def prepared(
 ) -> Prepared:  # fmt: skip
     """Check what `learn_optimizer` and `learn_encoder` are given, and make what both need.
 
-    A training that begins with a `trained` network has its start too.
+    A training that begins with a `trained` network has its start too, unless there is a prior.
 
     Raises:
         ValueError: an argument that cannot be met, named.
@@ -93,9 +93,8 @@ def prepared(
     grid = require_training(lengths, steps, seed)
     seed = int(seed)  # torch takes no integer of numpy
     if trained is not None:
-        if prior is not None:
-            raise ValueError("prior: a network that was trained, in init, brings its own")
-        prior = trained.start
+        trained.start.require_model(lm)
+        prior = trained.start if prior is None else prior
     if prior is not None:
         require_prior("prior", prior, lm)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
@@ -104,10 +103,13 @@ def prepared(
     require_length(grid[-1], behind, layout)
     # Samples are the model's own, whatever stands in front of vectors.
     corpus = corpus_of(lm, texts, grid[-1], seed)
-    if trained is not None:
-        start, spread = trained.start, float(trained.weights["scale"])
-    else:
+    if trained is None:
         start, spread = start_for(behind, prior, backend, progress)
+    else:
+        assert prior is not None
+        start, spread = trained.start, float(trained.weights["scale"])  # its weights count in that
+        if prior is not start:
+            start, _ = start_for(behind, prior, backend, progress)
     made = made_by(grid, steps, seed, texts, in_front)
     return Prepared(behind, grid, seed, layout, corpus, start, spread, made)
 
