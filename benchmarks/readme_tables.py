@@ -550,7 +550,11 @@ def capacity() -> str:
 
 # Result files, and what a model's name gets behind it: `fast` of the same prior and processor
 # stands beside each network.
-AMORTISED = {"amortised.json": "", "amortised-amx.json": ", on AMX"}
+AMORTISED = {
+    "amortised.json": "",
+    "amortised-amx.json": ", on AMX",
+    "amortised-amx-prior.json": ", on AMX, best of 8 priors",
+}
 AMORTISED_REAL = {"amortised_real.json": "", "amortised_real-amx.json": ", on AMX"}
 PARTS = {"amortised_parts.json": ""}
 
@@ -741,6 +745,24 @@ def amortised_texts() -> str:
     return "\n".join(lines)
 
 
+def priors() -> str:
+    """What the seed of a prior decides, the seed that fits are soonest from first."""
+    cells = sorted(result("priors.json")["cells"].values(), key=lambda c: c["tried"])
+    lines = [
+        "| model | N | seed of the prior | tried | fast | learned, short training |", "|---" * 6 + "|",
+    ]  # fmt: skip
+    for c in cells:
+        fits = [
+            f"{steps_of(c[name]['steps_quartiles'])}, {c[name]['solved']}/{c[name]['texts']}"
+            for name in ("fast", "learned")
+        ]
+        lines.append(
+            f"| {c['model']} | {c['length']} | {c['seed']} | {c['tried']} | {' | '.join(fits)} |"
+        )
+    sources = {f"`{c['command']}`: {source(c)}": None for c in cells}
+    return "\n".join([*lines, "", "\n\n".join(sources)])
+
+
 def amortised_real() -> str:
     """A learned optimiser on a real model, beside `fast` from noise and from the same prior."""
     cells = [
@@ -756,8 +778,12 @@ def amortised_real() -> str:
     ]
     for c, where in cells:
         name, (low, high) = c["recipe"] + where, c["solved_interval"]
+        name += ", other windows" if c.get("other") else ""
         if "stages" in c:
-            stages = (f"{s['steps']} steps at {s['length']}" for s in c["stages"])
+            stages = [f"{s['steps']} steps at {s['length']}" for s in c["stages"]]
+            if begun := re.findall(r"-(\d+)x(\d+)x\d+x\d+", c.get("begun") or ""):
+                before = [f"{steps} steps at {length}" for length, steps in begun]
+                stages = [*before, f"then from a better prior {stages[0]}", *stages[1:]]
             name += f", {', '.join(stages)}"
         right = " / ".join(f"{share:.2f}" for share in c["right"].values())
         middle = "–".join("∞" if s is None else f"{s:.0f}" for s in c["median_interval"])
@@ -890,6 +916,7 @@ DOCUMENTS = {
         amortised_parts,
         amortised_texts,
         amortised_commands,
+        priors,
         encoder,
         amortised_real,
     ),
