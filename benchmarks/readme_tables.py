@@ -749,8 +749,9 @@ def priors() -> str:
     """What the seed of a prior decides, the seed that fits are soonest from first."""
     cells = sorted(result("priors.json")["cells"].values(), key=lambda c: c["tried"])
     lines = [
-        "| model | N | seed of the prior | tried | fast | learned, short training |", "|---" * 6 + "|",
-    ]  # fmt: skip
+        "| model | N | seed of the prior | tried | fast | learned, short training |",
+        "|---" * 6 + "|",
+    ]
     for c in cells:
         fits = [
             f"{steps_of(c[name]['steps_quartiles'])}, {c[name]['solved']}/{c[name]['texts']}"
