@@ -230,7 +230,8 @@ API: Table = {
     "names and other options": {
         "fast_fit": {
             "share": ("both", "", 3, True), "arrangement": ("m e*", "", None, 3, "e0 m*", "e m*+9"),
-            "group_size": (1, 0), "init": ("prior", 3),
+            "group_size": (1, 0), "init": ("prior", 3), "callback": (3, "print"), "on_text": (3,),
+            "prefix": (2.5, [1.5], [True], [97], {"a": 1}, np.zeros((400, 31))),
             "seeds": ([], [1, 1], [1.5], ["a"], None, {}, [HUGE]),
         },
         "fit_stream": {
@@ -238,7 +239,7 @@ API: Table = {
             "recipes": ("fast",), "group_size": (1,), "on_text": (print,),
         },
         "information": {"bos": ("maybe", None, True)},
-        "autoregressive.fit": {"first": ("third", None, 1)},
+        "autoregressive.fit": {"first": ("third", None, 1), "callback": (3, "print")},
         "autoregressive.generate": {
             "cache": ("paged", None),
             "first": (torch.zeros(2).long(), torch.tensor([97]), [1], 3),

@@ -73,7 +73,7 @@ def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -
     shipped = prototok_cli(*fit, "--overwrite", cwd=tmp_path)  # the model brings one
     assert shipped.returncode == 0 and "2 exact" in shipped.stderr, shipped.stderr
     for wrong, said in (
-        ([*fit, "--init", str(book), "--overwrite"], "path: "),
+        ([*fit, "--init", str(book), "--overwrite"], "init: "),
         (["learn", "optimizer", "-o", str(book)], "out: "),
         (["learn", "optimizer", "--lengths", "a,b", "-o", "x"], "lengths: "),
     ):

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from prototok.autoregressive.generate import require_room
 from prototok.autoregressive.verify import Generated, cache_of, verify
-from prototok.common.arguments import batch_size_of, hint, is_count, seed_list
+from prototok.common.arguments import (
+    batch_size_of,
+    hint,
+    is_count,
+    require_callable,
+    seed_list,
+)
 from prototok.common.world import own_world
 from prototok.fitting.driver import EndedRow, Watching, columns_of, fit_all, require_room_for
 from prototok.fitting.engine.inputs import TeacherForced
@@ -81,6 +87,7 @@ def fit(
         raise ValueError(
             f"first: {first!r} is not 'predicted' or 'given'" + hint(first, ("predicted", "given"))
         )
+    require_callable(callback=callback)
     lm.plan(1, 1, backend)  # refuses a backend that cannot be had
     rows_at_once = batch_size_of(batch_size)
     chosen = seed_list(seeds)

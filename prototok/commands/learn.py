@@ -208,9 +208,12 @@ def _read(path: Path, recipe: Recipe) -> Prior | LearnedOptimizer | Encoder:
     from prototok.fitting.prior import Prior
     from prototok.results.tensor_file import form_of
 
-    if form_of(path) == Encoder.form[0]:
-        return Encoder.load(path)
-    return LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
+    try:
+        if form_of(path) == Encoder.form[0]:
+            return Encoder.load(path)
+        return LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
+    except ValueError as error:
+        raise ValueError(f"init: {str(error).removeprefix('path: ')}") from None
 
 
 def _grid_of(lengths: str) -> tuple[int, ...]:

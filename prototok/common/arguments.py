@@ -58,6 +58,13 @@ def require_seed(seed: object) -> None:
         raise ValueError(f"seed: {seed!r} is not a 64-bit integer")
 
 
+def require_callable(**given: object) -> None:
+    """Raise ValueError where what would be called later on, if not None, cannot be."""
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ValueError(f"{name}: {value!r} cannot be called")
+
+
 def nearest(value: object, known: Iterable[str]) -> str | None:
     """Return the known name that was probably meant, in any case; None where none is near."""
     names = {one.lower(): one for one in known}

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import batch_size_of, is_count, seed_list
+from prototok.common.arguments import batch_size_of, is_count, require_callable, seed_list
 from prototok.common.shown import count
 from prototok.common.world import own_world
 from prototok.decoding.decode import require_length
@@ -110,6 +110,7 @@ def fast_fit(
     settings = recipe_of(recipe, max_steps)
     require_frozen(lm)
     require_share(share, layout)
+    require_callable(callback=callback, on_text=on_text)
     if group_size is not None and (share is None or not is_count(group_size)):
         raise ValueError(f"group_size: {group_size!r} is not a positive integer beside a share")
     encoder, common = parted(init)

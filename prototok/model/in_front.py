@@ -5,11 +5,13 @@ Letters: P vectors of the prefix, d hidden size.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from prototok.common.arguments import is_integer, listed_items
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.prefix import Prefix
 
@@ -67,12 +69,8 @@ def _made(lm: FrozenLM, given: str | Sequence[int] | Tensor) -> Prefix:
 
 
 def _listed(given: Sequence[int] | Tensor) -> list[int]:
-    ids = given.tolist() if isinstance(given, Tensor) else given
-    whole = isinstance(ids, Sequence) and all(
-        isinstance(token, int) and not isinstance(token, bool) for token in ids
-    )
-    if not whole:
-        raise ValueError(
-            f"prefix: {given!r} is not None, text, a list of token ids or vectors (P, d)"
-        )
-    return list(ids)
+    ids = listed_items(given)
+    if ids is None or not all(map(is_integer, ids)):
+        seen = reprlib.repr(given)  # an array may be long
+        raise ValueError(f"prefix: {seen} is not None, text, a list of token ids or vectors (P, d)")
+    return [int(token) for token in ids]

@@ -254,8 +254,8 @@ class ShardFolder:
         record = _read(part)
         if (record.texts, record.input) != (texts, digest):
             raise ValueError(
-                f"resume: {self.path} holds a fit of other texts, from shard {number} on (text "
-                f"{record.first}); give --overwrite to start again"
+                f"resume: {self.path} holds a fit of other texts, or fewer, from shard {number} on "
+                f"(text {record.first}); give --overwrite to start again"
             )
         return True
 

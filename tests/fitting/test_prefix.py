@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,6 +24,7 @@ from prototok.fitting.prior import Prior
 from prototok.fitting.recipe import PAPER
 from prototok.geometry.paths import BezierSettings, connect, interpolate
 from prototok.model import sink
+from prototok.model.in_front import prefix_of
 from prototok.results.arrangement import Arrangement
 from support import small_llama
 
@@ -113,6 +118,13 @@ def test_vectors_stand_in_front_as_well(small_lm: FrozenLM, tmp_path: Path) -> N
     assert again.prefix is not None and torch.equal(again.prefix.vectors, vectors)
     assert again.prefix.ids is None and "2 vectors (as asked)" in fit.tokens.provenance["prefix"]
     assert torch.equal(prototok.decode(small_lm, again), prototok.decode(small_lm, fit.tokens))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, pandas.Series])
+def test_ids_come_in_any_column(small_lm: FrozenLM, kind: Callable[[list[int]], Any]) -> None:
+    found = prefix_of(small_lm, kind(IDS))
+    assert found is not None and found.ids == tuple(IDS)
+    assert all(type(token) is int for token in found.ids)  # what JSON takes
 
 
 def test_a_model_without_a_sink_is_fitted_as_without_a_prefix(tiny_lm: FrozenLM) -> None:

@@ -278,9 +278,9 @@ def test_no_more_is_read_than_a_shard_and_none_is_held(
         ({"resume": True, "prefix": [3]}, "holds a fit of other prefix;"),
         ({"resume": True, "arrangement": "e*"}, "holds a fit of other arrangement;"),
         ({"resume": True, "texts": [*TEXTS[:4], [2, 7], *TEXTS[5:]]},
-         r"holds a fit of other texts, from shard 1 on \(text 3\); give --overwrite"),
-        ({"resume": True, "texts": TEXTS[:2]}, "of other texts, from shard 0 on"),
-        ({"resume": True, "texts": [*TEXTS, [4]]}, "of other texts, from shard 2 on"),
+         r"holds a fit of other texts, or fewer, from shard 1 on \(text 3\); give --overwrite"),
+        ({"resume": True, "texts": TEXTS[:2]}, "of other texts, or fewer, from shard 0 on"),
+        ({"resume": True, "texts": [*TEXTS, [4]]}, "of other texts, or fewer, from shard 2 on"),
         ({"resume": True, "overwrite": True}, "^resume: give --resume to go on or"),
     ],
 )  # fmt: skip
