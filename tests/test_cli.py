@@ -74,6 +74,7 @@ def test_what_learn_writes_is_what_fit_starts_from(book: Path, tmp_path: Path) -
     assert shipped.returncode == 0 and "2 exact" in shipped.stderr, shipped.stderr
     for wrong, said in (
         ([*fit, "--init", str(book), "--overwrite"], "init: "),
+        (["learn", "optimizer", "--init", str(book), "-o", "x"], "init: "),
         (["learn", "optimizer", "-o", str(book)], "out: "),
         (["learn", "optimizer", "--lengths", "a,b", "-o", "x"], "lengths: "),
     ):

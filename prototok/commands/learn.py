@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from prototok.fitting.prior import Prior
     from prototok.fitting.recipe import Recipe
     from prototok.model.frozen_lm import FrozenLM
+
+    Kept = TypeVar("Kept", Prior, LearnedOptimizer, Encoder)
 
     Begun = Encoder | LearnedOptimizer | tuple[Encoder, LearnedOptimizer]
 
@@ -196,7 +198,7 @@ def _begin_with(paths: list[Path] | None) -> tuple[Prior | None, Begun | None]:
 
     networks = (Encoder.form[0], LearnedOptimizer.form[0])
     if paths and len(paths) == 1 and form_of(paths[0]) not in networks:
-        return Prior.load(paths[0]), None
+        return _loaded(Prior, paths[0]), None
     found, _ = start_from(paths, LEARNED)
     assert not isinstance(found, Prior)
     return None, found
@@ -208,10 +210,15 @@ def _read(path: Path, recipe: Recipe) -> Prior | LearnedOptimizer | Encoder:
     from prototok.fitting.prior import Prior
     from prototok.results.tensor_file import form_of
 
+    if form_of(path) == Encoder.form[0]:
+        return _loaded(Encoder, path)
+    return _loaded(LearnedOptimizer, path) if recipe.learned else _loaded(Prior, path)
+
+
+def _loaded(kind: type[Kept], path: Path) -> Kept:
+    """Load a file of --init; what is wrong with it is said of that option."""
     try:
-        if form_of(path) == Encoder.form[0]:
-            return Encoder.load(path)
-        return LearnedOptimizer.load(path) if recipe.learned else Prior.load(path)
+        return kind.load(path)
     except ValueError as error:
         raise ValueError(f"init: {str(error).removeprefix('path: ')}") from None
 

@@ -86,21 +86,20 @@ def learn_shared(
         init_std=0.3, temperature=0.5, max_steps=steps, against_sink=True,
     )  # fmt: skip
     rows_at_once = batch_size_of(batch_size)
-    in_front = ""  # said of a prefix that is learned when it is
+    count, in_front = None, ""  # of vectors to learn in front, which are told of once they are
     if isinstance(prefix, int):
         if not is_count(prefix):
             raise ValueError(f"prefix: {prefix!r} is not a positive number of vectors")
+        count = int(prefix)
         lm.plan(1, 1, backend)  # refuses a backend that cannot be had
         recipe = replace(recipe, lr_width=81, betas=(0.9, 0.95)).at_width(lm.hidden_size, False)
     else:
         lm, in_front = front_of(lm, prefix, recipe)
 
     def joint_of(targets: list[Tensor], seed: int) -> Joint:
-        if is_count(prefix):
-            return learn_prefix(
-                lm, targets, int(prefix), recipe, backend, rows_at_once, progress, seed
-            )
-        return _joint_fit(lm, targets, seed, recipe, backend, batch_size, progress)
+        if count is None:
+            return _joint_fit(lm, targets, seed, recipe, backend, batch_size, progress)
+        return learn_prefix(lm, targets, count, recipe, backend, rows_at_once, progress, seed)
 
     for length in lengths:
         targets = [ids[:length] for ids in targets]
@@ -109,8 +108,8 @@ def learn_shared(
             break
     joints = [joint, *(joint_of(targets, seed) for seed in chosen[1:])]
     # With a learned prefix nobody has measured what the eigenbasis is worth.
-    basis = None if is_count(prefix) else eigenbasis(lm, backend).cpu()
-    if is_count(prefix):
+    basis = eigenbasis(lm, backend).cpu() if count is None else None
+    if count is not None:
         why = f"learned from {len(targets)} texts of {length} tokens in {steps} steps"
         in_front = f"{describe(lm.behind(joint.prefix), joint.prefix)} ({why})"
     known = {

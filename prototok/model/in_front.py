@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_integer, listed_items
+from prototok.common.arguments import is_integer, is_unicode, listed_items
 from prototok.model.frozen_lm import FrozenLM
 from prototok.model.prefix import Prefix
 
@@ -54,10 +54,9 @@ def _made(lm: FrozenLM, given: str | Sequence[int] | Tensor) -> Prefix:
                 f"{tuple(given.shape)}"
             )
         return Prefix(given.detach().to("cpu", torch.float32).clone())
-    try:
-        ids = lm.encode(given) if isinstance(given, str) else _listed(given)
-    except TypeError:  # tokenizers take no half of a surrogate pair
-        raise ValueError(f"prefix: {given!r} is not valid Unicode") from None
+    if isinstance(given, str) and not is_unicode(given):
+        raise ValueError(f"prefix: {given!r} is not valid Unicode")
+    ids = lm.encode(given) if isinstance(given, str) else _listed(given)
     if not ids:
         raise ValueError(f"prefix: {given!r} has no tokens")
     for token in ids:

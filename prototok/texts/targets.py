@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok.common.arguments import is_count, listed_items
+from prototok.common.arguments import is_count, is_unicode, listed_items
 from prototok.model.frozen_lm import FrozenLM
 
 # A column of numpy, pandas or Arrow is taken as well; none of these is imported for its type.
@@ -50,11 +50,9 @@ def target_of(lm: FrozenLM, i: int, text: object, length: int | None) -> Tensor:
     if isinstance(text, str):
         if not text:
             raise ValueError(f"texts: text {i} is empty")
-        try:
-            encoded = lm.encode(text)
-        except TypeError:  # tokenizers take no half of a surrogate pair
-            raise ValueError(f"texts: text {i} is not valid Unicode") from None
-        ids = torch.tensor(encoded, dtype=torch.int64, device="cpu")
+        if not is_unicode(text):
+            raise ValueError(f"texts: text {i} is not valid Unicode")
+        ids = torch.tensor(lm.encode(text), dtype=torch.int64, device="cpu")
     else:
         try:
             raw = torch.as_tensor(text, device="cpu")
