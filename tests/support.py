@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ from prototok import FrozenLM
 from prototok.fitting.fast_fit import FitEvent
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+BENCHMARKS = TESTS.parent / "benchmarks"
+SHARED = TESTS.parents[1] / "shared"
 
 
 def shared(*parts: str) -> Path:
@@ -23,6 +27,21 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {'/'.join(('shared', *parts))}, which is not part of the project")
     return path
+
+
+def run_with_own_memory(code: str) -> None:
+    """Run code that watches memory in a process of its own, which gives back what it frees.
+
+    Tests before it may have told this one to keep all of that (`keep_freed_memory`), for good.
+    """
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    # Large pieces come from the system each time, not from what was let go or set aside before.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, **settings, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
 
 
 def stories(count: int, lm: FrozenLM, length: int) -> list[str]:

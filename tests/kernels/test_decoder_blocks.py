@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from prototok_kernels import packed
 from prototok_kernels import plan as planning
 from prototok_kernels.backend import _cpu
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
+from support import run_with_own_memory
 from zoo import OWN, made
 
 HAS_BF16 = _cpu is not None and "avx512bf16" in _cpu.instruction_sets()
@@ -268,15 +266,4 @@ assert torch.equal(gradient(again), expected)
 @needs_bf16
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_gradients_are_right_after_memory_ran_out_for_their_weights() -> None:
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
-    # Large pieces come from the system each time, not from what was let go or set aside before.
-    settings = {
-        "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", _RETRY], capture_output=True, text=True, check=False,
-        env={**os.environ, **settings},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    run_with_own_memory(_RETRY)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from prototok_kernels import backend
 from prototok_kernels.backend import EMULATED, _cpu, this_machine
 from prototok_kernels.one_forward import PreparedForward, one_forward_ref, why_not_one_call
 from prototok_kernels.views import views
+from support import run_with_own_memory
 from zoo import OWN, made
 
 pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
@@ -130,19 +130,29 @@ def test_a_weight_that_changes_is_seen() -> None:
         decode_ids(lm, vectors_of(lm, 1, 2), of, 20, "auto")
 
 
+_MANY = """
+from pathlib import Path
+
+from kernels.test_one_forward import NAMES, loaded, vectors_of
+from prototok.decoding.decode import decode_ids
+from prototok.results.arrangement import Arrangement
+
+lm, of = loaded(NAMES[0]), Arrangement.parse("e m*")
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+many = vectors_of(lm, 20_000, 2)
+decode_ids(lm, many, of, 64, "auto")  # what torch keeps of it is not ours
+before = pages()
+for _ in range(2):
+    decode_ids(lm, many, of, 64, "auto")
+between = 20_000 * 64 * (2 * 2 * lm.hidden_size + 16)  # bytes
+assert (pages() - before) * 4096 < between // 2, (before, pages())
+"""
+
+
 @pytest.mark.parametrize("instructions", ["own"], indirect=True)  # emulated it takes minutes
 @pytest.mark.usefixtures("instructions")
 def test_many_positions_take_no_memory_for_good() -> None:
-    lm, of = loaded(NAMES[0]), Arrangement.parse("e m*")
-    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # noqa: E731
-    decode_ids(lm, vectors_of(lm, 4, 2), of, 64, "auto")
-    many = vectors_of(lm, 20_000, 2)
-    decode_ids(lm, many, of, 64, "auto")  # what torch keeps of it is not ours
-    before = pages()
-    for _ in range(2):
-        decode_ids(lm, many, of, 64, "auto")
-    between = 20_000 * 64 * (2 * 2 * lm.hidden_size + 16)  # bytes
-    assert (pages() - before) * 4096 < between // 2
+    run_with_own_memory(_MANY)
 
 
 @pytest.mark.usefixtures("instructions")
