@@ -232,8 +232,9 @@ FAST = Recipe(
     cold=0.1,
 )
 
-# A learned optimiser begins, and `fast` goes on from its best vectors.
-LEARNED = replace(FAST, name="learned", learned=10)
+# A learned optimiser begins, and `fast` goes on from its best vectors. Most tokens of a long text
+# are right there, so the first cosine is as short as that of a short one.
+LEARNED = replace(FAST, name="learned", learned=10, cycle_tokens=None)
 
 
 def recipe_of(recipe: str | Recipe, max_steps: int | None = None) -> Recipe:

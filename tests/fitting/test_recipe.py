@@ -75,6 +75,11 @@ def test_a_further_cosine_starts_where_the_one_before_has_ended() -> None:
     assert not Recipe(schedule="cosine").restarts(steps, steps).any()
 
 
+def test_behind_a_network_a_long_text_gets_no_longer_cosine() -> None:
+    assert recipe_of("fast").end_of_cycle(0, 32) == 2 * recipe_of("fast").end_of_cycle(0, 16) == 600
+    assert {recipe_of("learned").end_of_cycle(0, tokens) for tokens in (8, 16, 32)} == {300}
+
+
 def test_a_prior_lowers_the_rate_with_the_width_and_keeps_the_decay() -> None:
     recipe = Recipe(lr=0.1, weight_decay=0.2, prior_rate=0.3)
     near = recipe.at_width(256, prior=True)
