@@ -46,11 +46,13 @@ from prototok.model.identity import ModelIdentity
 from prototok.model.prefix import Prefix
 from prototok.model.shapes import random_model
 from prototok.results.arrangement import Arrangement
+from prototok_kernels import attention_triton
 from prototok_kernels import backend as backend_module
 from prototok_kernels import linear_cross_entropy as head_module
 from prototok_kernels.plan import Plan, plan_of
 
 DEVICE = torch.device("meta")
+CAPABILITY = 90  # that it stands for: sm_90
 
 
 class HostRead(RuntimeError):
@@ -318,7 +320,7 @@ _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 def _recorder(seen: Seen) -> Callable[..., None]:
@@ -470,6 +472,8 @@ def rehearsal(processors: int = 132, may_read: bool = False) -> Iterator[Seen]:
             (functional, "scaled_dot_product_attention", _attention(seen)),
             (backend_module, "unavailable", unavailable),
             (head_module, "multiprocessors", lambda device: processors),
+            (backend_module, "capability", lambda device: CAPABILITY),
+            (attention_triton, "capability", lambda device: CAPABILITY),
             (FrozenLM, "plan", plan),
             (slots_module.Slots, "_sent", send),
             (step_module, "named_range", part),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu, require
+from prototok_kernels.backend import TRITON_INTERPRETED, _cpu, require
 from prototok_kernels.views import views
 
 try:
@@ -45,25 +45,56 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 if triton is not None:
 
+    _LOG2_E = tl.constexpr(1.4426950408889634)
+    _INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
+
+    # Without what takes denormal numbers apart, which is a third of an activation's instructions.
+    @triton.jit
+    def _exp2(x):  # type: ignore[no-untyped-def]
+        if _INTERPRETED:
+            return tl.exp2(x)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _inverse(x):  # type: ignore[no-untyped-def]
+        if _INTERPRETED:
+            return 1.0 / x
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
     @triton.jit
     def _value_and_slope(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         if KIND == "silu":
-            s = 1.0 / (1.0 + tl.exp(-x))
+            s = _inverse(1.0 + _exp2(x * -_LOG2_E))
             value = x * s
-            slope = s + value / (1.0 + tl.exp(x))
+            slope = s + value * _inverse(1.0 + _exp2(x * _LOG2_E))
         elif KIND == "gelu":
-            below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+            # The tail 1 − Φ(|x|) is t · q(t) · exp(−x² / 2), of which the slope needs the last. With
+            # a polynomial of degree 8 for q, fitted to a relative error of 1.3e-7, it takes half of
+            # erf's instructions, and below zero it keeps the digits that 1 + erf cancels.
+            t = _inverse(1.0 + 0.28284271247461906 * tl.abs(x))
+            q = 0.02513763067 * t - 0.09147747593
+            q = (q * t + 0.08458737202) * t - 0.002843173967
+            q = (q * t + 0.07073544769) * t + 0.08426539752
+            q = (q * t + 0.1039221911) * t + 0.1128347415
+            q = q * t + 0.1128379322
+            bell = _exp2(x * x * (-0.5 * _LOG2_E))
+            beyond = t * q * bell
+            below = tl.where(x < 0.0, beyond, 1.0 - beyond)
             value = x * below
-            slope = below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+            slope = below + x * bell * 0.3989422804014327
         elif KIND == "gelu_tanh":
             # (1 + tanh u) / 2 = sigmoid(2 u)
             # Beyond 100 the sigmoid has its limits; the slope must not become 0 times infinity.
             square = tl.minimum(x * x, 1.0e4)
             u = x * (square * 0.07135481627159236 + 1.5957691216057308)
-            s = 1.0 / (1.0 + tl.exp(-u))
+            s = _inverse(1.0 + _exp2(u * -_LOG2_E))
             value = x * s
             inner = square * 0.21406444881477708 + 1.5957691216057308
-            slope = s + value / (1.0 + tl.exp(u)) * inner
+            slope = s + value * _inverse(1.0 + _exp2(u * _LOG2_E)) * inner
         else:
             value = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
             slope = tl.where(x > 0.0, 1.0, 0.0)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import require
+from prototok_kernels.backend import early, require
 from prototok_kernels.normed_products import outputs_a_program, require_like, warps_of
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     triton = None
 
@@ -43,6 +44,7 @@ if triton is not None:
         BLOCK_OUT: tl.constexpr,
         BLOCK: tl.constexpr,  # ≥ SIZE
         SECOND_BLOCK: tl.constexpr,  # ≥ SECOND_SIZE
+        EARLY: tl.constexpr,
     ):
         output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         there = output < OUT
@@ -54,6 +56,9 @@ if triton is not None:
             across = tl.arange(0, SECOND_BLOCK)
             mask = there[:, None] & (across[None, :] < SECOND_SIZE)
             more = tl.load(second_weight + down * SECOND_SIZE + across[None, :], mask=mask, other=0)
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         for row in tl.static_range(R):
             h = tl.load(inputs + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
             value = tl.sum(held.to(tl.float32) * h[None, :], 1)
@@ -104,7 +109,7 @@ def add_products_(x: Tensor, products: Sequence[Product]) -> None:
             SIZE=inputs.shape[1],
             SECOND_SIZE=second, HAS_BIAS=bias is not None, SECOND_HAS_BIAS=second_bias is not None,
             BLOCK_OUT=block_out, BLOCK=blocks[0], SECOND_BLOCK=blocks[1],
-            num_warps=warps_of(block_out * deep), enable_fp_fusion=True,
+            num_warps=warps_of(block_out * deep), enable_fp_fusion=True, **early(x),
         )  # fmt: skip
 
 

@@ -292,7 +292,8 @@ def attention(
     if backend == "triton":
         qkv = qkv.contiguous()
         keys = length if prefix is None else prefix.shape[2] + length
-        if not flash and why_no_tile(keys, size, qkv.dtype) is None:
+        shared = heads != kv_heads
+        if not flash and why_no_tile(keys, size, qkv.dtype, shared, qkv.device) is None:
             prefix = None if prefix is None else prefix.contiguous()
             return TileAttention.apply(qkv, cos, sin, prefix, heads, kv_heads, scaling, window)
         q, k, v = _RotaryInPlace.apply(qkv, cos, sin, heads, kv_heads)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import TRITON_INTERPRETED
+from prototok_kernels.backend import TRITON_INTERPRETED, capability
 
 try:
     import triton
@@ -29,20 +29,28 @@ try:
 except ImportError:
     triton = None
 
-# What compiles for sm_80, sm_90 and sm_100 without spilling registers: T, c, and the queries of a
-# turn backward. Forward all are one tile, as the keys are.
-_KEYS, _SIZE, _QUERIES = 64, 64, 32
+# What compiles without spilling registers: T, c, and the queries of a turn backward. Forward all are
+# one tile, as the keys are. Where tensor cores multiply for 128 threads at once (sm_90, sm_100) so
+# many keys do as well, if backward has one turn: all queries of a head that shares no keys.
+_KEYS, _MORE_KEYS, _SIZE, _QUERIES = 64, 128, 64, 32
 _LOG2_E = 1.4426950408889634
 
 
-def why_no_tile(keys: int, head_size: int, dtype: torch.dtype) -> str | None:
-    """Return why no tile holds T keys of heads of size c, or None where one does."""
+def why_no_tile(
+    keys: int, head_size: int, dtype: torch.dtype, shared: bool, device: torch.device
+) -> str | None:
+    """Return why no tile holds T keys of heads of size c, or None where one does.
+
+    shared: several heads of q share the keys.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return "a tile is of 16 bits"
     if head_size != _SIZE:
         return f"a tile has heads of {_SIZE}, not {head_size}"
-    if keys > _KEYS:
-        return f"a tile has {_KEYS} keys, not {keys}"
+    more = TRITON_INTERPRETED or 90 <= capability(device) < 120
+    most = _MORE_KEYS if more and not shared else _KEYS
+    if keys > most:
+        return f"a tile has {most} keys here, not {keys}"
     return None
 
 
@@ -297,7 +305,9 @@ class TileAttention(torch.autograd.Function):
         grad = torch.empty_like(qkv)
         if grad.numel():
             constants = _constants(qkv, cos, prefix, heads, kv_heads, window)
-            queries = min(_QUERIES, _block(length))
+            queries = _block(length)
+            if constants["BLOCK_K"] <= _KEYS:
+                queries = min(_QUERIES, queries)
             blocks = triton.cdiv(length, queries)
             with torch.cuda.device_of(qkv):
                 _attention_backward_kernel[(rows * kv_heads,)](

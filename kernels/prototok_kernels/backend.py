@@ -132,6 +132,26 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """Return what a CUDA device is compiled for, 90 for sm_90; 0 for any other."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def early(x: torch.Tensor) -> dict[str, bool]:
+    """Return the options of a Triton launch that may begin while the one before it still runs.
+
+    Such a kernel takes EARLY. It may read what nothing writes, weights, and then waits for the
+    launch before it. GPUs from sm_90 on can; for others there are no options but EARLY.
+    """
+    if capability(x.device) < 90:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
 def unavailable(backend: str, kind: str) -> str | None:
     """Return why `backend` cannot run here on devices of type `kind`, or None when it can."""
     return this_machine().lacks(backend, kind)

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok_kernels.attention import rotary
-from prototok_kernels.backend import require
+from prototok_kernels.backend import early, require
 from prototok_kernels.layers import DecoderLayer
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     triton = None
 
@@ -100,7 +101,11 @@ if triton is not None:
         BLOCK: tl.constexpr,  # ≥ c
         BLOCK_T: tl.constexpr,
         PRECISION: tl.constexpr,  # of products, operands in fp32
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
         kv_head = tl.program_id(0) % KV_HEADS
         split = tl.program_id(1)
@@ -175,7 +180,11 @@ if triton is not None:
         SIZE: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
         BLOCK: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         head = tl.program_id(0).to(tl.int64)
         split = head * SPLITS + tl.arange(0, BLOCK_SPLITS)
         inside = tl.arange(0, BLOCK_SPLITS) < SPLITS
@@ -240,13 +249,13 @@ def cached_attention(
             NORMED=layer.q_norm is not None, SPLITS=splits, SPAN=span,
             BLOCK_GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=block,
             BLOCK_T=block_t, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            num_warps=4, num_stages=2, enable_fp_fusion=True, **early(qkv),
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[(rows * heads,)](
                 partial, best, total, out, SPLITS=splits, SIZE=size,
                 BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=block, num_warps=4,
-                enable_fp_fusion=True,
+                enable_fp_fusion=True, **early(qkv),
             )  # fmt: skip
     return out
 

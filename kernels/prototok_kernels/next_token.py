@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import require
+from prototok_kernels.backend import early, require
 from prototok_kernels.normed_products import outputs_a_program, warps_of
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     triton = None
 
@@ -57,7 +58,11 @@ if triton is not None:
         BLOCK_ROWS: tl.constexpr,  # ≥ R
         BLOCK_OUT: tl.constexpr,
         BLOCK: tl.constexpr,  # ≥ d
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         rows = tl.arange(0, BLOCK_ROWS)
         column = tl.arange(0, BLOCK)
         inside = column < D
@@ -96,7 +101,11 @@ if triton is not None:
         INDEXED: tl.constexpr,
         BLOCK: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         row = tl.program_id(0).to(tl.int64)
         lanes = tl.arange(0, BLOCK)
         highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -152,7 +161,7 @@ def best_logits(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         _best_logit_kernel[(programs,)](
             h.contiguous(), weight.contiguous(), best, index, R=rows, D=size, V=vocabulary,
             TILES=_TILES, BLOCK_ROWS=triton.next_power_of_2(rows), BLOCK_OUT=block_out, BLOCK=block,
-            num_warps=warps_of(block_out * block), enable_fp_fusion=True,
+            num_warps=warps_of(block_out * block), enable_fp_fusion=True, **early(h),
         )  # fmt: skip
     return best, index
 
@@ -188,7 +197,7 @@ def take_next_(
             stream.x, stream.ids, stream.written, stream.position, scores.shape[1],
             len(embedding), D=size, INDEXED=index is not None, BLOCK=block,
             BLOCK_D=triton.next_power_of_2(size), num_warps=min(16, max(1, block // 256)),
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **early(scores),
         )  # fmt: skip
 
 

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prototok_kernels.activation import ACTIVATIONS, activation
-from prototok_kernels.backend import require
+from prototok_kernels.backend import early, require
 from prototok_kernels.layers import DecoderLayer, LlamaLayer, NeoXLayer, inner_projection
 from prototok_kernels.residual_norm import Norm, residual_norm, two_residual_norms
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from prototok_kernels.activation import _value_and_slope
 except ImportError:
@@ -71,18 +72,22 @@ if triton is not None:
     def _one_product(  # type: ignore[no-untyped-def]
         program, x, norm, norm_bias, weight, bias, out, eps, R: tl.constexpr, D: tl.constexpr,
         OUT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-        CENTRED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
+        CENTRED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         output = program * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         column = tl.arange(0, BLOCK)
         there, inside = output < OUT, column < D
         at = output[:, None].to(tl.int64) * D + column[None, :]
         mask = there[:, None] & inside[None, :]
-        # The weights first: they are long under way when the norm is ready.
+        # The weights first: they are long under way when the norm is ready, or the launch before
+        # this one, which makes x.
         held = tl.load(weight + at, mask=mask, other=0.0)
         if GATED:
             wide: tl.constexpr = OUT * D
             held_up = tl.load(weight + wide + at, mask=mask, other=0.0)
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         for row in tl.static_range(R):
             h = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
             if CENTRED:
@@ -130,19 +135,20 @@ if triton is not None:
         CENTRED: tl.constexpr,  # LayerNorm
         BLOCK_OUT: tl.constexpr,
         BLOCK: tl.constexpr,  # ≥ d
+        EARLY: tl.constexpr,
     ):
         program = tl.program_id(0)
         first: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
         if SECOND_OUT == 0 or program < first:
             _one_product(
                 program, x, norm, norm_bias, weight, bias, out, eps, R, D, OUT, KIND, GATED,
-                HAS_BIAS, CENTRED, BLOCK_OUT, BLOCK,
+                HAS_BIAS, CENTRED, BLOCK_OUT, BLOCK, EARLY,
             )  # fmt: skip
         else:
             _one_product(
                 program - first, x, second_norm, second_norm_bias, second_weight, second_bias,
                 second_out, eps, R, D, SECOND_OUT, SECOND_KIND, SECOND_GATED, SECOND_HAS_BIAS,
-                CENTRED, BLOCK_OUT, BLOCK,
+                CENTRED, BLOCK_OUT, BLOCK, EARLY,
             )  # fmt: skip
 
 
@@ -210,6 +216,7 @@ def normed_products(
             SECOND_GATED=second.gated, SECOND_HAS_BIAS=second.bias is not None,
             CENTRED=first.norm[1] is not None, BLOCK_OUT=block_out, BLOCK=block,
             num_warps=warps_of(block_out * deep // x.element_size()), enable_fp_fusion=True,
+            **early(x),
         )  # fmt: skip
     return outs
 

@@ -149,6 +149,7 @@ class Shape:
     hidden_size: int = 0
     heads: int = 0
     head_size: int = 0
+    shared_keys: bool = False  # by several heads
     window: int | None = None  # of the first block
     flash: bool = False
     normed_heads: bool = False  # norms on q and k, in any block
@@ -177,6 +178,7 @@ class Shape:
             hidden_size=first.hidden_size,
             heads=first.heads,
             head_size=first.head_size,
+            shared_keys=first.heads != first.kv_heads,
             window=first.window,
             flash=any(layer.flash for layer in layers),
             normed_heads=any(layer.q_norm is not None for layer in layers),
@@ -215,17 +217,16 @@ def plan_of(
     Raises:
         ValueError: a backend that is unknown, or that cannot be had for this device and dtype.
     """
-    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    return _plan_of(
-        shape, rows, length, dtype, kind, backend, pair, machine or this_machine()
-    )  # fmt: skip
+    device = torch.device(device)
+    return _plan_of(shape, rows, length, dtype, device, backend, pair, machine or this_machine())
 
 
 @lru_cache(maxsize=4096)
 def _plan_of(
-    shape: Shape, rows: int, length: int, dtype: torch.dtype, kind: str, backend: str, pair: bool,
-    machine: Machine,
+    shape: Shape, rows: int, length: int, dtype: torch.dtype, device: torch.device, backend: str,
+    pair: bool, machine: Machine,
 ) -> Plan:  # fmt: skip
+    kind = device.type
     passes = _passes(backend, kind, dtype, machine)
     by = passes.taken
 
@@ -295,7 +296,8 @@ def _plan_of(
     elif shape.flash:
         attention = Choice("flash", "asked of load")
     elif by == "triton":
-        too_large = why_no_tile(shape.prefix + length, shape.head_size, dtype)
+        keys = shape.prefix + length
+        too_large = why_no_tile(keys, shape.head_size, dtype, shape.shared_keys, device)
         attention = _choose(("tile", too_large), ("triton",))
     else:
         attention = passes

@@ -92,7 +92,7 @@ def test_a_short_text_takes_one_launch_each_way(triton_device, monkeypatch):
         before, stack = len(asked), qkv.clone()
         options = {"heads": 2, "kv_heads": 1, "scaling": 0.3, "backend": "triton"}
         out = attention(qkv, *tables, **options)
-        alone = why_no_tile(length, size, dtype) is None
+        alone = why_no_tile(length, size, dtype, True, qkv.device) is None
         assert alone == (dtype == torch.bfloat16 and length == size == 64)
         assert (len(asked) == before) == alone == bool(out.any()) == torch.equal(qkv, stack)
 
