@@ -49,10 +49,10 @@ from prototok.results.arrangement import Arrangement
 from prototok_kernels import attention_triton
 from prototok_kernels import backend as backend_module
 from prototok_kernels import linear_cross_entropy as head_module
+from prototok_kernels.pair import combined_triton
 from prototok_kernels.plan import Plan, plan_of
 
 DEVICE = torch.device("meta")
-CAPABILITY = 90  # that it stands for: sm_90
 
 
 class HostRead(RuntimeError):
@@ -424,11 +424,14 @@ def _attention(seen: Seen) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def rehearsal(processors: int = 132, may_read: bool = False) -> Iterator[Seen]:
+def rehearsal(
+    processors: int = 132, may_read: bool = False, capability: int = 90
+) -> Iterator[Seen]:
     """Let the meta device stand for CUDA, and record what would run there.
 
-    `processors`: multiprocessors of the device; 132 on H100 and H200. `may_read`: the host may read
-    single values and copies of tensors, which are zeros; for what runs beside a fit.
+    `processors`: multiprocessors of the device; 132 on H100 and H200, whose `capability` is that of
+    sm_90. `may_read`: the host may read single values and copies of tensors, which are zeros; for
+    what runs beside a fit.
 
     Raises RuntimeError where Triton's kernels are interpreted, so that there is no launch to see.
     """
@@ -472,8 +475,9 @@ def rehearsal(processors: int = 132, may_read: bool = False) -> Iterator[Seen]:
             (functional, "scaled_dot_product_attention", _attention(seen)),
             (backend_module, "unavailable", unavailable),
             (head_module, "multiprocessors", lambda device: processors),
-            (backend_module, "capability", lambda device: CAPABILITY),
-            (attention_triton, "capability", lambda device: CAPABILITY),
+            (backend_module, "capability", lambda device: capability),
+            (attention_triton, "capability", lambda device: capability),
+            (combined_triton, "capability", lambda device: capability),
             (FrozenLM, "plan", plan),
             (slots_module.Slots, "_sent", send),
             (step_module, "named_range", part),

@@ -44,9 +44,9 @@ class Token:
 
 
 @torch.no_grad()
-def token(shape: str, rows: int, length: int = LENGTH) -> Token:
+def token(shape: str, rows: int, length: int = LENGTH, capability: int = 90) -> Token:
     """Rehearse one token of the static decoder with room for N."""
-    with rehearsal() as seen:
+    with rehearsal(capability=capability) as seen:
         lm = frozen_shape(shape)
         decoder = StaticDecoder(lm.body, lm, rows, length + 64, lm.plan(rows, 1))
         seen.launches.clear()

@@ -44,7 +44,6 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 if triton is not None:
-
     _LOG2_E = tl.constexpr(1.4426950408889634)
     _INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
@@ -66,11 +65,17 @@ if triton is not None:
         )
 
     @triton.jit
+    def _sigmoid(x):  # type: ignore[no-untyped-def]
+        small = _exp2(tl.abs(x) * -_LOG2_E)  # never infinite
+        large = _inverse(1.0 + small)
+        return tl.where(x < 0.0, small * large, large)
+
+    @triton.jit
     def _value_and_slope(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         if KIND == "silu":
-            s = _inverse(1.0 + _exp2(x * -_LOG2_E))
+            s = _sigmoid(x)
             value = x * s
-            slope = s + value * _inverse(1.0 + _exp2(x * _LOG2_E))
+            slope = s * (1.0 - value) + value
         elif KIND == "gelu":
             # The tail 1 − Φ(|x|) is t · q(t) · exp(−x² / 2), of which the slope needs the last. With
             # a polynomial of degree 8 for q, fitted to a relative error of 1.3e-7, it takes half of
@@ -91,10 +96,10 @@ if triton is not None:
             # Beyond 100 the sigmoid has its limits; the slope must not become 0 times infinity.
             square = tl.minimum(x * x, 1.0e4)
             u = x * (square * 0.07135481627159236 + 1.5957691216057308)
-            s = _inverse(1.0 + _exp2(u * -_LOG2_E))
+            s = _sigmoid(u)
             value = x * s
             inner = square * 0.21406444881477708 + 1.5957691216057308
-            slope = s + value * _inverse(1.0 + _exp2(u * _LOG2_E)) * inner
+            slope = s + value * _sigmoid(-u) * inner
         else:
             value = tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
             slope = tl.where(x > 0.0, 1.0, 0.0)

@@ -186,6 +186,8 @@ def causal_attention(
 ) -> Tensor:  # (B, N, H·c)
     """Attend causally by torch or flash-attn, within a window where one is given; merge heads."""
     mask, dtype = None, v.dtype
+    if q.numel() == 0:  # of which torch makes None on CUDA
+        return (q + 0 * (k.sum() + v.sum())).transpose(1, 2).flatten(2)
     if prefix is not None:
         k, v = (
             torch.cat([front.expand(len(q), -1, -1, -1), own], dim=2)

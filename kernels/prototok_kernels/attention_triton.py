@@ -26,6 +26,8 @@ from prototok_kernels.backend import TRITON_INTERPRETED, capability
 try:
     import triton
     import triton.language as tl
+
+    from prototok_kernels.activation import _exp2, _inverse
 except ImportError:
     triton = None
 
@@ -156,7 +158,7 @@ if triton is not None:
         logits = _product(q, tl.trans(k), WIDE) * scale
         # Not −∞: queries beyond N may see no key, and must be finite times zero in the gradient.
         logits = tl.where(seen, logits, -3.4028234663852886e38)
-        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weights = _exp2(logits - tl.max(logits, 1)[:, None])
         return weights, tl.sum(weights, 1)[:, None]
 
     @triton.jit
@@ -197,7 +199,7 @@ if triton is not None:
         weights, total = _weights(
             _turned(low, high, c, s), k, i, j, length, scale, PREFIX, WINDOW, WIDE
         )
-        mixed = (_product(weights.to(v.dtype), v, WIDE) / total).to(v.dtype)
+        mixed = (_product(weights.to(v.dtype), v, WIDE) * _inverse(total)).to(v.dtype)
         to = out + i[:, None] * (HEADS * SIZE) + column
         tl.store(to, mixed, mask=i[:, None] < length)
 
@@ -257,7 +259,7 @@ if triton is not None:
             at = i[:, None] * (HEADS * SIZE) + head * SIZE + column
             grad_mixed = tl.load(grad_out + at, mask=i[:, None] < length, other=0.0)
             weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
-            weights = weights / total
+            weights *= _inverse(total)
             grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
             grad_weights = _product(grad_mixed, tl.trans(v), WIDE)
             mean = tl.sum(weights * grad_weights, 1)[:, None]

@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A thread reads 16 bytes of bf16 at a time. With 16 warps its registers (60 on sm_90) let two
-# programs share a processor: one reduces while the other reads. Two rows of a long vocabulary on
-# each processor are more than the second cache holds until they are read again; one is not.
-_BLOCK, _LONG_BLOCK, _LONG_VOCABULARY = 4096, 8192, 65536
+from prototok_kernels.activation import _exp2
+
+# A thread reads a group of 16 bytes of bf16 at a time. So many warps let two programs share a
+# processor: of more rows the second cache does not hold what is read again.
+_GROUP = 8
+_BLOCK, _WARPS = 8192, 32
+_LONG_BLOCK, _LONG_WARPS, _LONG_VOCABULARY = 8192, 32, 65536
 # The tiles that a product on CUDA is made of, and what a value takes of each: half a tile reads its
 # factors more often, assumed to be a tenth. Chunks are a multiple of _ROWS.
 TILES, _ROWS = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 1.1}, 128
@@ -40,6 +43,7 @@ def _head_kernel(
     HAS_TOKEN_WEIGHT: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     # One program a row. The target is kept apart from the other logits: the best of those is
     # the margin's other half, and log1p(sum of others) and p - 1 = -(sum of others) / total
@@ -51,26 +55,33 @@ def _head_kernel(
     valid = (target >= 0) & (target < vocabulary)
     own = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
 
-    # Every lane keeps its own maximum and sum, so that the loop has no reduction across warps,
-    # and needs one exponential an element whether or not the maximum moves. The start is
-    # finite because -inf minus -inf is NaN.
-    lanes = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    index = tl.full((BLOCK,), 2147483647, tl.int32)
+    # Every group of columns that a thread reads at once keeps its own maximum and sum, so that the
+    # loop has no reduction across threads and one exponential an element. Where a maximum stands in
+    # its group is looked up at the end. The start is finite because -inf minus -inf is NaN.
+    group = tl.arange(0, BLOCK // GROUP) * GROUP
+    within = tl.arange(0, GROUP)
+    best = tl.full((BLOCK // GROUP,), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK // GROUP,), tl.float32)
+    where = tl.full((BLOCK // GROUP,), 2147483647, tl.int32)
+    scale2 = inverse_temperature * 1.4426950408889634  # log2 e
     for start in range(0, vocabulary, BLOCK):
-        columns = start + lanes
+        columns = start + group[:, None] + within[None, :]
         inside = columns < vocabulary  # and nothing else, or they are loaded one by one
         x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        x = tl.where(columns == target, float("-inf"), x)
-        grows = x > best
-        decay = tl.exp(-tl.abs(x - best) * inverse_temperature)
-        total = tl.where(grows, total * decay + 1.0, total + decay)
-        index = tl.where(grows, columns, index)
-        best = tl.where(grows, x, best)
+        if (start <= target) & (target < start + BLOCK):
+            x = tl.where(columns == target, float("-inf"), x)
+        highest = tl.max(x, 1)
+        where = tl.where(highest > best, start + group, where)
+        highest = tl.maximum(highest, best)
+        total *= _exp2((best - highest) * scale2)
+        total += tl.sum(_exp2((x - highest[:, None]) * scale2), 1)
+        best = highest
     rival = tl.max(best, 0)
-    others = tl.sum(total * tl.exp((best - rival) * inverse_temperature), 0)
-    rival_index = tl.min(tl.where(best == rival, index, 2147483647), 0).to(tl.int64)
+    others = tl.sum(total * _exp2((best - rival) * scale2), 0)
+    column = tl.min(tl.where(best == rival, where, 2147483647), 0).to(tl.int64) + within
+    of_group = tl.load(logits + column, mask=column < vocabulary, other=float("-inf"))
+    found = (of_group.to(tl.float32) == rival) & (column != target)
+    rival_index = tl.min(tl.where(found, column, 2147483647), 0)
     rival = tl.where(rival_index < vocabulary, rival, float("-inf"))  # V = 1: there is none
 
     leads = own >= rival
@@ -92,12 +103,14 @@ def _head_kernel(
         if HAS_TOKEN_WEIGHT:
             scale = tl.load(token_weight + row) * inverse_temperature
         factor = scale / whole
+        tl.debug_barrier()  # nothing is written in place of logits that are still to be read
         for start in range(0, vocabulary, BLOCK):
-            columns = start + lanes
+            columns = start + group[:, None] + within[None, :]
             inside = columns < vocabulary
             x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            slope = tl.exp((x - top) * inverse_temperature) * factor
-            slope = tl.where(columns == target, -rest * factor, slope)
+            slope = _exp2((x - top) * scale2) * factor
+            if (start <= target) & (target < start + BLOCK):
+                slope = tl.where(columns == target, -rest * factor, slope)
             tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -114,8 +127,9 @@ def triton_pass(
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    longest = _LONG_BLOCK if vocabulary > _LONG_VOCABULARY else _BLOCK
-    block = min(longest, triton.next_power_of_2(vocabulary))
+    block, warps = (_LONG_BLOCK, _LONG_WARPS) if vocabulary > _LONG_VOCABULARY else (_BLOCK, _WARPS)
+    while block // 2 >= max(_GROUP, vocabulary):
+        block, warps = block // 2, max(1, warps // 2)
     with torch.cuda.device_of(logits):
         _head_kernel[(rows,)](
             logits,
@@ -130,7 +144,8 @@ def triton_pass(
             HAS_TOKEN_WEIGHT=token_weight is not None,
             NEED_GRAD=gradient is not None,
             BLOCK=block,
-            num_warps=max(1, block // 256),
+            GROUP=_GROUP,
+            num_warps=warps,
             enable_fp_fusion=True,  # triton's default differs from version to version
         )
 

@@ -70,7 +70,13 @@ CASES = {
     f"head-{dtype}": (
         "head",
         dict(logits=f"*{dtype}", gradient=f"*{dtype}", **HEAD),
-        {"vocabulary": 50304, "HAS_TOKEN_WEIGHT": True, "NEED_GRAD": True, "BLOCK": 4096},
+        {
+            "vocabulary": 50304,
+            "HAS_TOKEN_WEIGHT": True,
+            "NEED_GRAD": True,
+            "BLOCK": 4096,
+            "GROUP": 8,
+        },
         16,
     )
     for dtype in ("bf16", "fp32")

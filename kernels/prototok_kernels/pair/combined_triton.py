@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prototok_kernels.activation import ACTIVATIONS, _value_and_slope
+from prototok_kernels.backend import capability
 
 
 @triton.jit
@@ -247,11 +248,18 @@ def combined_activation_backward(
     given = grad, coef, vectors, vectors if bias is None else bias
     # The sums take the registers that more columns would.
     o |= {"BI": min(32 if o["SP"] <= 64 else 16, o["BI"]), "num_stages": 2}
+    of_vectors = dict(o)
+    if gated:  # two of them: what takes no stack, by how many threads multiply at once
+        together = capability(vectors.device) >= 90
+        if o["SP"] > 64:
+            of_vectors["BN"] = 64 if together else 16
+        elif not together:
+            of_vectors["BI"] = 16
     with torch.cuda.device_of(vectors):
         combined_backward_coef_kernel[(rows, triton.cdiv(length, o["BN"]))](
             *given, grad_coef, spanning, length, **o
         )
-        combined_backward_vectors_kernel[(rows, triton.cdiv(o["INNER"], o["BI"]))](
-            *given, grad_vectors, spanning, own, length, **o
+        combined_backward_vectors_kernel[(rows, triton.cdiv(o["INNER"], of_vectors["BI"]))](
+            *given, grad_vectors, spanning, own, length, **of_vectors
         )
     return grad_coef, grad_vectors

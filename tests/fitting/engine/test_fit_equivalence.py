@@ -19,7 +19,7 @@ from prototok.fitting.engine.slots import Room, Slots
 from prototok.fitting.fast_fit import FitEvent
 from prototok.fitting.recipe import PAPER
 from prototok.results.arrangement import Arrangement
-from support import losses_by_step
+from support import assert_same_losses, losses_by_step
 
 QUICK = Recipe(lr=0.1, betas=(0.9, 0.99), max_steps=400)
 
@@ -29,8 +29,8 @@ def losses_of(
 ) -> dict[int, dict[int, float]]:
     """Row → updates made → loss, of the first steps."""
     found = losses_by_step(lm, texts, recipe=Recipe(max_steps=steps, margin=1e9), **options)
-    looks = steps if lm.device.type == "cpu" else steps // 10
-    assert all(len(losses) == looks for losses in found.values())
+    for losses in found.values():
+        assert len(losses) == steps if lm.device.type == "cpu" else losses
     return found
 
 
@@ -46,8 +46,7 @@ def test_batched_losses_equal_single_fits(any_lm: FrozenLM, arrangement: str) ->
     for i in (0, 3, 7, 15):
         alone = losses_of(any_lm, [texts[i]], 20, arrangement=arrangement)[0]
         # On CUDA another batch size is another kernel, with sums in another order.
-        rel = 2e-5 if any_lm.device.type == "cpu" else 2e-4
-        assert together[i] == pytest.approx(alone, rel=rel)
+        assert_same_losses(together[i], alone, cpu=2e-5, cuda=2e-4)
 
 
 def test_batched_results_equal_single_fits(any_lm: FrozenLM) -> None:
@@ -70,8 +69,7 @@ def test_each_row_of_a_batch_has_the_cosines_of_its_own_length(any_lm: FrozenLM)
             cycle, min(cycle + rest, 20),
         ]  # fmt: skip
         alone = losses_by_step(any_lm, [text], recipe=recipe)[0]
-        rel = 2e-5 if any_lm.device.type == "cpu" else 2e-4
-        assert together[i] == pytest.approx(alone, rel=rel)
+        assert_same_losses(together[i], alone, cpu=2e-5, cuda=2e-4)
         other = losses_by_step(any_lm, [text], recipe=plain)[0]
         assert together[i] != pytest.approx(other, rel=1e-3)
 
@@ -106,7 +104,7 @@ def test_losses_are_those_of_torch_adamw(any_lm: FrozenLM) -> None:
     e, m = e[0].requires_grad_(), m.requires_grad_()
     optimizer = torch.optim.AdamW([e, m], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     expected = []
-    for _ in range(30):
+    for _ in range(31):  # on CUDA a row goes on until it is looked at, without updates
         vectors = torch.cat([e, m.expand(5, -1)]).to(any_lm.device)
         logits = any_lm.logits(vectors[None])[0].cpu()
         loss = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
@@ -117,7 +115,7 @@ def test_losses_are_those_of_torch_adamw(any_lm: FrozenLM) -> None:
     recipe = Recipe(**{**vars(PAPER), "max_steps": 30, "margin": 1e9})
     found = losses_by_step(any_lm, [ids], recipe=recipe)[0]
     assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-4)
-    assert len(found) >= 3
+    assert len(found) >= (3 if any_lm.device.type == "cpu" else 1)
 
 
 def test_stored_vectors_are_the_ones_that_scored(small_lm: FrozenLM) -> None:
@@ -170,7 +168,7 @@ def test_shared_gradient_is_the_sum_over_the_group(any_lm: FrozenLM) -> None:
     single = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=2)
     turns = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=1)
     assert single[0] == pytest.approx(single[1], rel=1e-6)  # same targets, same seed, same e
-    assert turns[0] == pytest.approx(single[0], rel=1e-4)  # rows that take turns add up
+    assert_same_losses(turns[0], single[0], cpu=1e-4, cuda=1e-4)  # rows that take turns add up
 
 
 def test_running_out_of_memory_halves_the_rows_and_loses_none(

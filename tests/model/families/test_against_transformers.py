@@ -66,6 +66,10 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+# Tables of rotary positions are float32, as transformers has them, and CUDA rounds its own.
+FP64 = {"cpu": 1e-9, "cuda": 1e-6}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("device", DEVICES)
@@ -86,7 +90,7 @@ def test_own_family_equals_transformers_in_fp64(name: str, device: str, double_n
     lm = prototok.load(model, device=device, dtype="float64")
     embeds = embeds_for(model, torch.float64)
     ours, theirs = lm.logits(embeds.to(device)).cpu(), model(inputs_embeds=embeds).logits
-    assert relative_error(ours, theirs) < 1e-9
+    assert relative_error(ours, theirs) < FP64[device]
 
 
 @torch.no_grad()
@@ -139,4 +143,4 @@ def test_gradient_of_the_embeddings_equals_transformers(
         embeds = embeds_for(model, torch.float64).requires_grad_()
         forward(embeds).square().sum().backward()
         grads.append(embeds.grad)
-    assert relative_error(grads[0], grads[1]) < 1e-9
+    assert relative_error(grads[0], grads[1]) < FP64[device]

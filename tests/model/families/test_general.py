@@ -199,7 +199,8 @@ def test_late_positions_are_as_precise_as_plain_bf16(name: str) -> None:
 def test_what_scales_its_input_in_place_leaves_the_callers_alone() -> None:
     settings = {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}
     home = importlib.import_module("transformers.models.ctrl")
-    lm = prototok.load(home.CTRLLMHeadModel(home.CTRLConfig(**settings)), dtype="float32")
+    model = home.CTRLLMHeadModel(home.CTRLConfig(**settings))
+    lm = prototok.load(model, device="cpu", dtype="float32")
     x = torch.randn(1, 4, 32)
     before = x.clone()
     first = lm.logits(x)
