@@ -52,7 +52,7 @@ def stories(count: int, lm: FrozenLM, length: int) -> list[str]:
 
 
 def losses_by_step(lm: FrozenLM, texts: list, **options: object) -> dict[int, dict[int, float]]:
-    """Row → updates made → loss, of a fit: every step on the CPU, and on CUDA the last of a burst."""
+    """Row → updates made → loss, of a fit: every step on the CPU, the last of a burst on CUDA."""
     seen: dict[int, dict[int, float]] = {}
 
     def note(event: FitEvent) -> None:

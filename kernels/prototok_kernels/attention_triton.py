@@ -31,9 +31,9 @@ try:
 except ImportError:
     triton = None
 
-# What compiles without spilling registers: T, c, and the queries of a turn backward. Forward all are
-# one tile, as the keys are. Where tensor cores multiply for 128 threads at once (sm_90, sm_100) so
-# many keys do as well, if backward has one turn: all queries of a head that shares no keys.
+# What compiles without spilling registers: T, c, and the queries of a turn backward. Forward all
+# are one tile, as the keys are. Where tensor cores multiply for 128 threads at once (sm_90, sm_100)
+# 128 keys do as well, if backward has one turn: all queries of a head that shares no keys.
 _KEYS, _MORE_KEYS, _SIZE, _QUERIES = 64, 128, 64, 32
 _LOG2_E = 1.4426950408889634
 
