@@ -22,7 +22,7 @@ from prototok_kernels.activation import _exp2
 # processor: of more rows the second cache does not hold what is read again.
 _GROUP = 8
 _BLOCK, _WARPS = 8192, 32
-_LONG_BLOCK, _LONG_WARPS, _LONG_VOCABULARY = 8192, 32, 65536
+_LONG_BLOCK, _LONG_WARPS, _LONG_VOCABULARY = 16384, 32, 65536
 # The tiles that a product on CUDA is made of, and what a value takes of each: half a tile reads its
 # factors more often, assumed to be a tenth. Chunks are a multiple of _ROWS.
 TILES, _ROWS = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 1.1}, 128
