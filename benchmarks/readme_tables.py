@@ -32,9 +32,12 @@ def result(name: str) -> dict:
 
 def source(record: dict) -> str:
     m = record["machine"]
+    where = f"{m['processor']}, {m['threads']} threads"
+    if "cuda" in str(record.get("device", "")):
+        where = f"{m['cuda device']}, triton {m['triton']}"
     return (
-        f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, transformers "
-        f"{m['transformers']}, {record['date']}, commit {record['commit']}."
+        f"{where}, torch {m['torch']}, transformers {m['transformers']}, {record['date']}, "
+        f"commit {record['commit']}."
     )
 
 
@@ -85,10 +88,15 @@ def table1() -> str:
 
 
 def by_processor(pattern: str) -> dict[str, list[dict]]:
-    """The records of results that match, by the processor and the instructions that they ran on."""
+    """The records of results that match, by the processor and the instructions that they ran on.
+
+    Without those of a GPU, whose sizes are others.
+    """
     found: dict[str, list[dict]] = {}
     for path in sorted(RESULTS.glob(pattern)):
         record = json.loads(path.read_text())
+        if record.get("device") == "cuda":
+            continue
         m = record["machine"]
         instructions = m.get("C++ kernels", "instructions not recorded").split(",")[0]
         found.setdefault(f"{m['processor']}, {instructions}", []).append(record)
@@ -130,6 +138,93 @@ def fit_step_short() -> str:
     short = [p.removeprefix("Intel(R) ").replace("(R) Processor", "") for p in found]
     lines = steps_table(found, short, name, lambda r: f"{r['ratio']['batched'][1]:.2f}×")
     return "\n".join(lines)
+
+
+def gpu_steps() -> str:
+    """A step on a GPU beside the same loops, with its source."""
+    records = [result(path.name) for path in sorted(RESULTS.glob("fit-step-*-cuda.json"))]
+    lines = [
+        "| step | ours / batched | ours / batch 1 | ms a step | batched | MFU | batched | GiB "
+        "| batched |",
+        "|---" * 9 + "|",
+    ]
+    for r in records:
+        ms, mfu, peak = r["step_ms"], r["mfu"], r["peak_memory_bytes"]
+        lines.append(
+            f"| {r['model']}, {r['rows']} × {r['length']} | {ratio_of(r['ratio']['batched'])} "
+            f"| {r['ratio']['paper'][1]:.0f}× | {ms['ours']:.1f} | {ms['batched']:.1f} "
+            f"| {100 * mfu['ours']:.1f} % | {100 * mfu['batched']:.1f} % "
+            f"| {peak['ours'] / 2**30:.1f} | {peak['batched'] / 2**30:.1f} |"
+        )
+    sources = [f"`{r['command']}`: {source(r)}" for r in records]
+    return "\n".join([*lines, "", *sources])
+
+
+def gpu_short() -> str:
+    """The ratio and MFU of a step on a GPU alone."""
+    lines = ["|NVIDIA H200|step|MFU|", "|---|---|---|"]
+    for path in sorted(RESULTS.glob("fit-step-*-cuda.json")):
+        r = result(path.name)
+        name = r["model"].removesuffix(" (random weights)")
+        lines.append(
+            f"|{name}, {r['rows']} × {r['length']}|{r['ratio']['batched'][1]:.2f}×"
+            f"|{100 * r['mfu']['ours']:.0f} %|"
+        )
+    return "\n".join(lines)
+
+
+def gpu_tokens() -> str:
+    """A token of the KV-cached decoder, and one forward, on a GPU."""
+    record = result("decoder-cuda.json")
+    what = {
+        "early": "a token", "in turn": "a token, every launch waiting for the one before",
+        "one forward": "one forward of N positions",
+    }  # fmt: skip
+    lines = ["| shape, N | what | µs | of its bandwidth or roofline |", "|---|---|---:|---:|"]
+    for c in record["cells"]:
+        for name, share in c["share"].items():
+            lines.append(
+                f"| {c['shape']}, {c['length']} | {what[name]} "
+                f"| {1e6 * c['seconds'][name][1]:.0f} | {100 * share:.1f} % |"
+            )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record | {'device': 'cuda'})}"])
+
+
+def gpu_products() -> str:
+    """The rates of products, each shape's by the part of the step, weighted by what they cost."""
+    rates: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in (RESULTS / "gemms-cuda.jsonl").read_text().splitlines():
+        if not line.startswith("{"):
+            continue
+        one = json.loads(line)
+        if one["gflop"] < 30:
+            continue
+        of_part = rates.setdefault(one["shape"], {}).setdefault(one["part"], [])
+        of_part.append((one["gflop"] * one["times"], one["tflops_per_second"]))
+    parts = ("forward", "backward", "head")
+    lines = ["| shape | " + " | ".join(parts) + " |", "|---" * 4 + "|"]
+    for shape, by_part in rates.items():
+        cells = []
+        for part in parts:
+            some = by_part.get(part, [])
+            seconds = sum(work / rate for work, rate in some)
+            cells.append(f"{sum(work for work, _ in some) / seconds:.0f}" if some else "–")
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_throughput() -> str:
+    """Every way to make N tokens on a GPU, by batch."""
+    record = result("throughput-cuda.json")
+    lines = ["| N, batch | way | tokens/s | share |", "|---|---|---:|---:|"]
+    for case in record["cases"]:
+        for t in case["timings"]:
+            share = "" if t["share"] is None else f"{100 * t['share']:.0f} %"
+            lines.append(
+                f"| {case['length']}, {t['batch']} | {t['method']} "
+                f"| {t['tokens_per_second']:,.0f} | {share} |"
+            )
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record | {'device': 'cuda'})}"])
 
 
 def steps_table(
@@ -923,7 +1018,8 @@ DOCUMENTS = {
     ),
     "docs/reliability.md": (kills, soak),
     "docs/dev/recipes.md": (width, steps_to_exact, longest, transfer, capacity),
-    "README.md": (bench_short, fit_step_short),
+    "docs/gpu.md": (gpu_steps, gpu_tokens, gpu_throughput, gpu_products),
+    "README.md": (bench_short, fit_step_short, gpu_short),
     "docs/quickstart.md": (expected,),
     "docs/results.md": (bench, one_forward, reconstruction, table1, fit_step, never_slower, models),
     "docs/claim.md": (ceilings, figure2),

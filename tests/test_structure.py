@@ -110,7 +110,7 @@ def test_every_arrow_points_down() -> None:
     assert up == []
 
 
-@pytest.mark.parametrize("folder", ["prototok", "csrc"])
+@pytest.mark.parametrize("folder", ["prototok", "csrc", "kernels"])
 def test_no_file_is_long(folder: str) -> None:
     code = [
         path

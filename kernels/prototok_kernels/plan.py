@@ -304,7 +304,7 @@ def _plan_of(
     return Plan(
         backend=backend,
         device=kind,
-        dtype=_name(dtype),
+        dtype=str(dtype).removeprefix("torch."),
         rows=rows,
         length=length,
         instruction_set=machine.instruction_sets[0] if by == "cpu" else "none",
@@ -398,7 +398,3 @@ def _passes(backend: str, kind: str, dtype: torch.dtype, machine: Machine) -> Ch
         return Choice(preferred, f"the kernels for {kind!r}")
     why = missing.removeprefix("backend: ")
     return Choice("torch", "what is left", ((preferred, why),))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from prototok import Recipe
 from prototok.fitting.engine.step import step
 from prototok_kernels import plan
-from rehearsal import DEVICE, HostRead, MixedDevices, Seen, frozen, rehearsal, slots_of
+from rehearsal import (
+    DEVICE,
+    HostRead,
+    MixedDevices,
+    Seen,
+    frozen,
+    frozen_shape,
+    rehearsal,
+    slots_of,
+)
 from zoo import OWN
 
 ROWS, LENGTH = 8, 33
@@ -105,6 +114,21 @@ def test_transformers_attends_without_cudnn_where_its_gradient_may_be_nan(length
         )
         step(lm, slots_of(lm, "e m*", 2, length), 2)
     assert asked == [length == 63] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("capability", "tiles"), [(80, 0), (90, 11)])
+def test_attention_of_128_keys_is_one_launch_each_way_from_sm_90_on(
+    capability: int, tiles: int
+) -> None:
+    plan._plan_of.cache_clear()
+    with rehearsal(capability=capability) as seen:
+        lm = frozen_shape("pythia-160m")
+        step(lm, slots_of(lm, "e m*", 256, 128), 256)
+        assert lm.plan(256, 128).attention.taken == ("tile" if tiles else "triton")
+    names = [launch.name for launch in seen.launches]
+    assert names.count("_attention_kernel") == names.count("_attention_backward_kernel") == tiles
+    assert names.count("attention") == 11 - tiles
+    plan._plan_of.cache_clear()
 
 
 def test_a_host_read_is_seen() -> None:

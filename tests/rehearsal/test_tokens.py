@@ -17,6 +17,8 @@ from prototok_kernels.plan import FEW_ROWS_ON_CUDA
 from rehearsal import DEVICE, frozen, rehearsal
 from zoo import OWN
 
+NORM = "_residual_norm_kernel"
+
 
 @pytest.mark.parametrize(
     ("shape", "launches", "a_layer", "milliseconds", "share"),
@@ -33,6 +35,16 @@ def test_a_token_stays_within_its_budget(shape, launches, a_layer, milliseconds,
     assert one.of_roofline(gpu.seconds, gpu.bandwidth) >= share
     # It reads the weights once, and little else.
     assert one.least < one.bytes < 1.05 * one.least
+
+
+@pytest.mark.parametrize("shape", ["pythia-160m", "llama-3.2-1b"])
+def test_launches_are_early_where_the_device_can(shape):
+    """All but the last norm's, which reads nothing that could be read before."""
+    for capability, can in ((80, False), (90, True)):
+        compiled = token(shape, 1, capability=capability).compilations
+        early = {c.name for c in compiled if ("launch_pdl", True) in c.options}
+        waits = {c.name for c in compiled if ("EARLY", True) in c.constants}
+        assert early == waits == ({c.name for c in compiled} - {NORM} if can else set())
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS_ON_CUDA, FEW_ROWS_ON_CUDA + 1])
