@@ -18,14 +18,14 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # A step has at most its limit, and the limits of a set add up to no more than the budget.
 declare -A limit=(
     [env]=20 [driver]=10 [gemms]=60 [graphs]=100 [fit-step-pythia-160m]=80 [fit-step-llama-3.2-1b]=90
-    [throughput]=110
+    [decoder]=40 [throughput]=110
     [tests]=150 [ncu]=80 [fit-step-pythia-1.4b]=80 [fit-step-llama-3.1-8b]=100 [throughput-256]=140
     [slots]=60 [kernels]=100 [profile]=40 [table4]=190
     [memcheck]=180 [racecheck]=180
 )
 sets="first second third fourth"
 declare -A set_of=(
-    [first]="env driver gemms graphs fit-step-pythia-160m fit-step-llama-3.2-1b throughput"
+    [first]="env driver gemms graphs fit-step-pythia-160m fit-step-llama-3.2-1b decoder throughput"
     [second]="env tests ncu fit-step-pythia-1.4b fit-step-llama-3.1-8b throughput-256"
     [third]="env slots kernels profile table4"
     [fourth]="env memcheck racecheck"
@@ -181,6 +181,8 @@ run() {
                 --kernel-name "regex:^($(paste -sd'|' <<<"$names"))" "${launch[@]}" --size real
         fi
         ;;
+    decoder) step decoder "$python" benchmarks/decoder.py --out "$work/decoder.json" \
+        $(either "" "--shape smoke --length 4 --rounds 2 --device cpu") ;;
     throughput) throughput "$1" 128 ;;
     throughput-*) throughput "$1" "${1#throughput-}" ;;
     slots) step slots "$python" benchmarks/slots.py --texts $(either 512 4) --slots $(either 64 2) \
