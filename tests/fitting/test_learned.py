@@ -76,7 +76,7 @@ def test_fewer_updates_than_adamw_and_no_text_less(
     fast = fit(small_lm, unseen, prior, recipe=dataclasses.replace(recipe, learned=0))
     found = fit(small_lm, unseen, optimizer, recipe=recipe)
     assert bool(found.exact.all()) and bool(fast.exact.all())
-    assert float(found.steps.float().median()) < 0.6 * float(fast.steps.float().median())
+    assert float(found.steps.float().median()) < 0.8 * float(fast.steps.float().median())
     assert float(found.margin.min()) >= 0.19
 
 

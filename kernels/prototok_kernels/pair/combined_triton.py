@@ -249,11 +249,10 @@ def combined_activation_backward(
     # The sums take the registers that more columns would.
     o |= {"BI": min(32 if o["SP"] <= 64 else 16, o["BI"]), "num_stages": 2}
     of_vectors = dict(o)
-    if gated:  # two of them: what takes no stack, by how many threads multiply at once
-        together = capability(vectors.device) >= 90
+    if gated:  # two of them, so that less fits without a stack
         if o["SP"] > 64:
-            of_vectors["BN"] = 64 if together else 16
-        elif not together:
+            of_vectors["BN"] = 16
+        elif capability(vectors.device) < 90:
             of_vectors["BI"] = 16
     with torch.cuda.device_of(vectors):
         combined_backward_coef_kernel[(rows, triton.cdiv(length, o["BN"]))](
