@@ -30,11 +30,17 @@ def result(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
 
 
+def gpu_of(record: dict) -> str | None:
+    """Return the name of the GPU that a record is of, or None."""
+    name = record["machine"].get("cuda device", "none")
+    return None if name == "none" else name
+
+
 def source(record: dict) -> str:
     m = record["machine"]
     where = f"{m['processor']}, {m['threads']} threads"
-    if "cuda" in str(record.get("device", "")):
-        where = f"{m['cuda device']}, triton {m['triton']}"
+    if (gpu := gpu_of(record)) is not None:
+        where = f"{gpu}, triton {m['triton']}"
     return (
         f"{where}, torch {m['torch']}, transformers {m['transformers']}, {record['date']}, "
         f"commit {record['commit']}."
@@ -95,7 +101,7 @@ def by_processor(pattern: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for path in sorted(RESULTS.glob(pattern)):
         record = json.loads(path.read_text())
-        if record.get("device") == "cuda":
+        if gpu_of(record) is not None:
             continue
         m = record["machine"]
         instructions = m.get("C++ kernels", "instructions not recorded").split(",")[0]
@@ -140,9 +146,13 @@ def fit_step_short() -> str:
     return "\n".join(lines)
 
 
+def steps_on_a_gpu() -> list[dict]:
+    return [result(path.name) for path in sorted(RESULTS.glob("fit-step-*-cuda.json"))]
+
+
 def gpu_steps() -> str:
     """A step on a GPU beside the same loops, with its source."""
-    records = [result(path.name) for path in sorted(RESULTS.glob("fit-step-*-cuda.json"))]
+    records = steps_on_a_gpu()
     lines = [
         "| step | ours / batched | ours / batch 1 | ms a step | batched | MFU | batched | GiB "
         "| batched |",
@@ -163,8 +173,7 @@ def gpu_steps() -> str:
 def gpu_short() -> str:
     """The ratio and MFU of a step on a GPU alone."""
     lines = ["|NVIDIA H200|step|MFU|", "|---|---|---|"]
-    for path in sorted(RESULTS.glob("fit-step-*-cuda.json")):
-        r = result(path.name)
+    for r in steps_on_a_gpu():
         name = r["model"].removesuffix(" (random weights)")
         lines.append(
             f"|{name}, {r['rows']} × {r['length']}|{r['ratio']['batched'][1]:.2f}×"
@@ -187,7 +196,7 @@ def gpu_tokens() -> str:
                 f"| {c['shape']}, {c['length']} | {what[name]} "
                 f"| {1e6 * c['seconds'][name][1]:.0f} | {100 * share:.1f} % |"
             )
-    return "\n".join([*lines, "", f"`{record['command']}`: {source(record | {'device': 'cuda'})}"])
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
 def gpu_products() -> str:
@@ -224,7 +233,7 @@ def gpu_throughput() -> str:
                 f"| {case['length']}, {t['batch']} | {t['method']} "
                 f"| {t['tokens_per_second']:,.0f} | {share} |"
             )
-    return "\n".join([*lines, "", f"`{record['command']}`: {source(record | {'device': 'cuda'})}"])
+    return "\n".join([*lines, "", f"`{record['command']}`: {source(record)}"])
 
 
 def steps_table(

@@ -50,7 +50,7 @@ from prototok_kernels import attention_triton
 from prototok_kernels import backend as backend_module
 from prototok_kernels import linear_cross_entropy as head_module
 from prototok_kernels.pair import combined_triton
-from prototok_kernels.plan import Plan, plan_of
+from prototok_kernels.plan import Plan, _plan_of, plan_of
 
 DEVICE = torch.device("meta")
 
@@ -488,6 +488,9 @@ def rehearsal(
             (frozen_lm, "sampled_fingerprint_of", lambda source: "of no weights"),
         ):
             stack.enter_context(patch.object(where, name, value))
+        # Plans that are kept are of another capability, and so are those of here.
+        _plan_of.cache_clear()
+        stack.callback(_plan_of.cache_clear)
         stack.enter_context(_Dispatch(seen))
         yield seen
 

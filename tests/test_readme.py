@@ -29,7 +29,7 @@ def test_what_is_written_by_a_script_is_as_it_writes_it(script: str) -> None:
     subprocess.run([sys.executable, ROOT / script, "--check"], check=True)
 
 
-def test_the_readme_is_short_and_says_that_no_gpu_was_used() -> None:
+def test_the_readme_is_short_and_says_where_a_gpus_figures_are() -> None:
     assert len(README.split()) <= 900
     assert "what was not](docs/gpu.md)" in README
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prototok_kernels.activation import _exp2
+from prototok_kernels.activation import _LOG2_E, _exp2
 
-# A thread reads a group of 16 bytes of bf16 at a time. So many warps let two programs share a
-# processor: of more rows the second cache does not hold what is read again.
+# A thread reads a group of 16 bytes of bf16 at a time. What a program takes lets two share a
+# processor, or one where rows are long: of more the second cache does not hold what is read again.
 _GROUP = 8
 _BLOCK, _WARPS = 8192, 32
 _LONG_BLOCK, _LONG_WARPS, _LONG_VOCABULARY = 16384, 32, 65536
@@ -63,7 +63,7 @@ def _head_kernel(
     best = tl.full((BLOCK // GROUP,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK // GROUP,), tl.float32)
     where = tl.full((BLOCK // GROUP,), 2147483647, tl.int32)
-    scale2 = inverse_temperature * 1.4426950408889634  # log2 e
+    scale2 = inverse_temperature * _LOG2_E
     for start in range(0, vocabulary, BLOCK):
         columns = start + group[:, None] + within[None, :]
         inside = columns < vocabulary  # and nothing else, or they are loaded one by one

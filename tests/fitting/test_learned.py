@@ -24,6 +24,7 @@ from prototok.fitting.recipe import LEARNED
 from prototok.fitting.shipped import shipped
 from prototok.model.load import BUILT_IN, load, path_of
 from prototok.results.arrangement import Arrangement
+from prototok_kernels.backend import this_machine
 from tests.fitting.engine.test_lagging_polls import as_on_cuda
 from tests.support import small_llama
 
@@ -76,7 +77,9 @@ def test_fewer_updates_than_adamw_and_no_text_less(
     fast = fit(small_lm, unseen, prior, recipe=dataclasses.replace(recipe, learned=0))
     found = fit(small_lm, unseen, optimizer, recipe=recipe)
     assert bool(found.exact.all()) and bool(fast.exact.all())
-    assert float(found.steps.float().median()) < 0.8 * float(fast.steps.float().median())
+    # What was trained depends on the processor: without AVX-512 it has taken 10 updates for 14.
+    most = 0.6 if "avx512" in this_machine().instruction_sets else 0.8
+    assert float(found.steps.float().median()) < most * float(fast.steps.float().median())
     assert float(found.margin.min()) >= 0.19
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import prototok
 from prototok import FrozenLM
 from prototok.model.families.body import DecoderBody
-from prototok_kernels.backend import _cpu
+from prototok_kernels.backend import _cpu, this_machine
 from prototok_kernels.decoder import Decoder, decoder_model
 from zoo import OWN, made
 
@@ -54,7 +54,9 @@ def test_error_is_no_larger_than_that_of_torch(
     bound = (lm.logits(x).double() - exact).abs().max()
     logits = decoder.logits()
     assert logits.shape == exact.shape and logits.dtype == torch.float32
-    assert float((logits - exact).abs().max()) <= 3 * float(bound)
+    # By AVX2 alone torch sums otherwise, and once erred half as much.
+    most = 2 if "avx512" in this_machine().instruction_sets else 3
+    assert float((logits - exact).abs().max()) <= most * float(bound)
     assert torch.equal(decoder.ids(), logits.argmax(dim=-1))
 
 

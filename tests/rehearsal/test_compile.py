@@ -14,7 +14,6 @@ from triton.compiler import ASTSource
 
 from cubin import narrow_loads_in_loops, resource_usage
 from prototok.fitting.engine.step import step
-from prototok_kernels.plan import _plan_of
 from rehearsal import Compilation, frozen_shape, rehearsal, slots_of
 
 SHAPES = (
@@ -38,13 +37,11 @@ NARROW = {
 
 def compilations(architecture: int) -> list[Compilation]:
     """All that the steps and tokens launch where that is the device's capability."""
-    _plan_of.cache_clear()
     with rehearsal(capability=architecture) as seen:
         for shape, rows, length, prefix in SHAPES:
             lm = frozen_shape(shape, prefix)
             step(lm, slots_of(lm, "e m*", rows, length), rows)
     tokens = [c for one in TOKENS for c in token(*one, capability=architecture).compilations]
-    _plan_of.cache_clear()
     return list(dict.fromkeys([*seen.compilations, *tokens]))
 
 

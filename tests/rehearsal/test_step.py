@@ -120,7 +120,6 @@ def test_transformers_attends_without_cudnn_where_its_gradient_may_be_nan(length
 def test_attention_of_128_keys_is_one_launch_each_way_from_sm_90_on(
     capability: int, tiles: int
 ) -> None:
-    plan._plan_of.cache_clear()
     with rehearsal(capability=capability) as seen:
         lm = frozen_shape("pythia-160m")
         step(lm, slots_of(lm, "e m*", 256, 128), 256)
@@ -128,7 +127,6 @@ def test_attention_of_128_keys_is_one_launch_each_way_from_sm_90_on(
     names = [launch.name for launch in seen.launches]
     assert names.count("_attention_kernel") == names.count("_attention_backward_kernel") == tiles
     assert names.count("attention") == 11 - tiles
-    plan._plan_of.cache_clear()
 
 
 def test_a_host_read_is_seen() -> None:

@@ -101,7 +101,7 @@ def test_losses_are_those_of_the_general_layer(
     assert not lengths
     assert len(general) == 6
     for row, losses in general.items():
-        assert_same_losses(collapsed[row], losses, cpu=2e-5, cuda=2e-4)
+        assert_same_losses(collapsed[row], losses, lm, cpu=2e-5, cuda=2e-4)
 
 
 @pytest.mark.parametrize("arrangement", ["e*", "e* m*", "(e m)*", "e2 m*", "e2 m*+1"])

@@ -46,7 +46,7 @@ def test_batched_losses_equal_single_fits(any_lm: FrozenLM, arrangement: str) ->
     for i in (0, 3, 7, 15):
         alone = losses_of(any_lm, [texts[i]], 20, arrangement=arrangement)[0]
         # On CUDA another batch size is another kernel, with sums in another order.
-        assert_same_losses(together[i], alone, cpu=2e-5, cuda=2e-4)
+        assert_same_losses(together[i], alone, any_lm, cpu=2e-5, cuda=2e-4)
 
 
 def test_batched_results_equal_single_fits(any_lm: FrozenLM) -> None:
@@ -69,7 +69,7 @@ def test_each_row_of_a_batch_has_the_cosines_of_its_own_length(any_lm: FrozenLM)
             cycle, min(cycle + rest, 20),
         ]  # fmt: skip
         alone = losses_by_step(any_lm, [text], recipe=recipe)[0]
-        assert_same_losses(together[i], alone, cpu=2e-5, cuda=2e-4)
+        assert_same_losses(together[i], alone, any_lm, cpu=2e-5, cuda=2e-4)
         other = losses_by_step(any_lm, [text], recipe=plain)[0]
         assert together[i] != pytest.approx(other, rel=1e-3)
 
@@ -168,7 +168,9 @@ def test_shared_gradient_is_the_sum_over_the_group(any_lm: FrozenLM) -> None:
     single = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=2)
     turns = losses_of(any_lm, [ids[0], ids[0]], 10, share="m", batch_size=1)
     assert single[0] == pytest.approx(single[1], rel=1e-6)  # same targets, same seed, same e
-    assert_same_losses(turns[0], single[0], cpu=1e-4, cuda=1e-4)  # rows that take turns add up
+    assert_same_losses(
+        turns[0], single[0], any_lm, cpu=1e-4, cuda=1e-4
+    )  # rows that take turns add up
 
 
 def test_running_out_of_memory_halves_the_rows_and_loses_none(
