@@ -5,8 +5,7 @@ reads q, k and v where the stacked product left them, rotates them in registers,
 the gradient of the stack at once. Weights are computed again there, so that nothing but the stack
 is kept.
 
-The coordinates of q and k lie in a tile as the pairs that are rotated, one behind the other: a
-product over them does not care for their order.
+More keys than a tile holds are taken in two halves (attention_halves.py).
 
 Letters: B rows, N positions, H heads, K key-value heads, c head size, r rotary size (r ≤ c), P
 constant positions in front, T = P + N keys.
@@ -28,12 +27,22 @@ try:
     import triton.language as tl
 
     from prototok_kernels.activation import _exp2, _inverse
+    from prototok_kernels.attention_halves import _halves_backward_kernel, _halves_kernel
+    from prototok_kernels.attention_tiles import (
+        _angles,
+        _keys_and_values,
+        _load_pairs,
+        _logits,
+        _product,
+        _store_turned_back,
+        _turned,
+    )
 except ImportError:
     triton = None
 
 # What compiles without spilling registers: T, c, and the queries of a turn backward. Forward all
 # are one tile, as the keys are. Where tensor cores multiply for 128 threads at once (sm_90, sm_100)
-# 128 keys do as well, if backward has one turn: all queries of a head that shares no keys.
+# 128 keys do as two halves, for heads that share none.
 _KEYS, _MORE_KEYS, _SIZE, _QUERIES = 64, 128, 64, 32
 _LOG2_E = 1.4426950408889634
 
@@ -64,100 +73,9 @@ def _block(count: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _load_pairs(x, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
-        """Both coordinates of the pairs of rows that start at x + row: (rows, pairs) twice."""
-        low, high = _pair_columns(HALF, PAIRS)
-        rows = x + row[:, None]
-        return (
-            tl.load(rows + low[None, :], mask=mask[:, None], other=0.0),
-            tl.load(rows + high[None, :], mask=mask[:, None], other=0.0),
-        )
-
-    @triton.jit
-    def _pair_columns(HALF: tl.constexpr, PAIRS: tl.constexpr):
-        """Where a pair's coordinates are; those that are not rotated are paired as well."""
-        pair = tl.arange(0, PAIRS)
-        if HALF == PAIRS:
-            return pair, pair + PAIRS
-        low = tl.where(pair < HALF, pair, pair + HALF)
-        high = tl.where(pair < HALF, pair + HALF, pair + PAIRS)
-        # Neighbours, as far as HALF and PAIRS let the compiler know.
-        ALIKE: tl.constexpr = (HALF | PAIRS) & -(HALF | PAIRS)
-        low = tl.max_contiguous(tl.multiple_of(low, ALIKE), ALIKE)
-        return low, tl.max_contiguous(tl.multiple_of(high, ALIKE), ALIKE)
-
-    @triton.jit
-    def _angles(cos, sin, table_row, position, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
-        """Cosine and sine (positions, pairs), 1 and 0 where nothing is rotated."""
-        pair = tl.arange(0, PAIRS)
-        at = position[:, None] * table_row + pair[None, :]
-        turns = mask[:, None] & (pair[None, :] < HALF)
-        return tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
-
-    @triton.jit
-    def _turned(low, high, c, s):
-        """The rotated pairs as a tile, a pair's coordinates side by side."""
-        dtype = low.dtype
-        low, high = low.to(tl.float32), high.to(tl.float32)
-        turned = tl.join((low * c - high * s).to(dtype), (high * c + low * s).to(dtype))
-        return tl.reshape(turned, (turned.shape[0], 2 * turned.shape[1]))
-
-    @triton.jit
-    def _store_turned_back(tile, c, s, out, row, mask, HALF: tl.constexpr, PAIRS: tl.constexpr):
-        """Write the gradient of what was rotated, from that of its tile."""
-        low, high = tl.split(tl.reshape(tile, (tile.shape[0], PAIRS, 2)))
-        to_low, to_high = _pair_columns(HALF, PAIRS)
-        rows = out + row[:, None]
-        dtype = out.dtype.element_ty
-        tl.store(rows + to_low[None, :], (low * c + high * s).to(dtype), mask=mask[:, None])
-        tl.store(rows + to_high[None, :], (high * c - low * s).to(dtype), mask=mask[:, None])
-
-    @triton.jit
-    def _keys_and_values(
-        qkv, cos, sin, prefix, kv_head, length, table_row, j, HEADS: tl.constexpr,
-        KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, PREFIX: tl.constexpr,
-    ):  # fmt: skip
-        """Tiles of all keys, rotated, and of all values; j numbers them, those in front first."""
-        PAIRS: tl.constexpr = SIZE // 2
-        STACK: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
-        position = j - PREFIX
-        own = (position >= 0) & (position < length)
-        row = position * STACK + (HEADS + kv_head) * SIZE
-        column = tl.arange(0, SIZE)[None, :]
-        low, high = _load_pairs(qkv, row, own, HALF, PAIRS)
-        value = qkv + row[:, None] + KV_HEADS * SIZE + column
-        v = tl.load(value, mask=own[:, None], other=0.0)
-        if PREFIX > 0:
-            front = j < PREFIX
-            row = (kv_head * PREFIX + j) * SIZE
-            front_low, front_high = _load_pairs(prefix, row, front, HALF, PAIRS)
-            low = tl.where(front[:, None], front_low, low)
-            high = tl.where(front[:, None], front_high, high)
-            value = prefix + KV_HEADS * PREFIX * SIZE + row[:, None] + column
-            front_v = tl.load(value, mask=front[:, None], other=0.0)
-            v = tl.where(front[:, None], front_v, v)
-        c, s = _angles(cos, sin, table_row, position, own, HALF, PAIRS)
-        return _turned(low, high, c, s), v
-
-    @triton.jit
-    def _product(a, b, WIDE: tl.constexpr):
-        """a · b, summed in fp32."""
-        if WIDE:
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-        return tl.dot(a, b)
-
-    @triton.jit
-    def _weights(
-        q, k, i, j, length, scale, PREFIX: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr
-    ):
+    def _weights(q, k, i, j, scale, WINDOW: tl.constexpr, WIDE: tl.constexpr):
         """Exponentials (queries, keys), fp32, of which the largest is 1, and their sums."""
-        distance = i[:, None] + PREFIX - j[None, :]
-        seen = (distance >= 0) & (j[None, :] < PREFIX + length)
-        if WINDOW > 0:
-            seen = seen & (distance < WINDOW)
-        logits = _product(q, tl.trans(k), WIDE) * scale
-        # Not −∞: queries beyond N may see no key, and must be finite times zero in the gradient.
-        logits = tl.where(seen, logits, -3.4028234663852886e38)
+        logits = _logits(q, k, i, j, scale, False, WINDOW, WIDE)
         weights = _exp2(logits - tl.max(logits, 1)[:, None])
         return weights, tl.sum(weights, 1)[:, None]
 
@@ -196,9 +114,8 @@ if triton is not None:
         i = tl.arange(0, BLOCK_Q)
         low, high = _load_pairs(qkv, i * STACK + head * SIZE, i < length, HALF, PAIRS)
         c, s = _angles(cos, sin, table_row, i, i < length, HALF, PAIRS)
-        weights, total = _weights(
-            _turned(low, high, c, s), k, i, j, length, scale, PREFIX, WINDOW, WIDE
-        )
+        q = _turned(low, high, c, s)
+        weights, total = _weights(q, k, i + PREFIX, j, scale, WINDOW, WIDE)
         mixed = (_product(weights.to(v.dtype), v, WIDE) * _inverse(total)).to(v.dtype)
         to = out + i[:, None] * (HEADS * SIZE) + column
         tl.store(to, mixed, mask=i[:, None] < length)
@@ -258,7 +175,7 @@ if triton is not None:
             q = _turned(low, high, c, s)
             at = i[:, None] * (HEADS * SIZE) + head * SIZE + column
             grad_mixed = tl.load(grad_out + at, mask=i[:, None] < length, other=0.0)
-            weights, total = _weights(q, k, i, j, length, scale, PREFIX, WINDOW, WIDE)
+            weights, total = _weights(q, k, i + PREFIX, j, scale, WINDOW, WIDE)
             weights *= _inverse(total)
             grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
             grad_weights = _product(grad_mixed, tl.trans(v), WIDE)
@@ -292,11 +209,15 @@ class TileAttention(torch.autograd.Function):
         out = qkv.new_empty(rows, length, heads * size)
         if out.numel():
             constants = _constants(qkv, cos, prefix, heads, kv_heads, window)
+            given = (
+                qkv, cos, sin, qkv if prefix is None else prefix, out, scaling * _LOG2_E, length,
+                cos.stride(0),
+            )  # fmt: skip
             with torch.cuda.device_of(qkv):
-                _attention_kernel[(rows * heads,)](
-                    qkv, cos, sin, qkv if prefix is None else prefix, out, scaling * _LOG2_E,
-                    length, cos.stride(0), BLOCK_Q=_block(length), **constants,
-                )  # fmt: skip
+                if constants["BLOCK_K"] > _KEYS:
+                    _halves_kernel[(rows * heads,)](*given, **constants)
+                else:
+                    _attention_kernel[(rows * heads,)](*given, BLOCK_Q=_block(length), **constants)
         return out
 
     @staticmethod
@@ -307,28 +228,36 @@ class TileAttention(torch.autograd.Function):
         grad = torch.empty_like(qkv)
         if grad.numel():
             constants = _constants(qkv, cos, prefix, heads, kv_heads, window)
-            queries = _block(length)
-            if constants["BLOCK_K"] <= _KEYS:
-                queries = min(_QUERIES, queries)
-            blocks = triton.cdiv(length, queries)
+            given = (
+                qkv, cos, sin, qkv if prefix is None else prefix, grad_out.contiguous(), grad,
+                scaling, scaling * _LOG2_E, length, cos.stride(0),
+            )  # fmt: skip
             with torch.cuda.device_of(qkv):
-                _attention_backward_kernel[(rows * kv_heads,)](
-                    qkv, cos, sin, qkv if prefix is None else prefix, grad_out.contiguous(), grad,
-                    scaling, scaling * _LOG2_E, length, cos.stride(0),
-                    heads // kv_heads * blocks, BLOCKS=blocks, BLOCK_Q=queries, **constants,
-                )  # fmt: skip
+                if constants["BLOCK_K"] > _KEYS:
+                    _halves_backward_kernel[(rows * heads,)](*given, **constants)
+                else:
+                    queries = min(_QUERIES, _block(length))
+                    blocks = triton.cdiv(length, queries)
+                    _attention_backward_kernel[(rows * kv_heads,)](
+                        *given,
+                        heads // kv_heads * blocks,
+                        BLOCKS=blocks,
+                        BLOCK_Q=queries,
+                        **constants,
+                    )
         return grad, None, None, None, None, None, None, None
 
 
 def _constants(
     qkv: Tensor, cos: Tensor, prefix: Tensor | None, heads: int, kv_heads: int, window: int | None
 ) -> dict[str, Any]:
-    """Return what both kernels are compiled for."""
+    """Return what a kernel is compiled for, either way."""
     size = qkv.shape[2] // (heads + 2 * kv_heads)
     in_front = 0 if prefix is None else prefix.shape[2]
     keys = in_front + qkv.shape[1]
     return {
         "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "HALF": cos.shape[1] // 2,
         "PREFIX": in_front, "WINDOW": 0 if window is None or window >= keys else window,
-        "BLOCK_K": _block(keys), "WIDE": TRITON_INTERPRETED, "num_warps": 8, "num_stages": 1,
+        "BLOCK_K": _block(keys), "WIDE": TRITON_INTERPRETED, "num_stages": 1,
+        "num_warps": 8 if keys <= _KEYS else 4,
     }  # fmt: skip

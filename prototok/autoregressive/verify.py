@@ -101,8 +101,7 @@ def _margins(lm: FrozenLM, targets: Tensor, mem: Tensor, backend: str) -> Tensor
         return [own[:, 0] - best_other]
 
     key = ("margins with the text given", len(mem), len(targets), backend)
-    given = [mem[None].to(lm.device, lm.dtype), targets.to(lm.device)]
-    return on_the_host(lm, key, compute, given)[0]
+    return on_the_host(lm, key, compute, [], [mem[None].to(lm.dtype), targets])[0]
 
 
 def cache_of(lm: FrozenLM) -> str:

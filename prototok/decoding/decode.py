@@ -16,7 +16,6 @@ from torch import Tensor
 from prototok.common.arguments import is_count
 from prototok.common.ranges import named_range
 from prototok.common.shown import shapes
-from prototok.common.urgent import urgent
 from prototok.common.world import own_world
 from prototok.decoding.cpu_decoder import cpu_decoder
 from prototok.decoding.replay import on_the_host
@@ -76,7 +75,7 @@ def decode_vectors(
     With `plan` by that, of another number of rows.
     """
     plan = plan or lm.plan(len(vectors), arrangement.input_length(length), backend)
-    given = [] if targets is None else [targets.to(lm.device)]
+    given = [] if targets is None else [targets]
 
     def score(states: Tensor, weight: Tensor | None, by: str, given: Sequence[Tensor]) -> Scores:
         states = _of_targets(states, arrangement, length)
@@ -85,18 +84,19 @@ def decode_vectors(
         head = _head(states, weight, targets, by)
         return [t.view(shape) for t in (head.predicted, head.margin, head.loss)]
 
-    def compute(vectors: Tensor, layout: Tensor, *given: Tensor) -> Scores:
+    def compute(layout: Tensor, vectors: Tensor, *given: Tensor) -> Scores:
         states = lm.hidden(vectors[:, layout], backend)
         return score(states, lm.body.head, plan.head.taken, given)
 
     with named_range("decode", lm.device):
         if plan.decoder.taken == "cpu" and not as_fitted:
             logits = _passed(lm, vectors, arrangement, length).logits()  # fp32, as e and m are
+            given = [targets.to(lm.device) for targets in given]
             return Decoded(*score(logits, None, plan.update.taken, given))
         key = ("scores", len(given), len(vectors), arrangement, length, backend)
-        with urgent(lm.device):  # the copies to the device, too
-            inputs = _inputs(lm, vectors, arrangement, length)
-            return Decoded(*on_the_host(lm, key, compute, [*inputs, *given]))
+        layout = arrangement.layout(length)
+        inputs = [vectors.to(lm.dtype), *given]
+        return Decoded(*on_the_host(lm, key, compute, [layout], inputs))
 
 
 def decode_ids(
@@ -124,7 +124,7 @@ def decode_ids(
 def _ids_in_parts(
     lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int, backend: str, plan: Plan
 ) -> Tensor:
-    def compute(vectors: Tensor, layout: Tensor) -> Scores:
+    def compute(layout: Tensor, vectors: Tensor) -> Scores:
         states = _of_targets(lm.hidden(vectors[:, layout], backend), arrangement, length)
         head = _head(states, lm.body.head, None, plan.head.taken)
         return [head.predicted.view(states.shape[:2])]
@@ -133,9 +133,8 @@ def _ids_in_parts(
         ids = _passed(lm, vectors, arrangement, length).ids()
         return _of_targets(ids, arrangement, length)
     key = ("ids", len(vectors), arrangement, length, backend)
-    with urgent(lm.device):
-        inputs = _inputs(lm, vectors, arrangement, length)
-        return on_the_host(lm, key, compute, inputs)[0]
+    layout = arrangement.layout(length)
+    return on_the_host(lm, key, compute, [layout], [vectors.to(lm.dtype)])[0]
 
 
 def alone(
@@ -173,11 +172,6 @@ def decode_alone(
     )
 
 
-def _inputs(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int) -> list[Tensor]:
-    """Return the vectors as the model reads them, and which of them each position has."""
-    return [vectors.to(lm.device, lm.dtype), arrangement.layout(length).to(lm.device)]
-
-
 def _in_one_call(lm: FrozenLM, arrangement: Arrangement, length: int) -> PreparedForward:
     """Return the forward of a length, prepared by the first call."""
     kept = _forwards.get(lm)
@@ -203,8 +197,7 @@ def _passed(lm: FrozenLM, vectors: Tensor, arrangement: Arrangement, length: int
     """Return the C++ decoder behind its pass over the inputs."""
     rows, positions = len(vectors), arrangement.input_length(length)
     decoder = cpu_decoder(lm, rows, positions, positions)
-    vectors, layout = _inputs(lm, vectors, arrangement, length)
-    decoder.pass_(vectors[:, layout], 0)
+    decoder.pass_(vectors.to(lm.device, lm.dtype)[:, arrangement.layout(length)], 0)
     return decoder
 
 

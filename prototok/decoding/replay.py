@@ -38,35 +38,37 @@ class _Forward:
     graph: torch.cuda.CUDAGraph | None = None
     given: list[Tensor] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
-    tables: list[Tensor] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)  # beside these
 
     def capture(
-        self, body: DecoderBody, compute: Compute, given: Sequence[Tensor],
-        beside: torch.cuda.CUDAGraph | None,
+        self, body: DecoderBody, compute: Compute, fixed: Sequence[Tensor],
+        given: Sequence[Tensor], beside: torch.cuda.CUDAGraph | None,
     ) -> None:  # fmt: skip
-        self.given = [tensor.clone() for tensor in given]  # outside of what graphs share
+        # Outside of what graphs share.
+        self.given = [tensor.to(body.embedding.device, copy=True) for tensor in given]
+        constants = [tensor.to(body.embedding.device, copy=True) for tensor in fixed]
 
         def queue() -> None:
-            self.results = list(compute(*self.given))
+            self.results = list(compute(*constants, *self.given))
 
         # Tables that grow for longer inputs are let go when they do; the graph goes on reading
         # these, and another thread may make them grow meanwhile.
-        self.tables = [*body.rotary(0)]
+        self.read = [*constants, *body.rotary(0)]
         self.graph = captured(queue, body.embedding.device, beside)
-        self.tables += body.rotary(0)
+        self.read += body.rotary(0)
 
     def replay(self, given: Sequence[Tensor]) -> list[Tensor]:
         assert self.graph is not None
         for static, new in zip(self.given, given, strict=True):
-            static.copy_(new)
+            static.copy_(new, non_blocking=True)  # the results are waited for
         self.graph.replay()
         return self.results
 
 
 def on_the_host(
-    lm: FrozenLM, key: Hashable, compute: Compute, given: Sequence[Tensor]
+    lm: FrozenLM, key: Hashable, compute: Compute, fixed: Sequence[Tensor], given: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return what compute(*given) gives, on the CPU.
+    """Return what compute(*fixed, *given) gives, on the CPU.
 
     On CUDA it runs on a stream of high priority, and from the fourth time on with one key as a
     graph, with the same bits. A forward of transformers, which may wait for the device, always runs
@@ -74,18 +76,25 @@ def on_the_host(
 
     Args:
         lm: the model; what is kept is let go with it.
-        key: everything that `compute` depends on but its arguments' values, their shapes included.
-        compute: may not wait for the device; must not be kept, since it holds the model.
-        given: tensors on the model's device.
+        key: everything that `compute` depends on but the values given, their shapes included.
+        compute: of tensors on the model's device; may not wait for it; must not be kept, since it
+            holds the model.
+        fixed: tensors whose values the key decides; a graph takes them to the device once.
+        given: tensors on the device or on the CPU.
     """
+
+    def at_once() -> list[Tensor]:
+        inputs = [tensor.to(lm.device) for tensor in (*fixed, *given)]
+        return [result.cpu() for result in compute(*inputs)]
+
     with urgent(lm.device):
         if not on_cuda(lm.device) or not isinstance(lm.body, DecoderBody):
-            return [result.cpu() for result in compute(*given)]
+            return at_once()
         kept: Recent[_Forward] = _forwards.of.setdefault(lm, Recent(_SHAPES))
         forward = kept.get(key, _Forward)
         if forward.graph is None and forward.ran == _EAGER:
             try:
-                forward.capture(lm.body, compute, given, _one_of(kept))
+                forward.capture(lm.body, compute, fixed, given, _one_of(kept))
             except RuntimeError as error:
                 why = str(error).strip().split("\n")[0]
                 warnings.warn(f"decoding runs without a CUDA graph, slower ({why})", stacklevel=3)
@@ -95,7 +104,7 @@ def on_the_host(
             # The next replay writes the results in place.
             return [result.to("cpu", copy=True) for result in forward.replay(given)]
         forward.ran += 1
-        return [result.cpu() for result in compute(*given)]
+        return at_once()
 
 
 def _one_of(kept: Recent[_Forward]) -> torch.cuda.CUDAGraph | None:
