@@ -141,13 +141,16 @@ def passes(size: Size, device: torch.device, dtype: torch.dtype) -> None:
         shift = None if gated else torch.randn(size.inner, device=device).to(dtype)
         out = activation(z.to(dtype), shift, name, gated, "triton")
         torch.autograd.grad(out.float().sum(), z)
-    for length in (min(n, 64), max(n, 160)):  # in a tile, and by torch
+    # In a tile, in two halves where heads share no keys, and by torch.
+    for length, kv_heads in (
+        (min(n, 64), size.kv_heads), (100, size.heads), (max(n, 160), size.kv_heads),
+    ):  # fmt: skip
         angle = torch.outer(
             torch.arange(length, device=device), torch.rand(size.head_size // 4, device=device)
         ).repeat(1, 2)  # half of each head is rotated
-        qkv = leaf(size.rows, length, (size.heads + 2 * size.kv_heads) * size.head_size)
+        qkv = leaf(size.rows, length, (size.heads + 2 * kv_heads) * size.head_size)
         mixed = attention(
-            qkv.to(dtype), angle.cos(), angle.sin(), heads=size.heads, kv_heads=size.kv_heads,
+            qkv.to(dtype), angle.cos(), angle.sin(), heads=size.heads, kv_heads=kv_heads,
             scaling=size.head_size**-0.5, backend="triton",
         )  # fmt: skip
         torch.autograd.grad(mixed.float().sum(), qkv)
@@ -201,8 +204,6 @@ KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "pair_logits_kernel": block,
     "pair_logits_backward_kernel": block,
     "combined_activation_kernel": block,
-    "combined_backward_coef_kernel": block,
-    "combined_backward_vectors_kernel": block,
     "affine_scan_forward_kernel": block,
     "affine_backward_kernel": block,
     "scan_backward_kernel": block,
@@ -211,6 +212,8 @@ KERNELS: dict[str, Callable[[Size, torch.device, torch.dtype], None]] = {
     "_activation_kernel": passes,
     "_attention_kernel": passes,
     "_attention_backward_kernel": passes,
+    "_attention_halves_kernel": passes,
+    "_attention_halves_backward_kernel": passes,
     "_rotary_kernel": passes,
     "_normed_product_kernel": token,
     "_added_product_kernel": token,

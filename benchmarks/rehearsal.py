@@ -49,7 +49,6 @@ from prototok.results.arrangement import Arrangement
 from prototok_kernels import attention_triton
 from prototok_kernels import backend as backend_module
 from prototok_kernels import linear_cross_entropy as head_module
-from prototok_kernels.pair import combined_triton
 from prototok_kernels.plan import Plan, _plan_of, plan_of
 
 DEVICE = torch.device("meta")
@@ -258,8 +257,10 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
     ),
     "_activation_kernel": lambda a: ([a["z"], *[a["grad"]] * a["BACKWARD"]], [a["out"]]),
     "_rotary_kernel": _rotary,
-    "_attention_kernel": lambda a: ([a["qkv"]], [a["out"]]),
+    "_attention_kernel": _named("qkv", "out"),
     "_attention_backward_kernel": _named("qkv grad_out", "grad"),
+    "_attention_halves_kernel": _named("qkv", "out"),
+    "_attention_halves_backward_kernel": _named("qkv grad_out", "grad"),
     "_normed_product_kernel": lambda a: (
         [a[name] for name in ("x", "norm", *["norm_bias"] * a["CENTRED"], "weight")]
         + [a["bias"]] * a["HAS_BIAS"] + [a["second_weight"]] * bool(a["SECOND_OUT"])
@@ -301,9 +302,9 @@ _TRAFFIC: dict[str, Callable[[dict[str, Any]], tuple[list[Tensor], list[Tensor]]
         + [a["grad_u" if a["P"] else "grad_values"]],
         [a["grad"]],
     ),
-    "combined_activation_kernel": _named("coef vectors", "inner"),
-    "combined_backward_coef_kernel": _named("grad coef vectors", "grad_coef"),
-    "combined_backward_vectors_kernel": _named("grad coef vectors", "grad_vectors"),
+    "combined_activation_kernel": lambda a: (
+        [a["coef"], a["vectors"], *[a["grad"]] * a["BACKWARD"]], [a["out"]],
+    ),
     "affine_scan_forward_kernel": lambda a: (
         [a[f"{name}_ptr"] for name in ("a", "b", "span", *["u"] * bool(a["P"]))],
         [a[f"{name}_ptr"] for name in ("x", "coef", "w", "sum")],
@@ -477,7 +478,6 @@ def rehearsal(
             (head_module, "multiprocessors", lambda device: processors),
             (backend_module, "capability", lambda device: capability),
             (attention_triton, "capability", lambda device: capability),
-            (combined_triton, "capability", lambda device: capability),
             (FrozenLM, "plan", plan),
             (slots_module.Slots, "_sent", send),
             (step_module, "named_range", part),

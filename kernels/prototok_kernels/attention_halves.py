@@ -82,7 +82,7 @@ if triton is not None:
         tl.store(to, tile.to(grad.dtype.element_ty), mask=((i >= 0) & (i < length))[:, None])
 
     @triton.jit
-    def _halves_kernel(
+    def _attention_halves_kernel(
         qkv,  # (B, N, 3 H c)
         cos,  # (≥ N, ≥ r / 2) fp32
         sin,
@@ -137,7 +137,7 @@ if triton is not None:
         tl.store(to, mixed, mask=mask)
 
     @triton.jit
-    def _halves_backward_kernel(
+    def _attention_halves_backward_kernel(
         qkv,  # (B, N, 3 H c)
         cos,
         sin,

@@ -27,7 +27,10 @@ try:
     import triton.language as tl
 
     from prototok_kernels.activation import _exp2, _inverse
-    from prototok_kernels.attention_halves import _halves_backward_kernel, _halves_kernel
+    from prototok_kernels.attention_halves import (
+        _attention_halves_backward_kernel,
+        _attention_halves_kernel,
+    )
     from prototok_kernels.attention_tiles import (
         _angles,
         _keys_and_values,
@@ -215,7 +218,7 @@ class TileAttention(torch.autograd.Function):
             )  # fmt: skip
             with torch.cuda.device_of(qkv):
                 if constants["BLOCK_K"] > _KEYS:
-                    _halves_kernel[(rows * heads,)](*given, **constants)
+                    _attention_halves_kernel[(rows * heads,)](*given, **constants)
                 else:
                     _attention_kernel[(rows * heads,)](*given, BLOCK_Q=_block(length), **constants)
         return out
@@ -234,7 +237,7 @@ class TileAttention(torch.autograd.Function):
             )  # fmt: skip
             with torch.cuda.device_of(qkv):
                 if constants["BLOCK_K"] > _KEYS:
-                    _halves_backward_kernel[(rows * heads,)](*given, **constants)
+                    _attention_halves_backward_kernel[(rows * heads,)](*given, **constants)
                 else:
                     queries = min(_QUERIES, _block(length))
                     blocks = triton.cdiv(length, queries)

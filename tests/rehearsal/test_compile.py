@@ -27,11 +27,9 @@ TOKENS = (("pythia-160m", 1, 256), ("llama-3.2-1b", 1, 2048), ("llama-3.1-8b", 4
 # Loads of two bytes in loops that may stay. The scan's two bases are one row each beside H rows of
 # the span, a column a thread; its backward pass reads one row a head, backwards, in one turn, and
 # behind a vector three. That of the logits reads a few heads of q and v, an element a thread, once
-# each. Two tiles of more than 64 spanning vectors leave room for one of the gradient that has an
-# element a thread.
+# each.
 NARROW = {
     "affine_scan_forward_kernel": 2, "scan_backward_kernel": 6, "pair_logits_backward_kernel": 10,
-    "combined_backward_vectors_kernel": 1,
 }  # fmt: skip
 
 
