@@ -26,7 +26,7 @@ from prototok.autoregressive.generate import bytes_read
 from prototok.autoregressive.static_kv import StaticDecoder
 from prototok.bench.timing import Peak, roofline_seconds
 from prototok.common.clock import once
-from prototok.decoding.decode import decode_vectors
+from prototok.decoding.decode import decode_ids
 from prototok.model.shapes import load_shape
 from prototok.results.arrangement import Arrangement
 from prototok_kernels import added_products, cached_attention, next_token, normed_products
@@ -52,7 +52,7 @@ def cell(shape: str, length: int, device: str, rounds: int) -> dict:
     vectors, arrangement = torch.randn(1, 2, lm.hidden_size), Arrangement.parse("e m*")
 
     def forward() -> None:
-        decode_vectors(lm, vectors, arrangement, length, None, "auto")
+        decode_ids(lm, vectors, arrangement, length, "auto")
 
     for _ in range(5):  # captured at the fourth
         forward()

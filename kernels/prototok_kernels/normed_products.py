@@ -32,8 +32,9 @@ except ImportError:
     triton = None
 
 # Weights that a program holds, bytes, the most outputs they are for, and programs that a launch
-# should have: four for each processor. All keep enough loads under way to fill the bandwidth.
-_TILE, _MOST_OUTPUTS, _PROGRAMS = 1 << 14, 4, 512
+# should have: two for each processor. All keep enough loads under way to fill the bandwidth; the
+# best of eight choices that an H200 timed (docs/dev/log.md).
+_TILE, _MOST_OUTPUTS, _PROGRAMS = 1 << 15, 8, 256
 
 
 @dataclass(frozen=True)
