@@ -38,6 +38,24 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(("arguments", "code"), [(["env"], 0), (["decode", "nothing-there"], 2)])
+def test_a_reader_that_goes_away_is_no_error(
+    arguments: list[str], code: int, buffered: bool, tmp_path: Path
+) -> None:
+    """As `prototok env | head -0` does; what else is wrong is still said."""
+    process = subprocess.Popen(
+        [sys.executable, *([] if buffered else ["-u"]), "-m", "prototok", *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # long before anything is printed
+    with process.stderr as stderr:
+        said = stderr.read()
+    assert process.wait() == code and "Pipe" not in said and "Traceback" not in said, said
+    assert bool(said.strip()) == bool(code)
+
+
 def test_fit_then_decode_gives_the_book_back(book: Path, tmp_path: Path) -> None:
     made = prototok_cli("fit", str(book), "--length", "4", "-o", "tokens", cwd=tmp_path)
     assert made.returncode == 0, made.stderr

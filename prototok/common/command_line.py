@@ -64,17 +64,24 @@ def run(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None
             stream.reconfigure(errors="replace")
     with _terminated_like_interrupted():
         try:
-            app(args=arguments, prog_name=name)
+            try:
+                app(args=arguments, prog_name=name)
+            finally:
+                sys.stdout.flush()  # or the interpreter would, when nothing can be said any more
         except ValueError as error:
             say(f"prototok: {error}")
             sys.exit(2)
         except KeyboardInterrupt:
             say("prototok: interrupted")
             sys.exit(130)
-        except BrokenPipeError:
-            # The reader of our output went away, as `| head` does; nothing is wrong or lost.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        except (BrokenPipeError, SystemExit) as end:
+            before = end.__context__
+            if not isinstance(end, BrokenPipeError) and not isinstance(before, BrokenPipeError):
+                raise
+            # The reader of our output went away, as `| head` does, which Typer ends with 1; nothing
+            # is wrong or lost.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(before.code if isinstance(before, SystemExit) else 0)
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             say(f"prototok: {error.strerror or error}{where}")

@@ -141,15 +141,16 @@ def test_logits_hundreds_apart(backend, device):
 
 @pytest.mark.parametrize("window", [None, 48], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keys_that_are_alike_and_large(backend, device, dtype, window):
+@pytest.mark.parametrize(("length", "kv_heads"), [(64, 1), (100, 2)])
+def test_keys_that_are_alike_and_large(backend, device, length, kv_heads, dtype, window):
     """As some channels of trained models' are; the gradient of a query is their weighted sum."""
-    shape = 1, 64, 2, 1, 64, 64
+    shape = 1, length, 2, kv_heads, 64, 64
     qkv, tables = make(shape, torch.float32, device)
-    stack = 0.05 * qkv.unflatten(2, (4, 64))
-    stack[:, :, :2, 0], stack[:, :, 2, 0] = 1.0, 800.0
+    stack = 0.05 * qkv.unflatten(2, (2 + 2 * kv_heads, 64))
+    stack[:, :, :2, 0], stack[:, :, 2 : 2 + kv_heads, 0] = 1.0, 800.0
     still = torch.ones_like(tables[0])  # no position turns its vectors
     options = {
-        "cos": still, "sin": 0 * still, "heads": 2, "kv_heads": 1, "scaling": 0.125,
+        "cos": still, "sin": 0 * still, "heads": 2, "kv_heads": kv_heads, "scaling": 0.125,
         "window": window,
     }  # fmt: skip
 
