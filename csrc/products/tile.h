@@ -165,8 +165,9 @@ struct TileShape {
 #ifdef PROTOTOK_PAIRS
 template <>
 struct TileShape<Pair> {
-  static constexpr int kRows = 6;  // an even number: rows come in pairs, too
-  static constexpr int kVectors = 64 / kLanes;  // as wide as a panel of packed weights
+  // An even number of rows: they come in pairs, too. Without an instruction for pairs a vector of them
+  // is two of fp32 while it is multiplied.
+  static constexpr int kRows = kLanes == 16 ? 6 : 4, kVectors = kLanes == 16 ? 4 : 2;
 };
 #endif
 

@@ -4,6 +4,7 @@
 #define PROTOTOK_TARGET avx2
 #define PROTOTOK_ATTRIBUTES "avx2,fma"
 #define PROTOTOK_LANES 8
+#define PROTOTOK_PAIRS
 
 #include "targets/dispatch.h"
 #include "targets/kernels_of_target.h"

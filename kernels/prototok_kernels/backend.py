@@ -28,7 +28,7 @@ KERNEL_DTYPES = {
 }
 
 # Instruction sets whose products take packed weights, the fastest first.
-PACKED = ("amx", "avx512bf16")
+PACKED = ("amx", "avx512bf16", "avx2")
 # The first of them with emulated tiles, for tests; taken only where `instruction_set` asks for it.
 EMULATED = "amx-emulated"
 

@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,17 +44,30 @@ EDGES = [  # (M, I, O): rows around tiles and blocks of two, depths and panels w
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[EMULATED, "amx"])
-def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run on tiles, and on one thread: emulated ones keep a thread busy long enough."""
-    missing = this_machine().lacks_instructions("amx") if request.param == "amx" else None
+@contextmanager
+def running_on(name: str) -> Iterator[str]:
+    """Run on an instruction set, on one thread: emulated tiles keep it busy long enough."""
+    missing = None if name == EMULATED else this_machine().lacks_instructions(name)
     if missing:
-        pytest.skip(f"no AMX here: {missing}")
+        pytest.skip(f"no {name} here: {missing}")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with backend.instruction_set(request.param):
-        yield request.param
+    with backend.instruction_set(name):
+        yield name
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[EMULATED, "amx"])
+def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_on(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[EMULATED, "amx", "avx2"])
+def pairs(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Beside tiles the set that multiplies pairs without an instruction for them."""
+    with running_on(request.param) as name:
+        yield name
 
 
 def by_the_manual(inputs: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
@@ -162,12 +176,12 @@ def test_few_rows_take_vectors_on_the_same_panels(tiles: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [s for s in test_head.SHAPES if s[1] % 2 == 0], ids=str)
-def test_the_head(tiles: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head(pairs: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_head, "HAS_PACKED", True)
     test_head.test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, torch.bfloat16, 0.5)
 
 
-def test_the_head_where_chunks_lead_and_rows_come_alone(tiles: str) -> None:
+def test_the_head_where_chunks_lead_and_rows_come_alone(pairs: str) -> None:
     test_head.test_packed_head_where_a_later_chunk_leads_or_equals(0.25)
     test_head.test_a_row_of_the_packed_head_is_its_own_and_follows_its_weight()
 
@@ -197,7 +211,7 @@ def test_threads_that_share_the_heads_outputs_change_no_bit(tiles: str, rows: in
 
 @pytest.mark.parametrize("window", [None, 9], ids=str)
 @pytest.mark.parametrize("shape", attention_tests.SHAPES, ids=str)
-def test_attention_in_tiles(tiles: str, shape: tuple[int, ...], window: int | None) -> None:
+def test_attention_in_tiles(pairs: str, shape: tuple[int, ...], window: int | None) -> None:
     attention_tests.test_is_as_close_to_fp64_as_torch("cpu", "cpu", shape, torch.bfloat16, window)
 
 
@@ -205,7 +219,7 @@ def test_attention_in_tiles(tiles: str, shape: tuple[int, ...], window: int | No
 @pytest.mark.parametrize("count", [1, 30])
 @pytest.mark.parametrize("shape", attention_tests.SHAPES[2::4], ids=str)
 def test_attention_in_tiles_behind_a_prefix(
-    tiles: str, shape: tuple[int, ...], count: int, window: int | None
+    pairs: str, shape: tuple[int, ...], count: int, window: int | None
 ) -> None:
     attention_tests.test_behind_a_prefix_it_is_as_close(
         "cpu", "cpu", shape, torch.bfloat16, count, window
@@ -215,7 +229,7 @@ def test_attention_in_tiles_behind_a_prefix(
 @pytest.mark.parametrize(("texts", "length"), [(1, 70), (1, 7), (1, 3), (2, 31)])
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
 def test_threads_that_share_outputs_change_no_bit(
-    tiles: str, name: str, texts: int, length: int
+    pairs: str, name: str, texts: int, length: int
 ) -> None:
     """Blocks of 2 MiB and more are shared by outputs."""
     body = prototok.load(wide(name), device="cpu", dtype=torch.bfloat16).body
@@ -246,12 +260,12 @@ def wide(name: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize(("texts", "length"), [(3, 19), (1, 70), (5, 3)])
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel", "qwen2"])
-def test_the_blocks(tiles: str, name: str, texts: int, length: int) -> None:
+def test_the_blocks(pairs: str, name: str, texts: int, length: int) -> None:
     test_decoder_blocks.test_errors_are_no_larger_than_those_of_the_loop(name, texts, length, 1)
 
 
 @pytest.mark.parametrize(("texts", "length"), [(9, 3), (5, 5), (3, 13)])
-def test_a_text_is_the_same_beside_any_others(tiles: str, texts: int, length: int) -> None:
+def test_a_text_is_the_same_beside_any_others(pairs: str, texts: int, length: int) -> None:
     """Short texts share a call: whether they take tiles is settled by their own length.
 
     Another order of sums is lost in bf16 but once in some ten thousand numbers, so the model is not
@@ -274,7 +288,7 @@ def test_a_text_is_the_same_beside_any_others(tiles: str, texts: int, length: in
             assert torch.equal(found, expected[part])
 
 
-def test_a_row_of_the_head_is_the_same_beside_any_others(tiles: str) -> None:
+def test_a_row_of_the_head_is_the_same_beside_any_others(pairs: str) -> None:
     inputs = test_head.make_inputs(24, 254, 8194, torch.bfloat16, "cpu")
     whole = test_head.linear_cross_entropy(*inputs, backend="packed")
     for part in (slice(0, 1), slice(5, 22), *(slice(row, row + 4) for row in range(0, 24, 4))):
@@ -286,21 +300,21 @@ def test_a_row_of_the_head_is_the_same_beside_any_others(tiles: str) -> None:
 
 @pytest.mark.parametrize("length", [9, 33])
 @pytest.mark.parametrize("case", ["llama-gqa-biases", "neox-sequential-gelu-tanh"])
-def test_the_first_layer(tiles: str, case: str, length: int) -> None:
+def test_the_first_layer(pairs: str, case: str, length: int) -> None:
     test_first_layer.test_cpp_errs_no_more_than_general_layer(case, length, 2)
 
 
-def test_a_first_layer_off_every_vector(tiles: str) -> None:
+def test_a_first_layer_off_every_vector(pairs: str) -> None:
     test_first_layer.test_cpp_of_many_heads_and_sizes_off_every_vector()
 
 
-def test_the_second_layer(tiles: str) -> None:
+def test_the_second_layer(pairs: str) -> None:
     test_second_layer.errors_are_no_larger("gpt-neox, parallel", 60, 2, torch.bfloat16, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_decoder(tiles: str, dtype: torch.dtype) -> None:
-    test_decoder.test_error_is_no_larger_than_that_of_torch("qwen3, tied", dtype, tiles)
+def test_the_decoder(pairs: str, dtype: torch.dtype) -> None:
+    test_decoder.test_error_is_no_larger_than_that_of_torch("qwen3, tied", dtype, pairs)
 
 
 def test_a_fit_runs_on_tiles_throughout_and_says_so(tiles: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prototok_kernels.backend import _cpu
+from prototok_kernels.backend import _cpu, this_machine
 from prototok_kernels.views import views
 
 pytestmark = pytest.mark.skipif(_cpu is None, reason="installed without the C++ kernels")
@@ -98,7 +98,7 @@ class Call:
     run: Callable[..., object]  # of their views
     tensors: dict[str, Tensor | None]
     optional: tuple[str, ...] = ()
-    needs_bf16: bool = False  # the instructions
+    needs_pairs: bool = False  # products of them
 
 
 def calls() -> dict[str, Call]:
@@ -107,7 +107,7 @@ def calls() -> dict[str, Call]:
     stream = {"x": halves(R, N, D), "prefix": halves(L, 2, K, F, C), **tables()}
     of_first = {"first": 0, "tile": 1}
     saved_bytes = saved_floats = 0
-    if "avx512bf16" in _cpu.instruction_sets():
+    if this_machine().packed:
         saved_bytes = blocks().saved_bytes(texts=R, length=N, **of_first)
         saved_floats = first_layer(**views(**first_layer_weights())).saved_floats(length=N)
     one = {"threads": 1}
@@ -193,59 +193,59 @@ def calls() -> dict[str, Call]:
         "Decoder.generate": Call(
             lambda **t: passed().generate(**t, begin=1, start=N, **one), {"ids": ids(5, R)}
         ),
-        "PackedHead": Call(_packed_head, {"weight": halves(V, D)}, needs_bf16=True),
+        "PackedHead": Call(_packed_head, {"weight": halves(V, D)}, needs_pairs=True),
         "PackedHead.run": Call(
             lambda **t: _packed_head(**views(weight=halves(V, D))).run(
                 **t, temperature=1.0, tile=2, **one
             ),
             {"hidden": halves(R, D), "grad_hidden": halves(R, D), **head_tensors()},
-            ("grad_hidden", "token_weight"), needs_bf16=True,
+            ("grad_hidden", "token_weight"), needs_pairs=True,
         ),
-        "Packed": Call(lambda **t: _cpu.Packed(**t), {"weight": halves(V, D)}, needs_bf16=True),
+        "Packed": Call(lambda **t: _cpu.Packed(**t), {"weight": halves(V, D)}, needs_pairs=True),
         "Packed.product": Call(
             lambda **t: _cpu.Packed(**views(weight=halves(V, D))).product(
                 **t, add=True, few=False
             ),
             {"inputs": halves(R, D), "bias": halves(V), "out": halves(R, V)},
-            ("bias",), needs_bf16=True,
+            ("bias",), needs_pairs=True,
         ),
         "Packed.sum": Call(
             lambda **t: _cpu.Packed(**views(weight=halves(V, D))).sum(**t, begin=2, few=False),
             {"inputs": halves(R, D - 2), "scale": floats(R), "sum": floats(R, 64)},
-            ("scale",), needs_bf16=True,
+            ("scale",), needs_pairs=True,
         ),
         "DecoderBlocks.forward": Call(
             lambda **t: blocks().forward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "out": halves(R, N, D),
                       "saved": torch.zeros(saved_bytes, dtype=torch.uint8)},
-            ("qkv", "z", "saved", "prefix"), needs_bf16=True,
+            ("qkv", "z", "saved", "prefix"), needs_pairs=True,
         ),
         "DecoderBlocks.backward": Call(
             lambda **t: blocks().backward(**t, **of_first, **one),
             stream | {"qkv": None, "z": None, "grad": halves(R, N, D), "grad_x": halves(R, N, D),
                       "grad_qkv": None, "grad_z": None,
                       "saved": torch.zeros(saved_bytes, dtype=torch.uint8)},
-            ("qkv", "z", "grad_qkv", "grad_z", "prefix"), needs_bf16=True,
+            ("qkv", "z", "grad_qkv", "grad_z", "prefix"), needs_pairs=True,
         ),
         "FirstLayer": Call(
             first_layer, first_layer_weights(),
             ("input_norm_bias", "qkv_bias", "q_norm", "k_norm", "out_bias", "up_bias",
-             "down_bias"), needs_bf16=True,
+             "down_bias"), needs_pairs=True,
         ),
         "FirstLayer.behind": Call(
             lambda **t: first_layer(**views(**first_layer_weights())).behind(**t),
             {"prefix": halves(2, K, F, C), "shift": floats(D), "fixed": floats(H * (F - 1), D),
              "centred": floats(H * (F - 1), D), "projected": floats(H * (F - 1), 2 * INNER)},
-            needs_bf16=True,
+            needs_pairs=True,
         ),
         "FirstLayer.forward": Call(
             lambda **t: first_layer(**views(**first_layer_weights())).forward(**t, **one),
-            texts | {"saved": floats(R, saved_floats), "out": halves(R, N, D)}, needs_bf16=True,
+            texts | {"saved": floats(R, saved_floats), "out": halves(R, N, D)}, needs_pairs=True,
         ),
         "FirstLayer.backward": Call(
             lambda **t: first_layer(**views(**first_layer_weights())).backward(**t, **one),
             texts | {"saved": torch.zeros(R, saved_floats), "grad": halves(R, N, D),
-                     "grad_e": floats(R, D), "grad_m": floats(R, D)}, needs_bf16=True,
+                     "grad_e": floats(R, D), "grad_m": floats(R, D)}, needs_pairs=True,
         ),
     }  # fmt: skip
 
@@ -267,8 +267,8 @@ FAULTS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 def supported(name: str) -> Call:
     call = CALLS[name]
-    if call.needs_bf16 and "avx512bf16" not in _cpu.instruction_sets():
-        pytest.skip("needs AVX-512 BF16")
+    if call.needs_pairs and not this_machine().packed:
+        pytest.skip("no products of bf16 pairs here")
     return call
 
 

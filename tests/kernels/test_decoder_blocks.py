@@ -18,15 +18,15 @@ from prototok.common.allocator import keep_freed_memory
 from prototok.model.families.body import DecoderBody
 from prototok_kernels import packed
 from prototok_kernels import plan as planning
-from prototok_kernels.backend import _cpu
+from prototok_kernels.backend import this_machine
 from prototok_kernels.decoder_blocks import DecoderBlocks, decoder_blocks_ref
 from support import run_with_own_memory
 from zoo import OWN, made
 
-HAS_BF16 = _cpu is not None and "avx512bf16" in _cpu.instruction_sets()
-needs_bf16 = pytest.mark.skipif(
-    not HAS_BF16,
-    reason="needs the C++ kernels and AVX-512 BF16",
+HAS_PACKED = this_machine().packed is not None
+needs_pairs = pytest.mark.skipif(
+    not HAS_PACKED,
+    reason="no products of bf16 pairs here",
 )
 COVERED = [name for name in OWN if "qwen3" not in name]
 
@@ -63,7 +63,7 @@ def threads() -> Iterator[None]:
     planning._plan_of.cache_clear()
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize(("texts", "length"), [(3, 19), (1, 70), (5, 1)])
@@ -89,7 +89,7 @@ def test_errors_are_no_larger_than_those_of_the_loop(
         assert torch.equal(through(blocks, x, tables, start), found[0])
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", ["llama, grouped, tied", "gpt-neox, parallel"])
 def test_a_text_is_the_same_beside_any_others_on_any_threads(name: str) -> None:
@@ -108,7 +108,7 @@ def test_a_text_is_the_same_beside_any_others_on_any_threads(name: str) -> None:
         assert torch.equal(run(x[part]), whole[0][part])
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("texts", "length"), [(1, 70), (1, 13), (1, 3), (2, 31), (3, 5)])
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_threads_that_share_fewer_texts_change_no_bit(name: str, texts: int, len
                     assert torch.equal(run(x), alone[0])
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("texts", "length"), [(1, 70), (2, 31), (3, 5)])
 def test_threads_that_share_given_projections_change_no_bit(texts: int, length: int) -> None:
@@ -161,7 +161,7 @@ def test_threads_that_share_given_projections_change_no_bit(texts: int, length: 
         assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 def test_gradients_of_a_text_do_not_depend_on_the_others() -> None:
     body = body_of("mistral, window shorter than the text")
@@ -196,10 +196,10 @@ def test_what_the_op_is_not_for_takes_the_loop() -> None:
     planning._plan_of.cache_clear()
     blocks = blocks_of(llama)
     through(blocks, stream(2, 7, llama.norm.numel()), llama.rotary(7), 0, "auto")
-    assert (blocks in packed._packed) == HAS_BF16
+    assert (blocks in packed._packed) == HAS_PACKED
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.usefixtures("threads")
 def test_a_step_makes_no_fresh_page() -> None:
     keep_freed_memory()
@@ -223,7 +223,7 @@ def test_a_step_makes_no_fresh_page() -> None:
     assert min(faults) < 20
 
 
-@needs_bf16
+@needs_pairs
 def test_models_that_it_cannot_take_are_refused() -> None:
     for name, dtype in (("qwen3, tied", torch.bfloat16), ("qwen2", torch.float32)):
         body = body_of(name, dtype)
@@ -240,7 +240,8 @@ from kernels.test_decoder_blocks import blocks_of, stream, through
 
 sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 config = LlamaConfig(vocab_size=64, num_hidden_layers=3, **sizes)
-body = prototok.load(LlamaForCausalLM(config).bfloat16().eval(), device="cpu").body
+model = LlamaForCausalLM(config).bfloat16().eval()
+body = prototok.load(model, device="cpu", dtype="bfloat16").body
 tables, x = body.rotary(7), stream(1, 7, 512)
 
 def gradient(blocks, limit=None):
@@ -263,7 +264,7 @@ assert torch.equal(gradient(again), expected)
 """
 
 
-@needs_bf16
+@needs_pairs
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_gradients_are_right_after_memory_ran_out_for_their_weights() -> None:
     run_with_own_memory(_RETRY)

@@ -243,9 +243,7 @@ def test_chunks_do_not_change_the_result(backend, device, dtype):
             close(parts.grad_hidden, whole.grad_hidden)
 
 
-needs_packed_head = pytest.mark.skipif(
-    not HAS_PACKED, reason="needs the C++ kernels and AVX-512 BF16"
-)
+needs_packed_head = pytest.mark.skipif(not HAS_PACKED, reason="no products of bf16 pairs here")
 
 
 @needs_packed_head

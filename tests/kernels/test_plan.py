@@ -26,7 +26,8 @@ CPU = Machine(
     interpreted=False, threads=2,
 )  # fmt: skip
 AMX_CPU = dataclasses.replace(CPU, instruction_sets=("amx", *CPU.instruction_sets))
-OLD_CPU = dataclasses.replace(CPU, instruction_sets=("avx2", "baseline"))
+AVX2_CPU = dataclasses.replace(CPU, instruction_sets=("avx2", "baseline"))
+OLD_CPU = dataclasses.replace(CPU, instruction_sets=("baseline",))
 BARE = Machine(cpp=False, instruction_sets=(), triton=False, interpreted=False, threads=2)
 GPU = dataclasses.replace(BARE, triton=True)
 
@@ -54,6 +55,13 @@ def test_a_processor_with_the_instructions_takes_cpp_throughout() -> None:
         "second_layer": "in full", "blocks": "cpu", "decoder": "blocks", "token": "cpu",
         "head": "packed", "update": "cpu", "products": "avx512bf16",
     }  # fmt: skip
+
+
+def test_avx2_multiplies_pairs_as_well() -> None:
+    for sets in (AVX2_CPU.instruction_sets, ("avx512", *AVX2_CPU.instruction_sets)):
+        plan = planned(machine=dataclasses.replace(CPU, instruction_sets=sets))
+        assert taken(plan) == taken(planned()) | {"products": "avx2"}
+        assert plan.instruction_set == sets[0]
 
 
 @pytest.mark.usefixtures("closed_form")
