@@ -1,4 +1,4 @@
-// What engines do with products of bf16 pairs, on the processors that have an instruction for them.
+// What engines do with products of bf16 pairs, on the processors that multiply them fast.
 #pragma once
 
 #include "products/packed_matrix.h"

@@ -83,8 +83,8 @@ class Plan:
     head          "packed" (C++ on a weight laid out for it), or torch's products around a pass by
                   "torch", "triton" or "cpu"
     update        AdamW: "torch", "triton" or "cpu"
-    products      of packed weights, in any of these parts: "amx" or "avx512bf16"; "torch" where no
-                  part has them
+    products      of packed weights, in any of these parts: "amx", "avx512bf16" or "avx2"; "torch"
+                  where no part has them
     """
 
     backend: str  # as asked for

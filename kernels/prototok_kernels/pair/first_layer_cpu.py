@@ -1,6 +1,6 @@
 """The C++ of the collapsed first layer with a sequential residual, from e and m to its output.
 
-One call each way in bfloat16 on a CPU with AMX or AVX-512 BF16, in which a thread takes a text
+One call each way in bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2, in which a thread takes a text
 through all of it; what a prefix adds is made once. docs/kernels.md derives it, first_layer.py has
 the same in torch.
 
