@@ -1,7 +1,7 @@
 """Many frozen blocks and the norm behind them as one op, forward and backward to their input.
 
-In bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2 that is one C++ call each way, in which a thread takes
-a text through all blocks before the next one. Everywhere else it is the loop of
+In bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2 that is one C++ call each way, in which a thread
+takes a text through all blocks before the next one. Everywhere else it is the loop of
 `layers.decoder_block`.
 
 The first of the blocks may take its first projections (`layers.parallel_block_end`) instead of

@@ -237,9 +237,9 @@ def linear_cross_entropy(
 
     `backend` is "torch", "triton" (CUDA; fp32, bf16, fp16), "cpu" (C++; fp32, bf16) or "packed". In
     the last three the logits have hidden's dtype, and all arithmetic on them is fp32. "packed" is
-    C++ throughout, for bf16 on a processor with AMX, AVX-512 BF16 or AVX2: it lays the weight out for its
-    products when it first sees it and keeps that, twice the weight's size with gradients, as long
-    as the weight lives.
+    C++ throughout, for bf16 on a processor with AMX, AVX-512 BF16 or AVX2: it lays the weight out
+    for its products when it first sees it and keeps that, twice the weight's size with gradients,
+    as long as the weight lives.
 
     Raises ValueError for a shape, dtype, temperature or backend that cannot be met, and on the CPU
     for a target outside [0, V); on a GPU such a row's loss is NaN.

@@ -1,7 +1,7 @@
 """One forward from the vectors of a text to the ids behind its positions.
 
-In bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2 that is one C++ call. A small model's products take so
-little time there that Python and torch around them took as much.
+In bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2 that is one C++ call. A small model's products
+take so little time there that Python and torch around them took as much.
 
 Letters: B rows, S vectors of a row, N positions, d hidden size, V vocabulary, r rotary size.
 """

@@ -1,8 +1,8 @@
 """The C++ of the collapsed first layer with a sequential residual, from e and m to its output.
 
-One call each way in bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2, in which a thread takes a text
-through all of it; what a prefix adds is made once. docs/kernels.md derives it, first_layer.py has
-the same in torch.
+One call each way in bfloat16 on a CPU with AMX, AVX-512 BF16 or AVX2, in which a thread takes a
+text through all of it; what a prefix adds is made once. docs/kernels.md derives it, first_layer.py
+has the same in torch.
 
 Letters: B rows, N positions, d hidden size, H heads, c head size, r rotary size, I inner size of
 the MLP, P vectors of a prefix.
