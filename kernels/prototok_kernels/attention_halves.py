@@ -2,8 +2,8 @@
 
 As in attention_triton.py a program takes all keys of a row and head. Queries of the first half see
 none of the second, so that a quarter of the products falls away. Tiles of 64 × 64 fit the registers
-of 128 threads, two programs fit a processor, and one of them computes while the other loads: 234 µs
-backward for 256 × 128 × 12 heads on an H200 where a tile of 128 × 128 took 314.
+of 128 threads, two programs fit a processor, and one of them computes while the other loads
+(docs/dev/log.md, "On an H200").
 
 A query's place is that of its key, so the first of P constant positions are queries too, of zeros,
 whose results are not stored.
