@@ -67,7 +67,8 @@ def run(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None
             try:
                 app(args=arguments, prog_name=name)
             finally:
-                sys.stdout.flush()  # or the interpreter would, when nothing can be said any more
+                if sys.stdout is not None:  # as where it was closed before we started
+                    sys.stdout.flush()  # or the interpreter would, when nothing is said any more
         except ValueError as error:
             say(f"prototok: {error}")
             sys.exit(2)
