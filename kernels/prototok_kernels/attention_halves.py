@@ -28,6 +28,7 @@ try:
         _product,
         _store_turned_back,
         _turned,
+        _weights,
     )
 except ImportError:
     triton = None
@@ -129,10 +130,8 @@ if triton is not None:
         q, own = _queries(
             qkv, cos, sin, near, head, length, table_row, HEADS, SIZE, HALF, PREFIX
         )  # fmt: skip
-        logits = _logits(q, k, near, near, scale, False, WINDOW, WIDE)
-        weights = _exp2(logits - tl.max(logits, 1)[:, None])
-        mixed = _product(weights.to(v.dtype), v, WIDE)
-        mixed = (mixed * _inverse(tl.sum(weights, 1))[:, None]).to(v.dtype)
+        weights, total = _weights(q, k, near, near, scale, WINDOW, WIDE)
+        mixed = (_product(weights.to(v.dtype), v, WIDE) * _inverse(total)).to(v.dtype)
         to, mask = _mixed_at(out, near, head, own, HEADS, SIZE, PREFIX)
         tl.store(to, mixed, mask=mask)
 
@@ -216,9 +215,8 @@ if triton is not None:
         )  # fmt: skip
         at, mask = _mixed_at(grad_out, near, head, own, HEADS, SIZE, PREFIX)
         grad_mixed = tl.load(at, mask=mask, other=0.0)
-        logits = _logits(q, k, near, near, scale, False, WINDOW, WIDE)
-        weights = _exp2(logits - tl.max(logits, 1)[:, None])
-        weights *= _inverse(tl.sum(weights, 1))[:, None]
+        weights, total = _weights(q, k, near, near, scale, WINDOW, WIDE)
+        weights *= _inverse(total)
         grad_v += _product(tl.trans(weights.to(v.dtype)), grad_mixed, WIDE)
         _store_values(grad_v, of_values, near, length, STACK, SIZE, PREFIX)
         grads = _product(grad_mixed, tl.trans(v), WIDE)

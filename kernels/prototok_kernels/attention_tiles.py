@@ -1,4 +1,4 @@
-"""What the kernels of attention in tiles share: loads, rotations, stores and logits.
+"""What the kernels of attention in tiles share: loads, rotations, stores and weights.
 
 The coordinates of q and k lie in a tile as the pairs that are rotated, one behind the other: a
 product over them does not care for their order.
@@ -13,6 +13,8 @@ from __future__ import annotations
 try:
     import triton
     import triton.language as tl
+
+    from prototok_kernels.activation import _exp2
 except ImportError:
     triton = None
 
@@ -115,3 +117,10 @@ if triton is not None:
         if WINDOW > 0:
             logits = tl.where(distance < WINDOW, logits, -3.4028234663852886e38)
         return logits
+
+    @triton.jit
+    def _weights(q, k, i, j, scale, WINDOW: tl.constexpr, WIDE: tl.constexpr):
+        """Exponentials (queries, keys), fp32, of which the largest is 1, and their sums."""
+        logits = _logits(q, k, i, j, scale, False, WINDOW, WIDE)
+        weights = _exp2(logits - tl.max(logits, 1)[:, None])
+        return weights, tl.sum(weights, 1)[:, None]

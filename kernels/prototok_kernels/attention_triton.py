@@ -26,7 +26,7 @@ try:
     import triton
     import triton.language as tl
 
-    from prototok_kernels.activation import _exp2, _inverse
+    from prototok_kernels.activation import _inverse
     from prototok_kernels.attention_halves import (
         _attention_halves_backward_kernel,
         _attention_halves_kernel,
@@ -35,10 +35,10 @@ try:
         _angles,
         _keys_and_values,
         _load_pairs,
-        _logits,
         _product,
         _store_turned_back,
         _turned,
+        _weights,
     )
 except ImportError:
     triton = None
@@ -74,13 +74,6 @@ def _block(count: int) -> int:
 
 
 if triton is not None:
-
-    @triton.jit
-    def _weights(q, k, i, j, scale, WINDOW: tl.constexpr, WIDE: tl.constexpr):
-        """Exponentials (queries, keys), fp32, of which the largest is 1, and their sums."""
-        logits = _logits(q, k, i, j, scale, False, WINDOW, WIDE)
-        weights = _exp2(logits - tl.max(logits, 1)[:, None])
-        return weights, tl.sum(weights, 1)[:, None]
 
     @triton.jit
     def _attention_kernel(

@@ -149,15 +149,13 @@ def combined_activation_backward(
     grad: Tensor,  # (B, N, I)
     coef: Tensor,  # (B, S, N)
     vectors: Tensor,  # (B, S, I), gated (B, S, 2 I)
-    own: int,  # the vectors that have a gradient: the first
     bias: Tensor | None,
     name: str,
     gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of coef (B, S, N) and of the first `own` vectors.
+) -> Tensor:  # (B, N, I), gated (B, N, 2 I)
+    """Return the gradient of coefᵀ · vectors, which is made again.
 
-    That of what is activated is written once, for two products of torch: summing it where it
-    arises took the activation twice, and three times as long (docs/dev/log.md).
+    It is written once, for the two products that carry it on: summing it where it arises took two
+    kernels, each of which made the activation again (docs/dev/log.md).
     """
-    grad_z = _pass(grad, coef, vectors, bias, name, gated)
-    return torch.bmm(vectors, grad_z.transpose(1, 2)), torch.bmm(coef[:, :own], grad_z)
+    return _pass(grad, coef, vectors, bias, name, gated)

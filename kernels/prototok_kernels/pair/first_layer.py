@@ -201,15 +201,15 @@ class _AffineMLP(torch.autograd.Function):
         if ctx.at_once:
             from prototok_kernels.pair.combined_triton import combined_activation_backward
 
-            grad_scaled, grad_projected = combined_activation_backward(
-                grad_inner, scaled, projected, own, bias, layer.activation,
+            grad_z = combined_activation_backward(
+                grad_inner, scaled, projected, bias, layer.activation,
                 isinstance(layer, LlamaLayer),
             )  # fmt: skip
         else:
             z = combined(scaled, projected)
             grad_z = inner_activation_backward(grad_inner, z, bias, layer, ctx.backend)
-            grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
-            grad_projected = torch.bmm(scaled[:, :own], grad_z)
+        grad_scaled = torch.bmm(projected, grad_z.transpose(1, 2))
+        grad_projected = torch.bmm(scaled[:, :own], grad_z)
         grad_normed = grad_projected @ inner_projection(layer)[0]
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_normed * layer.post_norm, coef, rms_inverse, centred, layer

@@ -92,22 +92,21 @@ class _SecondLayerProducts(torch.autograd.Function):
         layer: DecoderLayer = ctx.layer
         coef, scaled, rms_inverse, centred, *projected = ctx.saved_tensors
         own = own_vectors(layer)
-        through = [_products_backward(grads[0], scaled, projected[0], own)]
+        of_qkv, of_up = grads
         if ctx.activated:
             from prototok_kernels.pair.combined_triton import combined_activation_backward
 
-            inner = combined_activation_backward(
-                grads[1], scaled, projected[1], own, *_activation(layer)
-            )
-            through.append(inner)
-        else:
-            through.append(_products_backward(grads[1], scaled, projected[1], own))
-        grad_scaled = torch.zeros_like(coef, dtype=through[-1][0].dtype)
+            of_up = combined_activation_backward(of_up, scaled, projected[1], *_activation(layer))
+        through = [
+            _products_backward(grad, scaled, part, own)
+            for grad, part in zip((of_qkv, of_up), projected, strict=True)
+        ]
+        grad_scaled = torch.zeros_like(coef)
         grad_centred = torch.zeros_like(centred[:, :own])
         for (towards, grad_projected), (norm, _, weight, _) in zip(
             through, _parts(layer), strict=True
         ):
-            grad_scaled += towards[:, : coef.shape[1]]
+            grad_scaled += towards
             grad_centred += (grad_projected @ weight) * norm
         grad_coef, grad_span = affine_norm_backward(
             grad_scaled, grad_centred, coef, rms_inverse, centred, layer
